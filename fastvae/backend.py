@@ -1,0 +1,112 @@
+"""Which path a call takes, and why.
+
+Every operation exists twice: fused (Triton) and as its specification (plain PyTorch, `fastvae.reference`). The choice is made per call from the
+tensors' device and dtype, the machine, and what the user asked for: `use_backend` first, then the environment variable ``FASTVAE_BACKEND``, then "auto".
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from types import TracebackType
+from typing import NamedTuple
+
+import torch
+
+BACKENDS = ("auto", "reference", "triton")
+
+# The kernels are compiled and checked for compute capability 8.0 and newer (sm_80, sm_90, sm_100).
+_MINIMUM_CAPABILITY = (8, 0)
+
+# Looked up, not imported: importing fastvae must not import Triton.
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+class Backend(NamedTuple):
+    """The path a call takes: ``name`` is "triton" or "reference", ``reason`` says why in words."""
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})"
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+# A plain module global: torch.compile traces and guards it, which it does not do for a ContextVar.
+_requested = _checked(os.environ.get("FASTVAE_BACKEND", "auto"), "environment variable FASTVAE_BACKEND")
+
+
+class use_backend:  # noqa: N801 - used as a statement: with use_backend("triton"):
+    """Choose the backend inside a ``with`` block: "triton", "reference" or "auto".
+
+    Works outside and inside a function compiled by torch.compile. Asking for "triton" where it cannot run makes the operations raise
+    ``RuntimeError`` saying what is missing. The choice is process-wide, as is torch's own backend selection.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = _checked(name, "name")
+
+    def __enter__(self) -> use_backend:
+        global _requested
+        self.previous = _requested
+        _requested = self.name
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        global _requested
+        _requested = self.previous
+
+
+@torch.compiler.assume_constant_result
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def _obstacle(tensor: torch.Tensor) -> str | None:
+    """What keeps the Triton path from running on this tensor, or None."""
+    if tensor.dtype is torch.float64:
+        return "float64 is computed by the reference path only"
+    if not _TRITON_INSTALLED:
+        return "Triton is not installed (pip install triton)"
+    kind = tensor.device.type
+    if kind == "cuda":
+        if torch.version.hip is None:
+            capability = _capability(tensor.device.index)
+            if capability < _MINIMUM_CAPABILITY:
+                return f"compute capability {capability[0]}.{capability[1]} is below the supported 8.0"
+        return None
+    if kind == "cpu":
+        from fastvae import kernels
+
+        if kernels.INTERPRETED:
+            return None
+        return "CPU tensors need Triton's interpreter (set TRITON_INTERPRET=1 before the first import of Triton)"
+    return f"device type {kind!r} has no Triton path"
+
+
+def backend_for(tensor: torch.Tensor) -> Backend:
+    """The backend an operation on ``tensor`` takes now, and the reason in words.
+
+    Raises ``RuntimeError`` if "triton" was asked for and cannot run on this tensor, saying what is missing. "auto" takes Triton on CUDA devices
+    where it can run, and the reference everywhere else: it never fails for lack of a GPU.
+    """
+    if _requested == "reference":
+        return Backend("reference", "asked for")
+    if _requested == "auto" and tensor.device.type == "cpu":
+        return Backend("reference", "CPU tensors run plain PyTorch")
+    obstacle = _obstacle(tensor)
+    if _requested == "triton":
+        if obstacle is not None:
+            raise RuntimeError(f'backend "triton" was asked for but cannot run: {obstacle}')
+        return Backend("triton", "asked for")
+    if obstacle is not None:
+        return Backend("reference", obstacle)
+    return Backend("triton", "CUDA tensors run fused kernels")

@@ -1,0 +1,68 @@
+"""Checks of what the public functions are given: each error names the argument, what it was and what is expected, before any launch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastvae.backend import backend_for
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+REDUCTIONS = ("none", "batchmean", "sum", "mean")
+
+
+def check_reduction(reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+
+
+def check_batch(name: str, tensor: Tensor) -> None:
+    """A floating-point tensor [B, ...] with at least one dimension after the batch."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+    if tensor.ndim < 2:
+        raise ValueError(f"{name} must have shape [B, ...] with at least 2 dimensions, got {list(tensor.shape)}")
+
+
+def check_like(name: str, tensor: Tensor, first_name: str, first: Tensor) -> None:
+    """The same shape and device as another argument: nothing is broadcast, nothing is copied between devices."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.shape != first.shape:
+        raise ValueError(f"{name} must have the shape of {first_name}, {list(first.shape)}, got {list(tensor.shape)}")
+    check_device(name, tensor, first_name, first)
+
+
+def check_device(name: str, tensor: Tensor, first_name: str, first: Tensor) -> None:
+    if tensor.device != first.device:
+        raise ValueError(f"{name} must be on the device of {first_name}, {first.device}, got {tensor.device}")
+
+
+def check_target(target: Tensor, logits: Tensor) -> None:
+    check_like("target", target, "logits", logits)
+    if target.dtype is not torch.uint8 and target.dtype not in FLOATING:
+        raise TypeError(f"target must be uint8 (read as t / 255) or floating point, got {target.dtype}")
+
+
+def check_scalar(name: str, value: float | Tensor, logits: Tensor) -> None:
+    """A Python number, or a 0-dimensional floating-point tensor on the device of logits, which is read there without a synchronisation."""
+    if isinstance(value, Tensor):
+        if value.ndim != 0 or value.dtype not in FLOATING:
+            raise ValueError(
+                f"{name} must be a number or a 0-dimensional floating-point tensor, "
+                f"got a tensor of shape {list(value.shape)} and {value.dtype}"
+            )
+        check_device(name, value, "logits", logits)
+        if value.requires_grad:
+            raise ValueError(f"{name} must not require grad: it is a weight, not a parameter; pass {name}.detach()")
+    elif isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name} must be a number or a 0-dimensional tensor, got {type(value).__name__}")
+
+
+def takes_triton(*tensors: Tensor | None) -> bool:
+    """Whether the call runs fused; a single float64 among the tensors makes it a reference call."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    decisive = next((tensor for tensor in given if tensor.dtype is torch.float64), given[0])
+    return backend_for(decisive).name == "triton"

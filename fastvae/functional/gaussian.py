@@ -1,0 +1,156 @@
+"""The diagonal Gaussian posterior q(z|x) = N(mu, diag(exp(logvar))): reparameterised samples and the divergence from N(0, I).
+
+Shapes are [B, ...] of any rank from 2 up; dtypes float16, bfloat16, float32, and float64 on the reference path. Arithmetic is float32 (float64
+for float64); z has the dtype of mu, the divergence is float32 (float64). logvar is not clamped.
+
+Noise is torch's: it follows `torch.manual_seed`, `torch.random.fork_rng`, activation checkpointing and ``generator``, and is new at each call and at
+each replay of a captured CUDA graph. The fused path regenerates it in backward instead of storing it, and draws other numbers than the
+reference path does from the same seed; pass ``eps`` to fix the noise of both.
+
+Source: Kingma and Welling, "Auto-Encoding Variational Bayes", 2013, section 2.4 and appendix B.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastvae import reference
+from fastvae.functional.checks import FLOATING, check_batch, check_device, check_like, check_reduction, takes_triton
+
+
+def gaussian_sample(
+    mu: Tensor, logvar: Tensor, *, eps: Tensor | None = None, generator: torch.Generator | None = None
+) -> Tensor:
+    """Draw z = mu + exp(logvar / 2) * eps with eps ~ N(0, I), differentiable in mu and logvar.
+
+    Args:
+        mu, logvar: [B, ...], of one shape, dtype and device.
+        eps: the noise, of mu's shape; drawn if None. It must not require grad.
+        generator: a torch.Generator of mu's device; the default generator if None.
+
+    Returns:
+        z, of mu's shape, dtype and memory format.
+
+    Raises:
+        TypeError: not a floating-point tensor; mu and logvar of different dtypes.
+        ValueError: shapes or devices that differ, fewer than 2 dimensions, or both eps and generator.
+    """
+    _check(mu, logvar)
+    _check_noise(mu.shape, mu, eps, generator)
+    if takes_triton(mu, eps):
+        from fastvae.autograd import gaussian as fused
+
+        return fused.gaussian_sample(mu, logvar, eps, generator)
+    return reference.gaussian.gaussian_sample(mu, logvar, eps=eps, generator=generator)
+
+
+def gaussian_kl(mu: Tensor, logvar: Tensor, *, reduction: str = "batchmean") -> Tensor:
+    """KL(N(mu, exp(logvar)) || N(0, I)) = sum_event (mu^2 + exp(logvar) - 1 - logvar) / 2, in nats.
+
+    Args:
+        mu, logvar: [B, ...], of one shape, dtype and device.
+        reduction: "none" per sample, shape [B]; "batchmean" their mean; "sum" over everything; "mean" over every element.
+
+    Returns:
+        The divergence, float32 (float64), shape [B] or [].
+
+    Raises:
+        TypeError: not a floating-point tensor; mu and logvar of different dtypes.
+        ValueError: shapes or devices that differ, fewer than 2 dimensions, or an unknown reduction.
+    """
+    _check(mu, logvar)
+    check_reduction(reduction)
+    if takes_triton(mu):
+        from fastvae.autograd import gaussian as fused
+
+        return fused.gaussian_kl(mu, logvar, reduction)
+    return reference.gaussian.gaussian_kl(mu, logvar, reduction=reduction)
+
+
+def gaussian_sample_kl(
+    mu: Tensor,
+    logvar: Tensor,
+    *,
+    eps: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    reduction: str = "none",
+) -> tuple[Tensor, Tensor]:
+    """`gaussian_sample` and `gaussian_kl` of the same posterior, in one launch forward and one backward.
+
+    Arguments, results and errors are those of the two functions; the divergence is per sample unless ``reduction`` says otherwise.
+    """
+    _check(mu, logvar)
+    _check_noise(mu.shape, mu, eps, generator)
+    check_reduction(reduction)
+    if takes_triton(mu, eps):
+        from fastvae.autograd import gaussian as fused
+
+        return fused.gaussian_sample_kl(mu, logvar, None, eps, generator, reduction)
+    return reference.gaussian.gaussian_sample_kl(mu, logvar, eps=eps, generator=generator, reduction=reduction)
+
+
+def gaussian_sample_kl_packed(
+    moments: Tensor,
+    *,
+    dim: int = 1,
+    eps: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    reduction: str = "none",
+) -> tuple[Tensor, Tensor]:
+    """`gaussian_sample_kl` of an encoder's output that holds both halves, moments = [mu | logvar] along ``dim``.
+
+    The halves are read where they lie and the gradient is one tensor: no chunk, no copy, no concatenation.
+
+    Args:
+        moments: [B, ...] with an even size along ``dim``.
+        dim: the dimension that is split; not the batch.
+        eps, generator, reduction: as in `gaussian_sample_kl`.
+
+    Returns:
+        z, of the shape of one half, and the divergence.
+
+    Raises:
+        TypeError: moments is not a floating-point tensor.
+        ValueError: fewer than 2 dimensions, a dim that is out of range, the batch, or odd in size; and as in `gaussian_sample_kl`.
+    """
+    check_batch("moments", moments)
+    if not -moments.ndim <= dim < moments.ndim or dim % moments.ndim == 0:
+        raise ValueError(f"dim must name a dimension of moments other than the batch, 1 to {moments.ndim - 1}, got {dim}")
+    dim %= moments.ndim
+    if moments.shape[dim] % 2:
+        raise ValueError(f"moments must have an even size along dim {dim}, got {list(moments.shape)}")
+    half = list(moments.shape)
+    half[dim] //= 2
+    _check_noise(torch.Size(half), moments, eps, generator)
+    check_reduction(reduction)
+    if takes_triton(moments, eps):
+        from fastvae.autograd import gaussian as fused
+
+        return fused.gaussian_sample_kl(moments, None, dim, eps, generator, reduction)
+    return reference.gaussian.gaussian_sample_kl_packed(
+        moments, dim=dim, eps=eps, generator=generator, reduction=reduction
+    )
+
+
+def _check(mu: Tensor, logvar: Tensor) -> None:
+    check_batch("mu", mu)
+    check_like("logvar", logvar, "mu", mu)
+    if logvar.dtype != mu.dtype:
+        raise TypeError(f"logvar must have the dtype of mu, {mu.dtype}, got {logvar.dtype}")
+
+
+def _check_noise(shape: torch.Size, like: Tensor, eps: Tensor | None, generator: torch.Generator | None) -> None:
+    if generator is not None:
+        if eps is not None:
+            raise ValueError("eps and generator were both given: eps is the noise itself, so nothing would be drawn")
+        if generator.device.type != like.device.type:
+            raise ValueError(f"generator must be of the tensor's device, {like.device}, got {generator.device}")
+    if eps is not None:
+        if not isinstance(eps, Tensor) or eps.dtype not in FLOATING:
+            raise TypeError(f"eps must be a floating-point tensor, got {getattr(eps, 'dtype', type(eps).__name__)}")
+        if eps.shape != shape:
+            raise ValueError(f"eps must have the shape of z, {list(shape)}, got {list(eps.shape)}")
+        check_device("eps", eps, "mu", like)
+        if eps.requires_grad:
+            raise ValueError("eps must not require grad: it is noise, not a parameter; pass eps.detach()")

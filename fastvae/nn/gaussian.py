@@ -1,0 +1,57 @@
+"""Modules of the diagonal Gaussian posterior. They sample in eval mode too, unless they are deterministic."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+import fastvae.functional as F  # noqa: N812 - the field's name for it
+
+
+class GaussianSampling(nn.Module):
+    """z = mu + exp(logvar / 2) * eps, see `fastvae.functional.gaussian_sample`; with ``deterministic=True``, z = mu."""
+
+    def __init__(self, *, deterministic: bool = False) -> None:
+        super().__init__()
+        self.deterministic = deterministic
+
+    def forward(self, mu: Tensor, logvar: Tensor) -> Tensor:
+        return mu if self.deterministic else F.gaussian_sample(mu, logvar)
+
+    def extra_repr(self) -> str:
+        return f"deterministic={self.deterministic}"
+
+
+class GaussianSamplingKL(nn.Module):
+    """(z, kl) from moments = [mu | logvar] along ``dim``, see `fastvae.functional.gaussian_sample_kl_packed`.
+
+    kl is per sample, shape [B], unless ``reduction`` says otherwise. With ``deterministic=True``, z = mu.
+    """
+
+    def __init__(self, *, dim: int = 1, reduction: str = "none", deterministic: bool = False) -> None:
+        super().__init__()
+        self.dim = dim
+        self.reduction = reduction
+        self.deterministic = deterministic
+
+    def forward(self, moments: Tensor) -> tuple[Tensor, Tensor]:
+        if self.deterministic:
+            mu, logvar = moments.chunk(2, self.dim)
+            return mu, F.gaussian_kl(mu, logvar, reduction=self.reduction)
+        return F.gaussian_sample_kl_packed(moments, dim=self.dim, reduction=self.reduction)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, reduction={self.reduction!r}, deterministic={self.deterministic}"
+
+
+class GaussianKL(nn.Module):
+    """KL(N(mu, exp(logvar)) || N(0, I)) in nats, see `fastvae.functional.gaussian_kl`."""
+
+    def __init__(self, *, reduction: str = "batchmean") -> None:
+        super().__init__()
+        self.reduction = reduction
+
+    def forward(self, mu: Tensor, logvar: Tensor) -> Tensor:
+        return F.gaussian_kl(mu, logvar, reduction=self.reduction)
+
+    def extra_repr(self) -> str:
+        return f"reduction={self.reduction!r}"

@@ -1,0 +1,55 @@
+"""The diagonal Gaussian posterior q(z|x) = N(mu, diag(exp(logvar))): sampling and its divergence from N(0, I), in plain PyTorch.
+
+Kingma and Welling, "Auto-Encoding Variational Bayes", 2013, section 2.4 (reparameterisation) and appendix B (the divergence).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastvae.reference.precision import in_float32, reduce_event
+
+
+def gaussian_sample(
+    mu: Tensor, logvar: Tensor, *, eps: Tensor | None = None, generator: torch.Generator | None = None
+) -> Tensor:
+    """z = mu + exp(logvar / 2) * eps, with eps ~ N(0, I) unless given."""
+    wide_mu, wide_logvar = in_float32(mu), in_float32(logvar)
+    if eps is None:
+        # randn_like takes no generator, and a plain randn would not keep mu's memory format.
+        eps = torch.empty_like(wide_mu).normal_(generator=generator) if generator else torch.randn_like(wide_mu)
+    return (wide_mu + torch.exp(0.5 * wide_logvar) * eps).to(mu.dtype)
+
+
+def gaussian_kl(mu: Tensor, logvar: Tensor, *, reduction: str = "batchmean") -> Tensor:
+    """KL(N(mu, exp(logvar)) || N(0, 1)) = (mu^2 + exp(logvar) - 1 - logvar) / 2 per element, in nats."""
+    wide_mu, wide_logvar = in_float32(mu), in_float32(logvar)
+    # expm1 keeps what exp(logvar) - 1 would lose for small logvar.
+    return reduce_event(0.5 * (wide_mu.square() + (torch.expm1(wide_logvar) - wide_logvar)), reduction)
+
+
+def gaussian_sample_kl(
+    mu: Tensor,
+    logvar: Tensor,
+    *,
+    eps: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    reduction: str = "none",
+) -> tuple[Tensor, Tensor]:
+    """gaussian_sample and gaussian_kl of the same posterior."""
+    z = gaussian_sample(mu, logvar, eps=eps, generator=generator)
+    return z, gaussian_kl(mu, logvar, reduction=reduction)
+
+
+def gaussian_sample_kl_packed(
+    moments: Tensor,
+    *,
+    dim: int = 1,
+    eps: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    reduction: str = "none",
+) -> tuple[Tensor, Tensor]:
+    """gaussian_sample_kl of moments = [mu | logvar], the two halves along dim."""
+    mu, logvar = moments.chunk(2, dim)
+    return gaussian_sample_kl(mu, logvar, eps=eps, generator=generator, reduction=reduction)
