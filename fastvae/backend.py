@@ -65,11 +65,6 @@ class use_backend:  # noqa: N801 - used as a statement: with use_backend("triton
         _requested = self.previous
 
 
-@torch.compiler.assume_constant_result
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
-
-
 def _obstacle(tensor: torch.Tensor) -> str | None:
     """What keeps the Triton path from running on this tensor, or None."""
     if tensor.dtype is torch.float64:
@@ -79,9 +74,10 @@ def _obstacle(tensor: torch.Tensor) -> str | None:
     kind = tensor.device.type
     if kind == "cuda":
         if torch.version.hip is None:
-            capability = _capability(tensor.device.index)
-            if capability < _MINIMUM_CAPABILITY:
-                return f"compute capability {capability[0]}.{capability[1]} is below the supported 8.0"
+            # get_device_properties, because torch.compile folds it to a constant and get_device_capability it does not.
+            card = torch.cuda.get_device_properties(tensor.device)
+            if (card.major, card.minor) < _MINIMUM_CAPABILITY:
+                return f"compute capability {card.major}.{card.minor} is below the supported 8.0"
         return None
     if kind == "cpu":
         from fastvae import kernels

@@ -1,0 +1,76 @@
+"""How well a model explains images: the test loss, and the squared error of each reconstruction.
+
+Noise comes from a generator of its own with a fixed seed: every epoch is measured with the same noise, and measuring
+leaves the random numbers of training where they were. Partial batches are kept.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import fastvae.functional as F
+from fastvae.models import ConvVAE
+
+# Only the memory in use depends on it: the first activations take 51 MB, in float32 at 28x28 with 32 channels.
+_BATCH = 512
+
+
+class Evaluation(NamedTuple):
+    """Means over a set of images.
+
+    loss: the negative evidence lower bound with sampled z, in nats per image, as training defines it.
+    mse: the mean squared error of the pixels, with z = mu.
+    """
+
+    loss: float
+    mse: float
+
+
+@torch.no_grad()
+def evaluate(model: ConvVAE, images: Tensor, *, beta: float | Tensor = 1.0) -> Evaluation:
+    """The test loss and error of a model on images [N, C, H, W], on the model's device; uint8, or floats in [0, 1].
+
+    Raises ``ValueError`` if there are no images.
+    """
+    _check(images)
+    generator = _generator(images)
+    losses, errors = [], []
+    for batch in images.split(_BATCH):
+        moments = model.encode(batch)
+        z, kl = F.gaussian_sample_kl_packed(moments, generator=generator)
+        losses.append(0.5 * F.sigmoid_mse_loss(model.decode(z), batch, reduction="none") + beta * kl)
+        mu = moments[:, : model.latent_dim]
+        errors.append(F.sigmoid_mse_loss(model.decode(mu), batch, reduction="none") / batch[0].numel())
+    loss, mse = torch.stack([torch.cat(losses).mean(), torch.cat(errors).mean()]).tolist()
+    return Evaluation(loss, mse)
+
+
+@torch.no_grad()
+def reconstruction_errors(model: ConvVAE, images: Tensor, *, deterministic: bool = False) -> Tensor:
+    """The mean squared error of each reconstruction's pixels, mean((X - Y)^2), [N].
+
+    Images as in `evaluate`. z is sampled, or z = mu with ``deterministic=True``.
+    """
+    _check(images)
+    generator = _generator(images)
+    errors = []
+    for batch in images.split(_BATCH):
+        moments = model.encode(batch)
+        if deterministic:
+            z = moments[:, : model.latent_dim]
+        else:
+            z, _ = F.gaussian_sample_kl_packed(moments, generator=generator)
+        errors.append(F.sigmoid_mse_loss(model.decode(z), batch, reduction="none") / batch[0].numel())
+    return torch.cat(errors)
+
+
+def _generator(images: Tensor) -> torch.Generator:
+    return torch.Generator(images.device).manual_seed(0)
+
+
+def _check(images: Tensor) -> None:
+    if images.shape[0] == 0:
+        raise ValueError(f"images must hold at least one image, got shape {list(images.shape)}")

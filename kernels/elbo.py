@@ -1,0 +1,256 @@
+"""Kernels of the negative evidence lower bound: the sum of a reconstruction loss and a weighted divergence, and the gradients of both."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import launch, ticket
+from .layout import dense_strides, in_format_of
+from .numerics import load_scalar
+from .reconstruction import allocate_gradients, cut_pair, load_target, read_pair, sigmoid_mse
+from .tiles import drew_last_ticket, program_tile, sum_in_order
+
+
+@triton.jit
+def elbo_forward_kernel(
+    logits_ptr, target_ptr, kl_ptr, loss_ptr, reconstruction_ptr, mean_kl_ptr, logits_grad_ptr, kl_grad_ptr,
+    partial_ptr, ticket_ptr, beta, reconstruction_weight, grad_scale,
+    rows, columns, row_stride, chunks, kl_stride, batch, inverse_batch,
+    FLAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """reconstruction = weight / B * sum (sigmoid(logits) - target)^2, mean_kl = sum kl / B, loss = reconstruction + beta * mean_kl.
+
+    Unless logits_grad_ptr is None, also the gradients of loss times grad_scale: logits_grad = 2 * weight / B * (y - target) * y * (1 - y) with
+    y = sigmoid(logits), and kl_grad = beta / B, one number for all samples.
+    Shapes: logits and target [rows, columns] at distance row_stride, logits_grad dense; kl [batch] at distance kl_stride; everything else []. beta,
+    reconstruction_weight and grad_scale are numbers or pointers to one. Where there is more than one program, partial is float32 [programs] and ticket
+    int32 [1], zero.
+    Bytes per float32 element: reads 8 (5 with a uint8 target), writes 4 if there is a gradient; 4 more per program for partial sums, 4 per sample for kl.
+    Launches: 1. Roundings: a term 9, a gradient 13, the results 3 more and one per level of the sum.
+    Deterministic: no floating-point atomics, partial sums are added in order.
+    """
+    first_row, first_column = program_tile(chunks, FLAT, ROWS, COLUMNS)
+    row = tl.arange(0, ROWS)
+    inside = (row < rows - first_row)[:, None] & (tl.arange(0, COLUMNS) < columns - first_column)[None, :]
+    base = first_row * row_stride + first_column
+    offsets = row[:, None] * row_stride + tl.arange(0, COLUMNS)[None, :]
+    logits = tl.load(logits_ptr + base + offsets, mask=inside, other=0.0).to(tl.float32)
+    error, slope = sigmoid_mse(logits, load_target(target_ptr + base + offsets, inside), FAST)
+    total = tl.sum(tl.where(inside, error * error, 0.0))
+    weight = load_scalar(reconstruction_weight) * inverse_batch
+
+    if logits_grad_ptr is not None:
+        grad = (2.0 * weight * load_scalar(grad_scale)) * (error * slope)
+        result = first_row * columns + first_column
+        result_offsets = row[:, None] * columns + tl.arange(0, COLUMNS)[None, :]
+        tl.store(logits_grad_ptr + result + result_offsets, grad.to(logits_grad_ptr.dtype.element_ty), mask=inside)
+
+    # One program, or the last of several, has the total.
+    finishes = True
+    if partial_ptr is not None:
+        tl.store(partial_ptr + tl.program_id(0), total)
+        finishes = drew_last_ticket(ticket_ptr)
+    if finishes:
+        if partial_ptr is not None:
+            total = sum_in_order(partial_ptr, tl.num_programs(0), 1, BLOCK)
+        reconstruction = weight * total
+        mean_kl = sum_in_order(kl_ptr, batch, kl_stride, BLOCK) * inverse_batch
+        beta = load_scalar(beta)
+        tl.store(reconstruction_ptr, reconstruction)
+        tl.store(mean_kl_ptr, mean_kl)
+        tl.store(loss_ptr, tl.fma(beta, mean_kl, reconstruction))
+        if kl_grad_ptr is not None:
+            tl.store(kl_grad_ptr, (beta * inverse_batch * load_scalar(grad_scale)).to(kl_grad_ptr.dtype.element_ty))
+
+
+@triton.jit
+def elbo_backward_kernel(
+    logits_ptr, target_ptr, loss_grad_ptr, reconstruction_grad_ptr, mean_kl_grad_ptr,
+    logits_grad_ptr, target_grad_ptr, kl_grad_ptr, beta, reconstruction_weight,
+    rows, columns, row_stride, chunks, inverse_batch,
+    FLAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """With g = (loss_grad + reconstruction_grad) * weight / B: logits_grad = 2 * g * (y - target) * y * (1 - y) with y = sigmoid(logits), and
+    target_grad = -2 * g * (y - target); kl_grad = (beta * loss_grad + mean_kl_grad) / B, one number for all samples, written by the first program.
+
+    Shapes: logits and target [rows, columns] at distance row_stride, their gradients dense; everything else []. A missing upstream gradient is None and
+    counts as 0; a gradient nobody needs is None and is not computed.
+    Bytes per float32 element: reads 8 (5 with a uint8 target), writes 4 for each gradient. Launches: 1. Roundings: 13. Deterministic.
+    """
+    if kl_grad_ptr is not None:
+        if tl.program_id(0) == 0:
+            mean_kl_grad = 0.0
+            if mean_kl_grad_ptr is not None:
+                mean_kl_grad += tl.load(mean_kl_grad_ptr)
+            if loss_grad_ptr is not None:
+                mean_kl_grad += load_scalar(beta) * tl.load(loss_grad_ptr)
+            tl.store(kl_grad_ptr, (mean_kl_grad * inverse_batch).to(kl_grad_ptr.dtype.element_ty))
+
+    if logits_grad_ptr is not None or target_grad_ptr is not None:
+        reconstruction_grad = 0.0
+        if reconstruction_grad_ptr is not None:
+            reconstruction_grad += tl.load(reconstruction_grad_ptr)
+        if loss_grad_ptr is not None:
+            reconstruction_grad += tl.load(loss_grad_ptr)
+        first_row, first_column = program_tile(chunks, FLAT, ROWS, COLUMNS)
+        row = tl.arange(0, ROWS)
+        inside = (row < rows - first_row)[:, None] & (tl.arange(0, COLUMNS) < columns - first_column)[None, :]
+        base = first_row * row_stride + first_column
+        offsets = row[:, None] * row_stride + tl.arange(0, COLUMNS)[None, :]
+        result = first_row * columns + first_column
+        result_offsets = row[:, None] * columns + tl.arange(0, COLUMNS)[None, :]
+        logits = tl.load(logits_ptr + base + offsets, mask=inside, other=0.0).to(tl.float32)
+        error, slope = sigmoid_mse(logits, load_target(target_ptr + base + offsets, inside), FAST)
+        error_grad = (2.0 * reconstruction_grad * load_scalar(reconstruction_weight) * inverse_batch) * error
+        if logits_grad_ptr is not None:
+            grad = (error_grad * slope).to(logits_grad_ptr.dtype.element_ty)
+            tl.store(logits_grad_ptr + result + result_offsets, grad, mask=inside)
+        if target_grad_ptr is not None:
+            grad = (-error_grad).to(target_grad_ptr.dtype.element_ty)
+            tl.store(target_grad_ptr + result + result_offsets, grad, mask=inside)
+
+
+Scalar = float | Tensor
+
+
+def allocate_values(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """loss, reconstruction and mean_kl: three tensors, because views of one buffer could not be modified in place by the user."""
+    return tuple(logits.new_empty([], dtype=torch.float32) for _ in range(3))
+
+
+def elbo_forward(
+    logits: Tensor,
+    target: Tensor,
+    kl: Tensor,
+    beta: Scalar,
+    reconstruction_weight: Scalar,
+    grad_scale: Scalar,
+    logits_grad: Tensor | None,
+    kl_grad: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three values; and the gradients, where tensors are given for them."""
+    values = allocate_values(logits)
+    batch = logits.shape[0]
+    if batch == 0:
+        for value in values:
+            value.fill_(float("nan"))
+        return values
+    logits, target = read_pair(logits, target)
+    tiling = cut_pair(logits, per_row=False)
+    partial = values[0].new_empty(tiling.programs) if tiling.programs > 1 else None
+    launch(
+        elbo_forward_kernel,
+        tiling.programs,
+        tiling.num_warps,
+        logits.device,
+        logits,
+        target,
+        kl,
+        *values,
+        logits_grad,
+        kl_grad,
+        partial,
+        None if partial is None else ticket(partial.device),
+        as_argument(beta),
+        as_argument(reconstruction_weight),
+        as_argument(grad_scale),
+        tiling.rows,
+        tiling.columns,
+        logits.stride(0),
+        tiling.chunks,
+        kl.stride(0),
+        batch,
+        1.0 / batch,
+        FLAT=tiling.rows == 1,
+        ROWS=tiling.tile_rows,
+        COLUMNS=tiling.tile_columns,
+        BLOCK=1024,
+    )
+    return values
+
+
+def as_argument(scalar: Scalar) -> Scalar:
+    """A kernel argument: an integer would be compiled into the kernel, a float is not."""
+    return scalar if isinstance(scalar, Tensor) else float(scalar)
+
+
+def elbo_loss(
+    logits: Tensor, target: Tensor, kl: Tensor, beta: Scalar, reconstruction_weight: Scalar
+) -> tuple[Tensor, Tensor, Tensor]:
+    return elbo_forward(logits, target, kl, beta, reconstruction_weight, 1.0, None, None)
+
+
+def elbo_value_and_grad(
+    logits: Tensor,
+    target: Tensor,
+    kl: Tensor,
+    beta: Scalar,
+    reconstruction_weight: Scalar,
+    grad_scale: Scalar | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss, reconstruction, mean_kl, the gradient of logits, and that of each sample's kl, one number."""
+    (logits_grad,) = allocate_gradients(logits, target, True, False)
+    kl_grad = kl.new_empty([])
+    grad_scale = 1.0 if grad_scale is None else grad_scale
+    values = elbo_forward(logits, target, kl, beta, reconstruction_weight, grad_scale, logits_grad, kl_grad)
+    return *values, in_format_of(logits_grad, logits), kl_grad
+
+
+def allocate_all_gradients(
+    logits: Tensor, target: Tensor, kl: Tensor, needs_logits: bool, needs_target: bool, needs_kl: bool
+) -> list[Tensor]:
+    """Uninitialised gradients of those that are needed; that of kl is one number for all samples."""
+    gradients = allocate_gradients(logits, target, needs_logits, needs_target)
+    return gradients + [kl.new_empty([])] if needs_kl else gradients
+
+
+def elbo_backward(
+    logits: Tensor,
+    target: Tensor,
+    kl: Tensor,
+    loss_grad: Tensor | None,
+    reconstruction_grad: Tensor | None,
+    mean_kl_grad: Tensor | None,
+    beta: Scalar,
+    reconstruction_weight: Scalar,
+    needs_logits: bool,
+    needs_target: bool,
+    needs_kl: bool,
+) -> list[Tensor]:
+    """The gradients that `allocate_all_gradients` lists."""
+    gradients = allocate_all_gradients(logits, target, kl, needs_logits, needs_target, needs_kl)
+    batch = logits.shape[0]
+    elementwise = gradients[: needs_logits + needs_target]
+    if batch:
+        read_logits, read_target = read_pair(logits, target)
+        tiling = cut_pair(read_logits, per_row=False)
+        launch(
+            elbo_backward_kernel,
+            tiling.programs if elementwise else 1,
+            tiling.num_warps,
+            logits.device,
+            read_logits,
+            read_target,
+            loss_grad,
+            reconstruction_grad,
+            mean_kl_grad,
+            gradients[0] if needs_logits else None,
+            elementwise[-1] if needs_target else None,
+            gradients[-1] if needs_kl else None,
+            as_argument(beta),
+            as_argument(reconstruction_weight),
+            tiling.rows,
+            tiling.columns,
+            read_logits.stride(0),
+            tiling.chunks,
+            1.0 / batch,
+            FLAT=tiling.rows == 1,
+            ROWS=tiling.tile_rows,
+            COLUMNS=tiling.tile_columns,
+        )
+    inputs = [tensor for tensor, needed in ((logits, needs_logits), (target, needs_target)) if needed]
+    formatted = [in_format_of(gradient, tensor) for gradient, tensor in zip(elementwise, inputs, strict=True)]
+    return formatted + gradients[len(elementwise) :]

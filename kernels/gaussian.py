@@ -1,0 +1,305 @@
+"""Kernels of the diagonal Gaussian posterior: sampling, its divergence from N(0, I), and the gradients of both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import launch, ticket
+from .layout import dense_strides, in_format_of, with_dense_rows, with_strides
+from .moments import Moments, read_moments
+from .noise import load_rng, normals_of_elements, normals_of_quads
+from .numerics import exp_half, expm1, expm1_minus
+from .tiles import (
+    drew_last_ticket,
+    empty_sum,
+    program_tile,
+    reduction_scale,
+    sum_blocks,
+    sum_groups_in_order,
+)
+
+# (seed_ptr, offset_ptr, seed, offset): by value with null pointers, or read from the device, see `noise.load_rng`.
+Rng = tuple[Tensor | None, Tensor | None, int, int]
+NO_RNG: Rng = (None, None, 0, 0)
+
+
+@triton.jit
+def moments_tile(first_column, INNER: tl.constexpr, COLUMNS: tl.constexpr):
+    """Where a row's elements lie, as (int64 base, int32 offsets [COLUMNS]), counted from the row's start.
+
+    INNER = 0: one after the other. Otherwise mu and logvar take turns, INNER elements each (a packed tensor split along an inner dimension).
+    """
+    column = tl.arange(0, COLUMNS)
+    if INNER == 0:
+        return first_column, column
+    column += (first_column % INNER).to(tl.int32)
+    offsets = column + column // INNER * INNER
+    if INNER % 8 == 0:
+        # INNER elements run on; the compiler does not see it through the division.
+        offsets = tl.max_contiguous(tl.multiple_of(offsets, 8), 8)
+    return first_column // INNER * (2 * INNER), offsets
+
+
+@triton.jit
+def noise_tile(
+    eps_ptr, seed_ptr, offset_ptr, seed, offset, position, columns, inside,
+    QUADS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """The noise [ROWS, COLUMNS] of the tile whose first element is `position`: read from eps, or made from (seed, offset)."""
+    row = tl.arange(0, ROWS)[:, None]
+    if eps_ptr is not None:
+        offsets = row * columns + tl.arange(0, COLUMNS)[None, :]
+        return tl.load(eps_ptr + position + offsets, mask=inside, other=0.0).to(tl.float32)
+    seed, offset = load_rng(seed_ptr, offset_ptr, seed, offset)
+    if QUADS:
+        quad = (position >> 2) + (row * (columns >> 2) + tl.arange(0, COLUMNS // 4)[None, :])
+        return normals_of_quads(seed, offset, quad, ROWS, COLUMNS, FAST)
+    return normals_of_elements(seed, offset, position + (row * columns + tl.arange(0, COLUMNS)[None, :]), FAST)
+
+
+@triton.jit
+def gaussian_forward_kernel(
+    mu_ptr, logvar_ptr, eps_ptr, z_ptr, kl_ptr, partial_ptr, ticket_ptr,
+    seed_ptr, offset_ptr, seed: tl.int64, offset: tl.int64,
+    rows, columns, row_stride, chunks, kl_scale,
+    INNER: tl.constexpr, FLAT: tl.constexpr, QUADS: tl.constexpr, PER_ROW: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """z = mu + exp(logvar / 2) * eps (unless z_ptr is None), and kl = kl_scale * sum (mu^2 + exp(logvar) - 1 - logvar) (unless kl_ptr is None).
+
+    Shapes: mu and logvar [rows, columns] at distance row_stride; eps (None: made from seed and offset) and z [rows, columns], dense; kl float32 [rows]
+    if PER_ROW, else []. Where no program owns a whole sum, partial is float32 [programs] and ticket int32 [1], zero.
+    Bytes per float32 element: reads 8, writes 4 for z (and reads 4 for a given eps); 4 more per program where there are partial sums.
+    Launches: 1. Roundings: z 8, plus |logvar| / 2 in the exponent; a term of kl 11, plus |logvar|, plus one per level of the sum.
+    Deterministic: no floating-point atomics, partial sums are added in the order of their elements.
+    """
+    first_row, first_column = program_tile(chunks, FLAT, ROWS, COLUMNS)
+    row = tl.arange(0, ROWS)
+    inside_row = row < rows - first_row
+    inside = inside_row[:, None] & (tl.arange(0, COLUMNS) < columns - first_column)[None, :]
+    source, offsets = moments_tile(first_column, INNER, COLUMNS)
+    source += first_row * row_stride
+    offsets = row[:, None] * row_stride + offsets[None, :]
+    mu = tl.load(mu_ptr + source + offsets, mask=inside, other=0.0).to(tl.float32)
+    logvar = tl.load(logvar_ptr + source + offsets, mask=inside, other=0.0).to(tl.float32)
+    std = exp_half(logvar, FAST)
+
+    if z_ptr is not None:
+        position = first_row * columns + first_column
+        eps = noise_tile(
+            eps_ptr, seed_ptr, offset_ptr, seed, offset, position, columns, inside, QUADS, ROWS, COLUMNS, FAST
+        )
+        z = tl.fma(std, eps, mu)
+        at = z_ptr + position + (row[:, None] * columns + tl.arange(0, COLUMNS)[None, :])
+        tl.store(at, z.to(z_ptr.dtype.element_ty), mask=inside)
+
+    if kl_ptr is not None:
+        # std^2 instead of a second exponential. Outside of the tensor mu = logvar = 0, where the term is 0.
+        terms = tl.fma(mu, mu, expm1_minus(logvar, std * std))
+        if partial_ptr is None:
+            if PER_ROW:
+                tl.store(kl_ptr + first_row + row, tl.sum(terms, axis=1) * kl_scale, mask=inside_row)
+            else:
+                tl.store(kl_ptr, tl.sum(terms) * kl_scale)
+        else:
+            tl.store(partial_ptr + tl.program_id(0), tl.sum(terms))
+            if drew_last_ticket(ticket_ptr):
+                groups = rows if PER_ROW else 1
+                sum_groups_in_order(partial_ptr, kl_ptr, groups, tl.num_programs(0) // groups, kl_scale, GROUPS, BLOCK)
+
+
+@triton.jit
+def gaussian_backward_kernel(
+    mu_ptr, logvar_ptr, eps_ptr, z_grad_ptr, kl_grad_ptr, mu_grad_ptr, logvar_grad_ptr,
+    seed_ptr, offset_ptr, seed: tl.int64, offset: tl.int64,
+    rows, columns, row_stride, grad_row_stride, chunks, kl_grad_stride, kl_scale,
+    INNER: tl.constexpr, FLAT: tl.constexpr, QUADS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """mu_grad = z_grad + kl_grad * mu and logvar_grad = (z_grad * exp(logvar / 2) * eps + kl_grad * (exp(logvar) - 1)) / 2, kl_grad times kl_scale.
+
+    Shapes: mu and logvar [rows, columns] at distance row_stride, their gradients at distance grad_row_stride; z_grad and eps (None: made again from seed and offset) [rows, columns],
+    dense; kl_grad float32 [rows] at distance kl_grad_stride, or [] with stride 0. A missing upstream gradient is None and counts as 0; a gradient
+    nobody needs is None and is not computed.
+    Bytes per float32 element: reads 12, writes 8 (and reads 4 for a given eps). Launches: 1. Deterministic.
+    Roundings: mu_grad 3; logvar_grad 13, plus |logvar| in the exponent.
+    """
+    first_row, first_column = program_tile(chunks, FLAT, ROWS, COLUMNS)
+    row = tl.arange(0, ROWS)
+    inside_row = row < rows - first_row
+    inside = inside_row[:, None] & (tl.arange(0, COLUMNS) < columns - first_column)[None, :]
+    base, offsets = moments_tile(first_column, INNER, COLUMNS)
+    source = base + first_row * row_stride
+    source_offsets = row[:, None] * row_stride + offsets[None, :]
+    result = base + first_row * grad_row_stride
+    result_offsets = row[:, None] * grad_row_stride + offsets[None, :]
+    position = first_row * columns + first_column
+
+    mu_grad = tl.zeros([ROWS, COLUMNS], tl.float32)
+    logvar_grad = tl.zeros([ROWS, COLUMNS], tl.float32)
+    if logvar_grad_ptr is not None:
+        logvar = tl.load(logvar_ptr + source + source_offsets, mask=inside, other=0.0).to(tl.float32)
+        std = exp_half(logvar, FAST)
+    if z_grad_ptr is not None:
+        dense = row[:, None] * columns + tl.arange(0, COLUMNS)[None, :]
+        z_grad = tl.load(z_grad_ptr + position + dense, mask=inside, other=0.0).to(tl.float32)
+        mu_grad = z_grad
+        if logvar_grad_ptr is not None:
+            eps = noise_tile(
+                eps_ptr, seed_ptr, offset_ptr, seed, offset, position, columns, inside, QUADS, ROWS, COLUMNS, FAST
+            )
+            logvar_grad = z_grad * (std * eps)
+    if kl_grad_ptr is not None:
+        kl_grad = tl.load(kl_grad_ptr + (first_row + row) * kl_grad_stride, mask=inside_row, other=0.0)[:, None] * kl_scale
+        if mu_grad_ptr is not None:
+            mu = tl.load(mu_ptr + source + source_offsets, mask=inside, other=0.0).to(tl.float32)
+            mu_grad = tl.fma(kl_grad, mu, mu_grad)
+        if logvar_grad_ptr is not None:
+            logvar_grad = tl.fma(kl_grad, expm1(logvar, std * std), logvar_grad)
+    if mu_grad_ptr is not None:
+        tl.store(mu_grad_ptr + result + result_offsets, mu_grad.to(mu_grad_ptr.dtype.element_ty), mask=inside)
+    if logvar_grad_ptr is not None:
+        tl.store(
+            logvar_grad_ptr + result + result_offsets,
+            (0.5 * logvar_grad).to(logvar_grad_ptr.dtype.element_ty),
+            mask=inside,
+        )
+
+
+def allocate_z(moments: Moments) -> Tensor:
+    return moments.mu.new_empty_strided(moments.mu.shape, moments.strides)
+
+
+def allocate_kl(moments: Moments, reduction: str) -> Tensor:
+    return moments.mu.new_empty([moments.batch] if reduction == "none" else [], dtype=torch.float32)
+
+
+def gaussian_forward(
+    moments: Moments, z: Tensor | None, kl: Tensor | None, reduction: str, eps: Tensor | None, rng: Rng
+) -> None:
+    """Fill z and kl, whichever is given."""
+    per_row = kl is not None and reduction == "none"
+    tiling = moments.cut(per_row)
+    groups, count = (tiling.rows, tiling.chunks) if per_row else (1, tiling.programs)
+    if tiling.rows * tiling.columns == 0:
+        if kl is not None:
+            kl.fill_(empty_sum(reduction, moments.batch))
+        return
+    partial = None
+    if kl is not None and count > 1:
+        partial = kl.new_empty(tiling.programs)
+    launch(
+        gaussian_forward_kernel,
+        tiling.programs,
+        tiling.num_warps,
+        moments.mu.device,
+        moments.mu,
+        moments.logvar,
+        None if eps is None else with_strides(eps, moments.strides),
+        z,
+        kl,
+        partial,
+        None if partial is None else ticket(partial.device),
+        *rng,
+        tiling.rows,
+        tiling.columns,
+        moments.row_stride,
+        tiling.chunks,
+        0.5 * reduction_scale(reduction, moments.batch, moments.event),
+        INNER=moments.inner,
+        FLAT=tiling.rows == 1,
+        QUADS=tiling.rows == 1 or tiling.columns % 4 == 0,
+        PER_ROW=per_row,
+        ROWS=tiling.tile_rows,
+        COLUMNS=tiling.tile_columns,
+        **sum_blocks(groups, count),
+    )
+
+
+def gaussian_sample(mu: Tensor, logvar: Tensor, eps: Tensor | None, *rng: Any) -> Tensor:
+    moments = read_moments(mu, logvar, 1)
+    z = allocate_z(moments)
+    gaussian_forward(moments, z, None, "none", eps, rng)
+    return z
+
+
+def gaussian_kl(mu: Tensor, logvar: Tensor, reduction: str) -> Tensor:
+    moments = read_moments(mu, logvar, 1)
+    kl = allocate_kl(moments, reduction)
+    gaussian_forward(moments, None, kl, reduction, None, NO_RNG)
+    return kl
+
+
+def gaussian_sample_kl(
+    mu: Tensor, logvar: Tensor | None, dim: int, reduction: str, eps: Tensor | None, *rng: Any
+) -> tuple[Tensor, Tensor]:
+    moments = read_moments(mu, logvar, dim)
+    z, kl = allocate_z(moments), allocate_kl(moments, reduction)
+    gaussian_forward(moments, z, kl, reduction, eps, rng)
+    return z, kl
+
+
+def allocate_gradients(
+    mu: Tensor, logvar: Tensor | None, dim: int, needs_mu: bool, needs_logvar: bool
+) -> tuple[Moments, list[Tensor]]:
+    """The moments, and uninitialised gradients: one for packed moments, else one for each of mu and logvar that needs it."""
+    moments = read_moments(mu, logvar, dim)
+    if logvar is None:
+        return moments, [mu.new_empty_strided(mu.shape, dense_strides(with_dense_rows(mu)))]
+    return moments, [allocate_z(moments) for needed in (needs_mu, needs_logvar) if needed]
+
+
+def gaussian_backward(
+    mu: Tensor,
+    logvar: Tensor | None,
+    dim: int,
+    reduction: str,
+    z_grad: Tensor | None,
+    kl_grad: Tensor | None,
+    needs_mu: bool,
+    needs_logvar: bool,
+    eps: Tensor | None,
+    *rng: Any,
+) -> list[Tensor]:
+    """The gradients that `allocate_gradients` lists."""
+    moments, gradients = allocate_gradients(mu, logvar, dim, needs_mu, needs_logvar)
+    per_row = kl_grad is not None and reduction == "none" and kl_grad.stride(0) != 0
+    tiling = moments.cut(per_row)
+    if logvar is None:
+        half = mu.shape[dim] // 2
+        mu_grad, logvar_grad = gradients[0].narrow(dim, 0, half), gradients[0].narrow(dim, half, half)
+    else:
+        mu_grad, logvar_grad = gradients[0] if needs_mu else None, gradients[-1] if needs_logvar else None
+    if tiling.rows * tiling.columns:
+        launch(
+            gaussian_backward_kernel,
+            tiling.programs,
+            tiling.num_warps,
+            mu.device,
+            moments.mu,
+            moments.logvar,
+            None if eps is None else with_strides(eps, moments.strides),
+            None if z_grad is None else with_strides(z_grad, moments.strides),
+            kl_grad,
+            mu_grad,
+            logvar_grad,
+            *rng,
+            tiling.rows,
+            tiling.columns,
+            moments.row_stride,
+            gradients[0].stride(0),
+            tiling.chunks,
+            kl_grad.stride(0) if per_row else 0,
+            reduction_scale(reduction, moments.batch, moments.event),
+            INNER=moments.inner,
+            FLAT=tiling.rows == 1,
+            QUADS=tiling.rows == 1 or tiling.columns % 4 == 0,
+            ROWS=tiling.tile_rows,
+            COLUMNS=tiling.tile_columns,
+        )
+    return [in_format_of(gradient, tensor) for gradient, tensor in zip(gradients, (t for t in (mu, logvar) if t is not None))]

@@ -1,0 +1,57 @@
+"""Launching: where, in which mode, and with which ticket."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .numerics import exp
+
+# The mode is fixed when a function is decorated, and TRITON_INTERPRET may have changed since: ask a function, not the environment.
+INTERPRETED = not isinstance(exp, triton.JITFunction)
+
+# The kernels' FAST: NVIDIA's approximate instructions exist neither on the interpreter nor on AMD.
+FAST = not INTERPRETED and torch.version.hip is None
+
+_tickets: dict[tuple[int, int], Tensor] = {}
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Make `device` current; free where it is already, or is no CUDA device."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return nullcontext()
+
+
+def launch(kernel: Any, programs: int, num_warps: int, device: torch.device, *arguments: Any, **constants: Any) -> None:
+    """Run `kernel` with `programs` programs on the current stream of `device`, also when another device is current."""
+    options = dict(constants, num_warps=num_warps, FAST=FAST, enable_fp_fusion=True)
+    try:
+        with on_device(device):
+            kernel[(programs,)](*arguments, **options)
+    except BaseException:
+        # A launch that was cut short may have drawn tickets: later launches get new ones.
+        _tickets.clear()
+        raise
+
+
+def ticket(device: torch.device) -> Tensor:
+    """int32 [1], zero: the counter by which the last program of a launch knows itself (`tiles.drew_last_ticket`).
+
+    One per device and stream, because launches on one stream follow each other; under capture a new one, zeroed inside the graph, because a graph may
+    be replayed on any stream.
+    """
+    if device.type != "cuda":
+        key = (-1, 0)
+    else:
+        with on_device(device):
+            if torch.cuda.is_current_stream_capturing():
+                return torch.zeros(1, dtype=torch.int32, device=device)
+            key = (device.index, torch.cuda.current_stream().cuda_stream)
+    if key not in _tickets:
+        _tickets[key] = torch.zeros(1, dtype=torch.int32, device=device)
+    return _tickets[key]

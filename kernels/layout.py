@@ -1,0 +1,63 @@
+"""Which strides a kernel takes as they come, and which are copied first.
+
+A kernel reads a tensor [B, ...] as rows, one per sample, at distance stride(0), each of them dense in some order of its dimensions: contiguous,
+channels_last, a slice of the batch, or mu and logvar as halves of one [B, 2K]. The tensors of one call must agree in that order. Anything else is copied
+once, by one `Tensor.copy_`, before the launch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Strides = tuple[int, ...]
+
+
+def has_dense_rows(tensor: Tensor) -> bool:
+    """Whether each sample has the strides of a contiguous tensor, in some order of its dimensions."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, length in sorted(zip(tensor.stride()[1:], tensor.shape[1:], strict=True)):
+        if length != 1:
+            if stride != expected:
+                return False
+            expected *= length
+    return True
+
+
+def dense_strides(tensor: Tensor) -> Strides:
+    """The strides of a dense tensor with the batch outermost and the other dimensions in the order of `tensor`'s strides."""
+    if tensor.is_contiguous():
+        return tensor.stride()
+    strides = [0] * tensor.ndim
+    size = 1
+    for d in sorted(range(1, tensor.ndim), key=lambda d: (-tensor.stride(d), d), reverse=True):
+        strides[d] = size
+        size *= tensor.shape[d]
+    strides[0] = size
+    return tuple(strides)
+
+
+def with_dense_rows(tensor: Tensor) -> Tensor:
+    """`tensor` if it has dense rows, else a dense copy."""
+    return tensor if has_dense_rows(tensor) else with_strides(tensor, dense_strides(tensor))
+
+
+def has_strides(tensor: Tensor, strides: Strides) -> bool:
+    """Whether `tensor` has these strides, where they matter: the stride of a dimension of size 1 does not."""
+    return all(
+        own == wanted or length == 1 for own, wanted, length in zip(tensor.stride(), strides, tensor.shape, strict=True)
+    )
+
+
+def with_strides(tensor: Tensor, strides: Strides) -> Tensor:
+    """`tensor` if it has these strides, else a copy that has them."""
+    if has_strides(tensor, strides):
+        return tensor
+    return tensor.new_empty_strided(tensor.shape, strides).copy_(tensor)
+
+
+def in_format_of(gradient: Tensor, tensor: Tensor) -> Tensor:
+    """The gradient of `tensor` in the memory format of `tensor`: a copy only where that is not the format the kernel wrote."""
+    return with_strides(gradient, dense_strides(tensor) if has_dense_rows(tensor) else torch.empty_like(tensor).stride())

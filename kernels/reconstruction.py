@@ -1,0 +1,204 @@
+"""Kernels of the likelihoods of the data given the decoder's logits."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import launch, ticket
+from .layout import dense_strides, has_strides, in_format_of, with_dense_rows, with_strides
+from .numerics import sigmoid
+from .tiles import (
+    Tiling,
+    cut,
+    drew_last_ticket,
+    empty_sum,
+    program_tile,
+    reduction_scale,
+    sum_blocks,
+    sum_groups_in_order,
+)
+
+
+@triton.jit
+def load_target(target_ptr, inside):
+    """The target in float32; bytes are read as t / 255."""
+    target = tl.load(target_ptr, mask=inside, other=0)
+    if target_ptr.dtype.element_ty == tl.uint8:
+        return target.to(tl.float32) * (1.0 / 255.0)
+    return target.to(tl.float32)
+
+
+@triton.jit
+def sigmoid_mse(logits, target, FAST: tl.constexpr):
+    """(y - target, y * (1 - y)) with y = sigmoid(logits): the loss is the square of the first, its slope twice their product."""
+    y, slope = sigmoid(logits, FAST)
+    return y - target, slope
+
+
+@triton.jit
+def sigmoid_mse_forward_kernel(
+    logits_ptr, target_ptr, loss_ptr, partial_ptr, ticket_ptr,
+    rows, columns, row_stride, chunks, scale,
+    FLAT: tl.constexpr, PER_ROW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    GROUPS: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """loss = scale * sum (sigmoid(logits) - target)^2.
+
+    Shapes: logits and target [rows, columns] at distance row_stride; loss float32 [rows] if PER_ROW, else []. Where no program owns a whole sum, partial
+    is float32 [programs] and ticket int32 [1], zero.
+    Bytes per float32 element: reads 8 (5 with a uint8 target), writes none; 4 more per program where there are partial sums.
+    Launches: 1. Roundings: a term 9, plus one per level of the sum. Deterministic: no floating-point atomics, partial sums are added in order.
+    """
+    first_row, first_column = program_tile(chunks, FLAT, ROWS, COLUMNS)
+    row = tl.arange(0, ROWS)
+    inside_row = row < rows - first_row
+    inside = inside_row[:, None] & (tl.arange(0, COLUMNS) < columns - first_column)[None, :]
+    base = first_row * row_stride + first_column
+    offsets = row[:, None] * row_stride + tl.arange(0, COLUMNS)[None, :]
+    logits = tl.load(logits_ptr + base + offsets, mask=inside, other=0.0).to(tl.float32)
+    error, _ = sigmoid_mse(logits, load_target(target_ptr + base + offsets, inside), FAST)
+    terms = tl.where(inside, error * error, 0.0)
+    if partial_ptr is None:
+        if PER_ROW:
+            tl.store(loss_ptr + first_row + row, tl.sum(terms, axis=1) * scale, mask=inside_row)
+        else:
+            tl.store(loss_ptr, tl.sum(terms) * scale)
+    else:
+        tl.store(partial_ptr + tl.program_id(0), tl.sum(terms))
+        if drew_last_ticket(ticket_ptr):
+            groups = rows if PER_ROW else 1
+            sum_groups_in_order(partial_ptr, loss_ptr, groups, tl.num_programs(0) // groups, scale, GROUPS, BLOCK)
+
+
+@triton.jit
+def sigmoid_mse_backward_kernel(
+    logits_ptr, target_ptr, loss_grad_ptr, logits_grad_ptr, target_grad_ptr,
+    rows, columns, row_stride, chunks, loss_grad_stride, scale,
+    FLAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """logits_grad = 2 * scale * loss_grad * (y - target) * y * (1 - y) with y = sigmoid(logits), and target_grad = -2 * scale * loss_grad * (y - target).
+
+    Shapes: logits and target [rows, columns] at distance row_stride, their gradients dense; loss_grad float32 [rows] at distance loss_grad_stride, or []
+    with stride 0. A gradient nobody needs is None and is not computed.
+    Bytes per float32 element: reads 8 (5 with a uint8 target), writes 4 for each gradient. Launches: 1. Roundings: 11. Deterministic.
+    """
+    first_row, first_column = program_tile(chunks, FLAT, ROWS, COLUMNS)
+    row = tl.arange(0, ROWS)
+    inside_row = row < rows - first_row
+    inside = inside_row[:, None] & (tl.arange(0, COLUMNS) < columns - first_column)[None, :]
+    base = first_row * row_stride + first_column
+    offsets = row[:, None] * row_stride + tl.arange(0, COLUMNS)[None, :]
+    result = first_row * columns + first_column
+    result_offsets = row[:, None] * columns + tl.arange(0, COLUMNS)[None, :]
+    loss_grad = tl.load(loss_grad_ptr + (first_row + row) * loss_grad_stride, mask=inside_row, other=0.0).to(tl.float32)
+    logits = tl.load(logits_ptr + base + offsets, mask=inside, other=0.0).to(tl.float32)
+    error, slope = sigmoid_mse(logits, load_target(target_ptr + base + offsets, inside), FAST)
+    error_grad = (2.0 * scale * loss_grad)[:, None] * error
+    if logits_grad_ptr is not None:
+        grad = (error_grad * slope).to(logits_grad_ptr.dtype.element_ty)
+        tl.store(logits_grad_ptr + result + result_offsets, grad, mask=inside)
+    if target_grad_ptr is not None:
+        grad = (-error_grad).to(target_grad_ptr.dtype.element_ty)
+        tl.store(target_grad_ptr + result + result_offsets, grad, mask=inside)
+
+
+def read_pair(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """logits and target with dense rows and equal strides."""
+    logits = with_dense_rows(logits)
+    if not has_strides(target, logits.stride()):
+        strides = dense_strides(logits)
+        logits, target = with_strides(logits, strides), with_strides(target, strides)
+    return logits, target
+
+
+def cut_pair(logits: Tensor, per_row: bool) -> Tiling:
+    """Rows are needed where each has a sum of its own, or where they do not follow each other without a gap."""
+    batch, event = logits.shape[0], dense_strides(logits)[0]
+    if batch == 1 or (logits.stride(0) == event and not per_row):
+        return cut(1, batch * event, logits.element_size())
+    return cut(batch, event, logits.element_size())
+
+
+def allocate_loss(logits: Tensor, reduction: str) -> Tensor:
+    return logits.new_empty(logits.shape[:1] if reduction == "none" else [], dtype=torch.float32)
+
+
+def sigmoid_mse_forward(logits: Tensor, target: Tensor, reduction: str) -> Tensor:
+    loss = allocate_loss(logits, reduction)
+    batch = logits.shape[0]
+    if logits.numel() == 0:
+        return loss.fill_(empty_sum(reduction, batch))
+    logits, target = read_pair(logits, target)
+    per_row = reduction == "none"
+    tiling = cut_pair(logits, per_row)
+    groups, count = (tiling.rows, tiling.chunks) if per_row else (1, tiling.programs)
+    partial = loss.new_empty(tiling.programs) if count > 1 else None
+    launch(
+        sigmoid_mse_forward_kernel,
+        tiling.programs,
+        tiling.num_warps,
+        logits.device,
+        logits,
+        target,
+        loss,
+        partial,
+        None if partial is None else ticket(partial.device),
+        tiling.rows,
+        tiling.columns,
+        logits.stride(0),
+        tiling.chunks,
+        reduction_scale(reduction, batch, logits.numel() // batch),
+        FLAT=tiling.rows == 1,
+        PER_ROW=per_row,
+        ROWS=tiling.tile_rows,
+        COLUMNS=tiling.tile_columns,
+        **sum_blocks(groups, count),
+    )
+    return loss
+
+
+def allocate_gradients(logits: Tensor, target: Tensor, needs_logits: bool, needs_target: bool) -> list[Tensor]:
+    """Uninitialised gradients, dense in the order of logits, for each that is needed."""
+    strides = dense_strides(logits)
+    return [
+        tensor.new_empty_strided(tensor.shape, strides)
+        for tensor, needed in ((logits, needs_logits), (target, needs_target))
+        if needed
+    ]
+
+
+def sigmoid_mse_backward(
+    logits: Tensor, target: Tensor, loss_grad: Tensor, reduction: str, needs_logits: bool, needs_target: bool
+) -> list[Tensor]:
+    """The gradients that `allocate_gradients` lists."""
+    gradients = allocate_gradients(logits, target, needs_logits, needs_target)
+    batch = logits.shape[0]
+    if logits.numel():
+        read_logits, read_target = read_pair(logits, target)
+        per_row = reduction == "none" and loss_grad.stride(0) != 0
+        tiling = cut_pair(read_logits, per_row)
+        launch(
+            sigmoid_mse_backward_kernel,
+            tiling.programs,
+            tiling.num_warps,
+            logits.device,
+            read_logits,
+            read_target,
+            loss_grad,
+            gradients[0] if needs_logits else None,
+            gradients[-1] if needs_target else None,
+            tiling.rows,
+            tiling.columns,
+            read_logits.stride(0),
+            tiling.chunks,
+            loss_grad.stride(0) if per_row else 0,
+            reduction_scale(reduction, batch, logits.numel() // batch),
+            FLAT=tiling.rows == 1,
+            ROWS=tiling.tile_rows,
+            COLUMNS=tiling.tile_columns,
+        )
+    inputs = [tensor for tensor, needed in ((logits, needs_logits), (target, needs_target)) if needed]
+    return [in_format_of(gradient, tensor) for gradient, tensor in zip(gradients, inputs, strict=True)]

@@ -1,0 +1,126 @@
+"""How a tensor [B, ...] is cut into tiles, one per program, and how sums over several tiles are finished in the same launch."""
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """The cut of a [rows, columns] problem: each program takes `tile_rows` whole rows, or `tile_columns` elements of one row."""
+
+    rows: int
+    columns: int
+    tile_rows: int
+    tile_columns: int
+    num_warps: int
+
+    @property
+    def chunks(self) -> int:
+        """Programs per row."""
+        return -(-self.columns // self.tile_columns)
+
+    @property
+    def programs(self) -> int:
+        return self.chunks * -(-self.rows // self.tile_rows)
+
+
+def cut(rows: int, columns: int, itemsize: int) -> Tiling:
+    """Cut a problem whose bulk tensors have elements of `itemsize` bytes.
+
+    Tiles are powers of two that depend on the problem only, never on the card, so that sums are the same everywhere.
+    No figure here was measured on a GPU; they follow from code compiled for sm_90 with triton 3.6 and 3.9 (registers, vector width).
+    """
+    # Two vectors of 16 bytes per thread and tensor with 4 warps: enough loads in flight, and small problems still spread over the card.
+    size = 2 * 128 * 16 // itemsize
+    if columns <= size:
+        width = max(4, power_of_2(columns))
+        return Tiling(rows, columns, min(size // width, power_of_2(rows)), width, 4)
+    # 4096 elements keep the partial sums of long reductions few: 64 million elements leave 16 thousand of them, 64 KiB.
+    if columns <= 4096 or rows * columns >= 1 << 22:
+        return Tiling(rows, columns, 1, 4096, 8)
+    return Tiling(rows, columns, 1, size, 4)
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+def reduction_scale(reduction: str, batch: int, event: int) -> float:
+    """What the sum over a sample ("none") or over everything is multiplied by."""
+    if reduction == "batchmean":
+        return 1.0 / batch
+    return 1.0 / (batch * event) if reduction == "mean" else 1.0
+
+
+def empty_sum(reduction: str, batch: int) -> float:
+    """A reduction over no elements at all: 0, or NaN where it is a mean over nothing."""
+    return float("nan") if reduction == "mean" or (reduction == "batchmean" and batch == 0) else 0.0
+
+
+def sum_blocks(groups: int, count: int) -> dict[str, int]:
+    """The block in which `sum_groups_in_order` reads its terms: at most 1024 at a time."""
+    block = min(1024, power_of_2(count))
+    return {"GROUPS": min(1024 // block, power_of_2(groups)), "BLOCK": block}
+
+
+@triton.jit
+def program_tile(chunks, FLAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(first row, first column) of this program, in 64 bits so that no offset made from them can overflow.
+
+    Programs run over the `chunks` of a row first, then over the blocks of rows; FLAT says that there is one row, which saves the division.
+    """
+    program = tl.program_id(0)
+    if FLAT:
+        return tl.zeros([], tl.int64), program.to(tl.int64) * COLUMNS
+    return (program // chunks).to(tl.int64) * ROWS, (program % chunks).to(tl.int64) * COLUMNS
+
+
+@triton.jit
+def sum_in_order(terms_ptr, count, stride, BLOCK: tl.constexpr):
+    """The sum of `count` terms in float32, in an order that depends on their number only."""
+    total = tl.zeros([BLOCK], tl.float32)
+    start = 0
+    # while: the interpreter of triton 3.6 cannot count to a tensor with numpy 2.4.
+    while start < count:
+        index = start + tl.arange(0, BLOCK)
+        # .cg reads past the L1 cache, which may hold what was there before another program wrote.
+        terms = tl.load(terms_ptr + index.to(tl.int64) * stride, mask=index < count, other=0.0, cache_modifier=".cg")
+        total += terms.to(tl.float32)
+        start += BLOCK
+    return tl.sum(total)
+
+
+@triton.jit
+def sum_groups_in_order(terms_ptr, sums_ptr, groups, count, scale, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
+    """sums[g] = scale * the sum of terms[g, :], terms [groups, count], in an order that depends on `count` only."""
+    first = 0
+    while first < groups:
+        group = first + tl.arange(0, GROUPS)
+        total = tl.zeros([GROUPS, BLOCK], tl.float32)
+        start = 0
+        while start < count:
+            index = start + tl.arange(0, BLOCK)
+            inside = (group < groups)[:, None] & (index < count)[None, :]
+            total += tl.load(
+                terms_ptr + group[:, None] * count + index[None, :], mask=inside, other=0.0, cache_modifier=".cg"
+            )
+            start += BLOCK
+        tl.store(sums_ptr + group, tl.sum(total, axis=1) * scale, mask=group < groups)
+        first += GROUPS
+
+
+@triton.jit
+def drew_last_ticket(ticket_ptr):
+    """Whether this program is the last of the launch to come here: it then sees what every program stored before its ticket.
+
+    The ticket is 0 when the launch starts, and the last program puts it back to 0.
+    """
+    # The barrier puts all threads' stores before the one thread's atomic, whose release and acquire order the programs.
+    tl.debug_barrier()
+    last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1
+    if last:
+        tl.store(ticket_ptr, 0)
+    return last
