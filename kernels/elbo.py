@@ -8,10 +8,27 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch, ticket
-from .layout import dense_strides, in_format_of
+from .layout import dense_strides, gradient_strides, with_strides
 from .numerics import load_scalar
-from .reconstruction import allocate_gradients, cut_pair, load_target, read_pair, sigmoid_mse
+from .reconstruction import cut_pair, load_target, read_pair, sigmoid_mse
 from .tiles import drew_last_ticket, program_tile, sum_in_order
+
+
+@triton.jit
+def store_values(
+    total, kl_ptr, loss_ptr, reconstruction_ptr, mean_kl_ptr, kl_grad_ptr, beta, weight, grad_scale,
+    kl_stride, batch, inverse_batch, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The three values from the sum of squared errors, and the gradient of kl; `weight` is already divided by the batch."""
+    reconstruction = weight * total
+    mean_kl = sum_in_order(kl_ptr, batch, kl_stride, BLOCK) * inverse_batch
+    kl_weight = load_scalar(beta)
+    tl.store(reconstruction_ptr, reconstruction)
+    tl.store(mean_kl_ptr, mean_kl)
+    tl.store(loss_ptr, tl.fma(kl_weight, mean_kl, reconstruction))
+    if kl_grad_ptr is not None:
+        kl_grad = kl_weight * inverse_batch * load_scalar(grad_scale)
+        tl.store(kl_grad_ptr, kl_grad.to(kl_grad_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -48,22 +65,19 @@ def elbo_forward_kernel(
         result_offsets = row[:, None] * columns + tl.arange(0, COLUMNS)[None, :]
         tl.store(logits_grad_ptr + result + result_offsets, grad.to(logits_grad_ptr.dtype.element_ty), mask=inside)
 
-    # One program, or the last of several, has the total.
-    finishes = True
-    if partial_ptr is not None:
+    if partial_ptr is None:
+        store_values(
+            total, kl_ptr, loss_ptr, reconstruction_ptr, mean_kl_ptr, kl_grad_ptr, beta, weight, grad_scale,
+            kl_stride, batch, inverse_batch, BLOCK,
+        )  # fmt: skip
+    else:
         tl.store(partial_ptr + tl.program_id(0), total)
-        finishes = drew_last_ticket(ticket_ptr)
-    if finishes:
-        if partial_ptr is not None:
+        if drew_last_ticket(ticket_ptr):
             total = sum_in_order(partial_ptr, tl.num_programs(0), 1, BLOCK)
-        reconstruction = weight * total
-        mean_kl = sum_in_order(kl_ptr, batch, kl_stride, BLOCK) * inverse_batch
-        beta = load_scalar(beta)
-        tl.store(reconstruction_ptr, reconstruction)
-        tl.store(mean_kl_ptr, mean_kl)
-        tl.store(loss_ptr, tl.fma(beta, mean_kl, reconstruction))
-        if kl_grad_ptr is not None:
-            tl.store(kl_grad_ptr, (beta * inverse_batch * load_scalar(grad_scale)).to(kl_grad_ptr.dtype.element_ty))
+            store_values(
+                total, kl_ptr, loss_ptr, reconstruction_ptr, mean_kl_ptr, kl_grad_ptr, beta, weight, grad_scale,
+                kl_stride, batch, inverse_batch, BLOCK,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -192,19 +206,11 @@ def elbo_value_and_grad(
     grad_scale: Scalar | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, reconstruction, mean_kl, the gradient of logits, and that of each sample's kl, one number."""
-    (logits_grad,) = allocate_gradients(logits, target, True, False)
+    logits_grad = logits.new_empty_strided(logits.shape, dense_strides(logits))
     kl_grad = kl.new_empty([])
     grad_scale = 1.0 if grad_scale is None else grad_scale
     values = elbo_forward(logits, target, kl, beta, reconstruction_weight, grad_scale, logits_grad, kl_grad)
-    return *values, in_format_of(logits_grad, logits), kl_grad
-
-
-def allocate_all_gradients(
-    logits: Tensor, target: Tensor, kl: Tensor, needs_logits: bool, needs_target: bool, needs_kl: bool
-) -> list[Tensor]:
-    """Uninitialised gradients of those that are needed; that of kl is one number for all samples."""
-    gradients = allocate_gradients(logits, target, needs_logits, needs_target)
-    return gradients + [kl.new_empty([])] if needs_kl else gradients
+    return *values, with_strides(logits_grad, gradient_strides(logits)), kl_grad
 
 
 def elbo_backward(
@@ -220,16 +226,18 @@ def elbo_backward(
     needs_target: bool,
     needs_kl: bool,
 ) -> list[Tensor]:
-    """The gradients that `allocate_all_gradients` lists."""
-    gradients = allocate_all_gradients(logits, target, kl, needs_logits, needs_target, needs_kl)
+    """The gradients of those of logits and target that need one, then that of each sample's kl, one number, if needed."""
+    inputs = [tensor for tensor, needed in ((logits, needs_logits), (target, needs_target)) if needed]
+    # In the order that is read; only an input that has to be copied gets a gradient of other strides.
+    gradients = [tensor.new_empty_strided(tensor.shape, dense_strides(logits)) for tensor in inputs]
+    kl_grads = [kl.new_empty([])] if needs_kl else []
     batch = logits.shape[0]
-    elementwise = gradients[: needs_logits + needs_target]
     if batch:
         read_logits, read_target = read_pair(logits, target)
         tiling = cut_pair(read_logits, per_row=False)
         launch(
             elbo_backward_kernel,
-            tiling.programs if elementwise else 1,
+            tiling.programs if inputs else 1,
             tiling.num_warps,
             logits.device,
             read_logits,
@@ -238,8 +246,8 @@ def elbo_backward(
             reconstruction_grad,
             mean_kl_grad,
             gradients[0] if needs_logits else None,
-            elementwise[-1] if needs_target else None,
-            gradients[-1] if needs_kl else None,
+            gradients[-1] if needs_target else None,
+            kl_grads[0] if needs_kl else None,
             as_argument(beta),
             as_argument(reconstruction_weight),
             tiling.rows,
@@ -251,6 +259,5 @@ def elbo_backward(
             ROWS=tiling.tile_rows,
             COLUMNS=tiling.tile_columns,
         )
-    inputs = [tensor for tensor, needed in ((logits, needs_logits), (target, needs_target)) if needed]
-    formatted = [in_format_of(gradient, tensor) for gradient, tensor in zip(elementwise, inputs, strict=True)]
-    return formatted + gradients[len(elementwise) :]
+    in_format = [with_strides(gradient, gradient_strides(t)) for gradient, t in zip(gradients, inputs, strict=True)]
+    return in_format + kl_grads

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch, ticket
-from .layout import dense_strides, in_format_of, with_dense_rows, with_strides
+from .layout import dense_strides, gradient_strides, with_dense_rows, with_strides
 from .moments import Moments, read_moments
 from .noise import load_rng, normals_of_elements, normals_of_quads
 from .numerics import exp_half, expm1, expm1_minus
@@ -244,16 +244,6 @@ def gaussian_sample_kl(
     return z, kl
 
 
-def allocate_gradients(
-    mu: Tensor, logvar: Tensor | None, dim: int, needs_mu: bool, needs_logvar: bool
-) -> tuple[Moments, list[Tensor]]:
-    """The moments, and uninitialised gradients: one for packed moments, else one for each of mu and logvar that needs it."""
-    moments = read_moments(mu, logvar, dim)
-    if logvar is None:
-        return moments, [mu.new_empty_strided(mu.shape, dense_strides(with_dense_rows(mu)))]
-    return moments, [allocate_z(moments) for needed in (needs_mu, needs_logvar) if needed]
-
-
 def gaussian_backward(
     mu: Tensor,
     logvar: Tensor | None,
@@ -266,15 +256,19 @@ def gaussian_backward(
     eps: Tensor | None,
     *rng: Any,
 ) -> list[Tensor]:
-    """The gradients that `allocate_gradients` lists."""
-    moments, gradients = allocate_gradients(mu, logvar, dim, needs_mu, needs_logvar)
-    per_row = kl_grad is not None and reduction == "none" and kl_grad.stride(0) != 0
-    tiling = moments.cut(per_row)
+    """The gradient of packed moments, or of those of mu and logvar that need it."""
+    moments = read_moments(mu, logvar, dim)
+    inputs = [mu] if logvar is None else [t for t, needed in ((mu, needs_mu), (logvar, needs_logvar)) if needed]
+    # In the order that was read; only an input that was copied has a gradient of other strides.
+    strides = dense_strides(with_dense_rows(mu)) if logvar is None else moments.strides
+    gradients = [tensor.new_empty_strided(tensor.shape, strides) for tensor in inputs]
     if logvar is None:
         half = mu.shape[dim] // 2
         mu_grad, logvar_grad = gradients[0].narrow(dim, 0, half), gradients[0].narrow(dim, half, half)
     else:
         mu_grad, logvar_grad = gradients[0] if needs_mu else None, gradients[-1] if needs_logvar else None
+    per_row = kl_grad is not None and reduction == "none" and kl_grad.stride(0) != 0
+    tiling = moments.cut(per_row)
     if tiling.rows * tiling.columns:
         launch(
             gaussian_backward_kernel,
@@ -292,7 +286,7 @@ def gaussian_backward(
             tiling.rows,
             tiling.columns,
             moments.row_stride,
-            gradients[0].stride(0),
+            strides[0],
             tiling.chunks,
             kl_grad.stride(0) if per_row else 0,
             reduction_scale(reduction, moments.batch, moments.event),
@@ -302,4 +296,4 @@ def gaussian_backward(
             ROWS=tiling.tile_rows,
             COLUMNS=tiling.tile_columns,
         )
-    return [in_format_of(gradient, tensor) for gradient, tensor in zip(gradients, (t for t in (mu, logvar) if t is not None))]
+    return [with_strides(gradient, gradient_strides(t)) for gradient, t in zip(gradients, inputs, strict=True)]

@@ -58,6 +58,11 @@ def with_strides(tensor: Tensor, strides: Strides) -> Tensor:
     return tensor.new_empty_strided(tensor.shape, strides).copy_(tensor)
 
 
-def in_format_of(gradient: Tensor, tensor: Tensor) -> Tensor:
-    """The gradient of `tensor` in the memory format of `tensor`: a copy only where that is not the format the kernel wrote."""
-    return with_strides(gradient, dense_strides(tensor) if has_dense_rows(tensor) else torch.empty_like(tensor).stride())
+def gradient_strides(tensor: Tensor) -> Strides:
+    """The strides of the gradient of `tensor`: its own where they are dense, else those that torch gives to its gradients."""
+    return dense_strides(tensor) if has_dense_rows(tensor) else torch.empty_like(tensor).stride()
+
+
+def empty_gradients(*tensors: Tensor) -> list[Tensor]:
+    """Uninitialised gradients of `tensors`."""
+    return [tensor.new_empty_strided(tensor.shape, gradient_strides(tensor)) for tensor in tensors]

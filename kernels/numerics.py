@@ -78,5 +78,7 @@ def load_scalar(value):
     """A float32 scalar that was given by value or by pointer."""
     value = tl.core.to_tensor(value)
     if value.dtype.is_ptr():
-        return tl.load(value).to(tl.float32)
-    return value
+        number = tl.load(value).to(tl.float32)
+    else:
+        number = value
+    return number

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch, ticket
-from .layout import dense_strides, has_strides, in_format_of, with_dense_rows, with_strides
+from .layout import dense_strides, gradient_strides, has_strides, with_dense_rows, with_strides
 from .numerics import sigmoid
 from .tiles import (
     Tiling,
@@ -160,22 +160,13 @@ def sigmoid_mse_forward(logits: Tensor, target: Tensor, reduction: str) -> Tenso
     return loss
 
 
-def allocate_gradients(logits: Tensor, target: Tensor, needs_logits: bool, needs_target: bool) -> list[Tensor]:
-    """Uninitialised gradients, dense in the order of logits, for each that is needed."""
-    strides = dense_strides(logits)
-    return [
-        tensor.new_empty_strided(tensor.shape, strides)
-        for tensor, needed in ((logits, needs_logits), (target, needs_target))
-        if needed
-    ]
-
-
 def sigmoid_mse_backward(
     logits: Tensor, target: Tensor, loss_grad: Tensor, reduction: str, needs_logits: bool, needs_target: bool
 ) -> list[Tensor]:
-    """The gradients that `allocate_gradients` lists."""
-    gradients = allocate_gradients(logits, target, needs_logits, needs_target)
-    batch = logits.shape[0]
+    """The gradients of those of logits and target that need one."""
+    inputs = [tensor for tensor, needed in ((logits, needs_logits), (target, needs_target)) if needed]
+    # In the order that is read; only an input that has to be copied gets a gradient of other strides.
+    gradients = [tensor.new_empty_strided(tensor.shape, dense_strides(logits)) for tensor in inputs]
     if logits.numel():
         read_logits, read_target = read_pair(logits, target)
         per_row = reduction == "none" and loss_grad.stride(0) != 0
@@ -195,10 +186,9 @@ def sigmoid_mse_backward(
             read_logits.stride(0),
             tiling.chunks,
             loss_grad.stride(0) if per_row else 0,
-            reduction_scale(reduction, batch, logits.numel() // batch),
+            reduction_scale(reduction, logits.shape[0], logits[0].numel()),
             FLAT=tiling.rows == 1,
             ROWS=tiling.tile_rows,
             COLUMNS=tiling.tile_columns,
         )
-    inputs = [tensor for tensor, needed in ((logits, needs_logits), (target, needs_target)) if needed]
-    return [in_format_of(gradient, tensor) for gradient, tensor in zip(gradients, inputs, strict=True)]
+    return [with_strides(gradient, gradient_strides(t)) for gradient, t in zip(gradients, inputs, strict=True)]

@@ -86,7 +86,7 @@ def gaussian_sample_kl(
     if takes_triton(mu, eps):
         from fastvae.autograd import gaussian as fused
 
-        return fused.gaussian_sample_kl(mu, logvar, None, eps, generator, reduction)
+        return fused.gaussian_sample_kl(mu, logvar, 1, reduction, eps, generator)
     return reference.gaussian.gaussian_sample_kl(mu, logvar, eps=eps, generator=generator, reduction=reduction)
 
 
@@ -127,7 +127,7 @@ def gaussian_sample_kl_packed(
     if takes_triton(moments, eps):
         from fastvae.autograd import gaussian as fused
 
-        return fused.gaussian_sample_kl(moments, None, dim, eps, generator, reduction)
+        return fused.gaussian_sample_kl(moments, None, dim, reduction, eps, generator)
     return reference.gaussian.gaussian_sample_kl_packed(
         moments, dim=dim, eps=eps, generator=generator, reduction=reduction
     )

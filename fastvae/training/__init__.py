@@ -1,5 +1,18 @@
-"""Training: the loop of the reference example."""
+"""Training: the loop of the reference example, what it shows, and what it leaves on disk."""
 
+from fastvae.training.display import Display, make_display
 from fastvae.training.loop import EpochMetrics, Progress, train, training_step
+from fastvae.training.records import versions, write_checkpoint, write_metrics, write_summary
 
-__all__ = ["EpochMetrics", "Progress", "train", "training_step"]
+__all__ = [
+    "Display",
+    "EpochMetrics",
+    "Progress",
+    "make_display",
+    "train",
+    "training_step",
+    "versions",
+    "write_checkpoint",
+    "write_metrics",
+    "write_summary",
+]

@@ -1,0 +1,344 @@
+"""Train a convolutional VAE on handwritten digits and show what it learned.
+
+    python examples/train.py                    scikit-learn's bundled digits on a CPU, MNIST on a CUDA device
+    python examples/train.py --dataset mnist    MathWorks' example: 30 epochs in batches of 128
+
+Ctrl-C ends training after the current step; the model is still evaluated, everything is written, and the exit code is 0
+("interrupted" in summary.json is true). A second Ctrl-C aborts, with exit code 130. What the user can put right ends in
+one line and exit code 2, a loss that diverges in exit code 1.
+
+Files in --out, each written atomically; those of an earlier run are removed first:
+    metrics.csv            a row for each epoch: losses in nats per image, seconds since training began
+    checkpoint.pt          the model after the last epoch, for torch.load(weights_only=True)
+    loss.png               the losses over the epochs
+    reconstructions.png    test images and their reconstructions
+    error_histogram.png    the reconstruction error of each test image
+    generated.png          64 images decoded from z ~ N(0, I)
+    summary.json           settings, versions, device, backend, final numbers; written last
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch
+
+import fastvae
+from fastvae import plots
+from fastvae.data import DownloadError, ImageDataset, load_digits, load_mnist
+from fastvae.evaluation import reconstruction_errors
+from fastvae.models import ConvVAE
+from fastvae.training import EpochMetrics, make_display, train, versions
+from fastvae.training import write_checkpoint, write_metrics, write_summary
+
+FILES = (
+    "metrics.csv",
+    "checkpoint.pt",
+    "loss.png",
+    "reconstructions.png",
+    "error_histogram.png",
+    "generated.png",
+    "summary.json",
+)
+
+EPOCHS = {"mnist": 30, "digits": 60}
+BATCH_SIZES = {"mnist": 128, "digits": 32}
+
+
+class UserError(Exception):
+    """What the user can put right; the message is printed on one line."""
+
+
+def main() -> int:
+    """Run the program; returns its exit code."""
+    try:
+        run(parse_arguments())
+    except UserError as error:
+        print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"train.py: {error} (a smaller --lr may help)", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("train.py: aborted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(arguments: argparse.Namespace) -> None:
+    say: Callable[[str], None] = (lambda line: None) if arguments.quiet else print
+    try:
+        plots.require_matplotlib()
+        device = choose_device(arguments.device)
+        choose_backend(arguments.backend)
+        backend = fastvae.backend_for(torch.empty(0, device=device))
+        dataset, reason = choose_dataset(arguments.dataset, arguments.data_dir, device)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        raise UserError(str(error)) from error
+    train_images = dataset.train_images[: arguments.limit].to(device)
+    test_images = dataset.test_images.to(device)
+    epochs = arguments.epochs or EPOCHS[dataset.name]
+    batch_size = arguments.batch_size or BATCH_SIZES[dataset.name]
+    if batch_size > len(train_images):
+        raise UserError(f"--batch-size must be at most {len(train_images)}, the number of images, got {batch_size}")
+    total_steps = epochs * (len(train_images) // batch_size)
+
+    torch.manual_seed(arguments.seed)
+    channels, height, width = train_images.shape[1:]
+    # Made on the CPU, so that a seed means the same initial weights on every device.
+    model = ConvVAE((channels, height, width), arguments.latent_dim).to(device)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+
+    folder = prepare_folder(arguments.out, dataset.name)
+    say(f"device    {device_name(device)}")
+    say(f"backend   {backend}")
+    say(f"dataset   {dataset.name}, {len(train_images):,} training and {len(test_images):,} test images; {reason}")
+    say(f"model     {parameters:,} parameters")
+    say(f"training  {epochs} epochs, {total_steps:,} steps of {batch_size} images")
+    rows = fit(model, train_images, test_images, epochs, batch_size, folder, arguments)
+    last = rows[-1]
+    interrupted = last.step < total_steps
+    if interrupted:
+        say("stopped early; evaluating")
+    write_figures(folder, model, test_images, rows, arguments)
+    write_summary(
+        folder / "summary.json",
+        {
+            "interrupted": interrupted,
+            "final": last._asdict(),
+            "planned_steps": total_steps,
+            "settings": settings(arguments, epochs, batch_size),
+            "dataset": {"name": dataset.name, "training": len(train_images), "test": len(test_images)},
+            "parameters": parameters,
+            "device": device_name(device),
+            "backend": backend._asdict(),
+            "versions": versions(),
+        },
+    )
+    say(
+        f"result    loss {last.loss:.2f} and test loss {last.test_loss:.2f} nats per image, "
+        f"test mse {last.test_mse:.4f} with z = mu, {last.seconds:.0f} s"
+    )
+    say(f"written   {folder}: {', '.join(FILES)}")
+
+
+def fit(
+    model: ConvVAE,
+    train_images: torch.Tensor,
+    test_images: torch.Tensor,
+    epochs: int,
+    batch_size: int,
+    folder: Path,
+    arguments: argparse.Namespace,
+) -> list[EpochMetrics]:
+    """Train, show the progress, and keep metrics.csv and checkpoint.pt up to date."""
+    rows: list[EpochMetrics] = []
+
+    def record(row: EpochMetrics) -> None:
+        rows.append(row)
+        write_metrics(folder / "metrics.csv", rows)
+        write_checkpoint(folder / "checkpoint.pt", model, row.epoch)
+        display.epoch(row)
+
+    with contextlib.closing(make_display(epochs, arguments.quiet)) as display, stop_on_interrupt() as should_stop:
+        return train(
+            model,
+            train_images,
+            test_images,
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=arguments.lr,
+            beta=arguments.beta,
+            should_stop=should_stop,
+            on_progress=display.progress,
+            on_epoch=record,
+        )
+
+
+@contextlib.contextmanager
+def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed in the block; a second one raises ``KeyboardInterrupt`` as usual."""
+    pressed = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        pressed = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        # Not print: a handler may run in the middle of another print.
+        os.write(2, b"\nstopping after this step; Ctrl-C again aborts\n")
+
+    previous = signal.signal(signal.SIGINT, stop)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def write_figures(
+    folder: Path,
+    model: ConvVAE,
+    test_images: torch.Tensor,
+    rows: list[EpochMetrics],
+    arguments: argparse.Namespace,
+) -> None:
+    deterministic = arguments.deterministic
+    plots.plot_losses(folder / "loss.png", rows)
+    shown = test_images[:20]
+    reconstructions = model.reconstruct(shown, deterministic)
+    plots.plot_reconstructions(
+        folder / "reconstructions.png", shown.float() / 255, reconstructions, deterministic=deterministic
+    )
+    errors = reconstruction_errors(model, test_images, deterministic=deterministic)
+    plots.plot_errors(folder / "error_histogram.png", errors, deterministic=deterministic)
+    # A generator of its own, so that a seed means the same latents however long training was.
+    generator = torch.Generator(test_images.device).manual_seed(arguments.seed)
+    plots.write_image_grid(folder / "generated.png", model.sample(64, generator))
+
+
+def settings(arguments: argparse.Namespace, epochs: int, batch_size: int) -> dict[str, Any]:
+    """The flags, with the defaults that depend on the dataset filled in."""
+    values = {**vars(arguments), "epochs": epochs, "batch_size": batch_size}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def choose_device(name: str) -> torch.device:
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise UserError("--device cuda: there is no CUDA device, or this torch cannot use it (--device cpu)")
+    if name == "auto":
+        name = "cuda" if available else "cpu"
+    return torch.device(name)
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"cuda, {torch.cuda.get_device_name(device)}"
+    return f"cpu, {torch.get_num_threads()} threads"
+
+
+def choose_backend(name: str) -> None:
+    """For the rest of the program; with "auto" the environment variable FASTVAE_BACKEND stays in force."""
+    if name != "auto":
+        fastvae.use_backend(name).__enter__()
+
+
+def choose_dataset(name: str, data_dir: Path | None, device: torch.device) -> tuple[ImageDataset, str]:
+    """The dataset, and in words why it was chosen and how to get the other."""
+    if name == "mnist":
+        return load_mnist(data_dir), "asked for (the bundled digits: --dataset digits)"
+    if name == "digits":
+        return load_digits(), "asked for (MNIST: --dataset mnist)"
+    if device.type == "cpu":
+        return load_digits(), "the choice for a CPU, where MNIST takes long (MNIST: --dataset mnist)"
+    try:
+        return load_mnist(data_dir), "the choice for a CUDA device (the bundled digits: --dataset digits)"
+    except (DownloadError, OSError) as error:
+        cause = str(error).splitlines()[0].rstrip(":")
+        return load_digits(), f"as MNIST is not available: {cause} (why: --dataset mnist)"
+
+
+def prepare_folder(out: Path | None, dataset: str) -> Path:
+    """The run's folder, without the files of an earlier run, so that what it holds is all of one run."""
+    if out is not None and out.exists() and not out.is_dir():
+        raise UserError(f"--out must be a folder, got the file {out}")
+    try:
+        folder = new_folder(dataset) if out is None else out
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            (folder / name).unlink(missing_ok=True)
+        write_metrics(folder / "metrics.csv", [])  # shows now, not after training, that files can be written
+    except OSError as error:
+        raise UserError(f"--out cannot be written: {error}") from error
+    return folder
+
+
+def new_folder(dataset: str) -> Path:
+    """A folder named after the dataset and the time, made here, so that runs that start together do not share one."""
+    name = f"{dataset}-{datetime.now():%Y%m%d-%H%M%S}"
+    for number in itertools.count(1):
+        folder = Path("runs", name if number == 1 else f"{name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            break
+    return folder
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def parse_arguments() -> argparse.Namespace:
+    assert __doc__ is not None
+    description, _, epilog = __doc__.partition("\n\n")
+    parser = Parser(
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--dataset", choices=("auto", "mnist", "digits"), default="auto")
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="of MNIST's files, absent ones are downloaded")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--backend", choices=("auto", "triton", "reference"), default="auto")
+    parser.add_argument("--epochs", type=positive_integer, help=f"default: {by_dataset(EPOCHS)}")
+    parser.add_argument("--batch-size", type=positive_integer, help=f"default: {by_dataset(BATCH_SIZES)}")
+    parser.add_argument("--latent-dim", type=positive_integer, default=16, help="default: 16")
+    parser.add_argument("--lr", type=positive_number, default=1e-3, help="Adam's learning rate, default: 1e-3")
+    parser.add_argument("--beta", type=non_negative_number, default=1.0, help="weight of the divergence, default: 1.0")
+    parser.add_argument("--seed", type=seed, default=0, help="default: 0")
+    parser.add_argument("--limit", type=positive_integer, metavar="N", help="train on the first N images")
+    parser.add_argument("--deterministic", action="store_true", help="reconstruct with z = mu instead of sampled z")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/<dataset>-<date-time>")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    return parser.parse_args()
+
+
+def by_dataset(defaults: dict[str, int]) -> str:
+    return ", ".join(f"{value} ({dataset})" for dataset, value in defaults.items())
+
+
+def positive_integer(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"must be an integer from 0 to 2^63 - 1, got {text!r}")
+    return int(text)
+
+
+def positive_number(text: str) -> float:
+    if not finite(text) or float(text) <= 0:
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
+    return float(text)
+
+
+def non_negative_number(text: str) -> float:
+    if not finite(text) or float(text) < 0:
+        raise argparse.ArgumentTypeError(f"must be a number that is not negative, got {text!r}")
+    return float(text)
+
+
+def finite(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""Autograd of the negative evidence lower bound. Saved for backward: logits and target; the gradient of kl is one number for the whole batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvae.autograd.reconstruction import differentiable_gradients
+from fastvae.autograd.registration import is_differentiated, is_traced, refuse_vmap, register
+from fastvae.kernels import elbo as kernels
+from fastvae.kernels.layout import empty_gradients
+
+_operations = torch.ops.fastvae
+
+Scalar = float | Tensor
+
+
+def _fake_value_and_grad(logits: Tensor, target: Tensor, kl: Tensor, *scalars: Any) -> tuple[Tensor, ...]:
+    return *kernels.allocate_values(logits), *empty_gradients(logits), kl.new_empty([])
+
+
+def _fake_backward(logits: Tensor, target: Tensor, kl: Tensor, *others: Any) -> list[Tensor]:
+    needs_logits, needs_target, needs_kl = others[-3:]
+    gradients = empty_gradients(*[t for t, needed in ((logits, needs_logits), (target, needs_target)) if needed])
+    return [*gradients, kl.new_empty([])] if needs_kl else gradients
+
+
+register(
+    "elbo_loss(Tensor logits, Tensor target, Tensor kl, Tensor beta, Tensor reconstruction_weight) -> (Tensor, Tensor, Tensor)",
+    kernels.elbo_loss,
+    lambda logits, target, kl, beta, reconstruction_weight: kernels.allocate_values(logits),
+)
+register(
+    "elbo_value_and_grad(Tensor logits, Tensor target, Tensor kl, Tensor beta, Tensor reconstruction_weight, "
+    "Tensor? grad_scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    kernels.elbo_value_and_grad,
+    _fake_value_and_grad,
+)
+register(
+    "elbo_backward(Tensor logits, Tensor target, Tensor kl, Tensor? loss_grad, Tensor? reconstruction_grad, "
+    "Tensor? mean_kl_grad, Tensor beta, Tensor reconstruction_weight, bool needs_logits, bool needs_target, "
+    "bool needs_kl) -> Tensor[]",
+    kernels.elbo_backward,
+    _fake_backward,
+)
+
+
+class ELBOLoss(torch.autograd.Function):
+    """(loss, reconstruction, mean_kl) of (logits, target, kl, beta, reconstruction_weight)."""
+
+    @staticmethod
+    def forward(
+        logits: Tensor, target: Tensor, kl: Tensor, beta: Scalar, reconstruction_weight: Scalar
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        operations = _operations if is_traced(logits) else kernels
+        return operations.elbo_loss(logits, target, kl, beta, reconstruction_weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        logits, target, kl, *scalars = inputs
+        # A weight on the device is saved like any tensor, so that changing it before backward is an error and not a wrong gradient.
+        ctx.scalars = [None if isinstance(scalar, Tensor) else scalar for scalar in scalars]
+        ctx.save_for_backward(logits, target, kl, *[scalar if isinstance(scalar, Tensor) else None for scalar in scalars])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *value_grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        logits, target, kl, *tensors = ctx.saved_tensors
+        beta, weight = (number if tensor is None else tensor for number, tensor in zip(ctx.scalars, tensors, strict=True))
+        needs_logits, needs_target, needs_kl = ctx.needs_input_grad[:3]
+        if all(grad is None for grad in value_grads):
+            return None, None, None, None, None
+        if is_differentiated():
+            loss_grad, reconstruction_grad, mean_kl_grad = (0.0 if grad is None else grad for grad in value_grads)
+            batch = logits.shape[0]
+            term_grad = (loss_grad + reconstruction_grad) * weight / batch
+            kl_grad = torch.as_tensor((beta * loss_grad + mean_kl_grad) / batch).to(kl.dtype)
+            return *differentiable_gradients(logits, target, term_grad), kl_grad.expand(kl.shape), None, None
+        launcher = (_operations if is_traced(logits) else kernels).elbo_backward
+        gradients = launcher(logits, target, kl, *value_grads, beta, weight, needs_logits, needs_target, needs_kl)
+        return (
+            gradients[0] if needs_logits else None,
+            gradients[int(needs_logits)] if needs_target else None,
+            gradients[-1].expand(kl.shape) if needs_kl else None,
+            None,
+            None,
+        )
+
+    vmap = refuse_vmap("elbo_loss")
+
+
+def _scalar(value: Scalar, logits: Tensor) -> Scalar:
+    """A weight as a registered operation takes it: a tensor, so that a new number is not a new program."""
+    if isinstance(value, Tensor) or not is_traced(logits):
+        return value
+    return torch.full((), value, dtype=torch.float32, device=logits.device)
+
+
+def elbo_loss(
+    logits: Tensor, target: Tensor, kl: Tensor, beta: Scalar, reconstruction_weight: Scalar
+) -> tuple[Tensor, Tensor, Tensor]:
+    return ELBOLoss.apply(logits, target, kl, _scalar(beta, logits), _scalar(reconstruction_weight, logits))
+
+
+def elbo_value_and_grad(
+    logits: Tensor,
+    target: Tensor,
+    kl: Tensor,
+    beta: Scalar,
+    reconstruction_weight: Scalar,
+    grad_scale: Scalar | None,
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    operations = _operations if is_traced(logits) else kernels
+    scale = None if grad_scale is None else _scalar(grad_scale, logits)
+    weights = _scalar(beta, logits), _scalar(reconstruction_weight, logits)
+    with torch.no_grad():
+        *values, logits_grad, kl_grad = operations.elbo_value_and_grad(logits, target, kl, *weights, scale)
+    return tuple(values), (logits_grad, kl_grad.expand(kl.shape))

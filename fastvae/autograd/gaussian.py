@@ -1,0 +1,204 @@
+"""Autograd of the diagonal Gaussian posterior.
+
+Saved for backward: mu and logvar (or the packed moments), a given eps, and the pair (seed, offset) from which backward makes the noise again. Neither the
+noise nor the standard deviation is stored.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvae import random
+from fastvae.autograd.registration import is_differentiated, is_traced, refuse_vmap, register
+from fastvae.kernels import gaussian as kernels
+from fastvae.kernels.layout import empty_gradients
+from fastvae.reference.precision import in_float32
+
+_RNG = "Tensor? seed_tensor, Tensor? offset_tensor, int seed, int offset"
+_operations = torch.ops.fastvae
+
+
+def _fake_sample(mu: Tensor, logvar: Tensor, *noise: Any) -> Tensor:
+    return kernels.allocate_z(kernels.read_moments(mu, logvar, 1))
+
+
+def _fake_kl(mu: Tensor, logvar: Tensor, reduction: str) -> Tensor:
+    return kernels.allocate_kl(kernels.read_moments(mu, logvar, 1), reduction)
+
+
+def _fake_sample_kl(mu: Tensor, logvar: Tensor | None, dim: int, reduction: str, *noise: Any) -> tuple[Tensor, Tensor]:
+    moments = kernels.read_moments(mu, logvar, dim)
+    return kernels.allocate_z(moments), kernels.allocate_kl(moments, reduction)
+
+
+def _fake_backward(
+    mu: Tensor,
+    logvar: Tensor | None,
+    dim: int,
+    reduction: str,
+    z_grad: Tensor | None,
+    kl_grad: Tensor | None,
+    needs_mu: bool,
+    needs_logvar: bool,
+    *noise: Any,
+) -> list[Tensor]:
+    if logvar is None:
+        return empty_gradients(mu)
+    return empty_gradients(*[tensor for tensor, needed in ((mu, needs_mu), (logvar, needs_logvar)) if needed])
+
+
+register(
+    f"gaussian_sample(Tensor mu, Tensor logvar, Tensor? eps, {_RNG}) -> Tensor", kernels.gaussian_sample, _fake_sample
+)
+register("gaussian_kl(Tensor mu, Tensor logvar, str reduction) -> Tensor", kernels.gaussian_kl, _fake_kl)
+register(
+    f"gaussian_sample_kl(Tensor mu, Tensor? logvar, int dim, str reduction, Tensor? eps, {_RNG}) -> (Tensor, Tensor)",
+    kernels.gaussian_sample_kl,
+    _fake_sample_kl,
+)
+register(
+    "gaussian_backward(Tensor mu, Tensor? logvar, int dim, str reduction, Tensor? z_grad, Tensor? kl_grad, "
+    f"bool needs_mu, bool needs_logvar, Tensor? eps, {_RNG}) -> Tensor[]",
+    kernels.gaussian_backward,
+    _fake_backward,
+)
+
+
+def _save(ctx: Any, mu: Tensor, logvar: Tensor | None, dim: int, reduction: str, eps: Tensor | None, *rng: Any) -> None:
+    seed_tensor, offset_tensor, ctx.seed, ctx.offset = rng
+    ctx.save_for_backward(mu, logvar, eps, seed_tensor, offset_tensor)
+    ctx.dim, ctx.reduction = dim, reduction
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, z_grad: Tensor | None, kl_grad: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of (mu, logvar), or of (moments, None)."""
+    if z_grad is None and kl_grad is None:
+        return None, None
+    mu, logvar, eps, seed_tensor, offset_tensor = ctx.saved_tensors
+    rng = seed_tensor, offset_tensor, ctx.seed, ctx.offset
+    if is_differentiated():
+        return _differentiable_gradients(mu, logvar, ctx.dim, ctx.reduction, z_grad, kl_grad, eps, *rng)
+    needs_mu, needs_logvar = ctx.needs_input_grad[:2]
+    launcher = _operations.gaussian_backward if is_traced(mu) else kernels.gaussian_backward
+    gradients = launcher(mu, logvar, ctx.dim, ctx.reduction, z_grad, kl_grad, needs_mu, needs_logvar, eps, *rng)
+    if logvar is None:
+        return gradients[0], None
+    return gradients[0] if needs_mu else None, gradients[-1] if needs_logvar else None
+
+
+def _differentiable_gradients(
+    mu: Tensor,
+    logvar: Tensor | None,
+    dim: int,
+    reduction: str,
+    z_grad: Tensor | None,
+    kl_grad: Tensor | None,
+    eps: Tensor | None,
+    *rng: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The formulas of `kernels.gaussian_backward_kernel` in plain PyTorch, around the same noise."""
+    moments = kernels.read_moments(mu, logvar, dim)
+    wide_mu, wide_logvar = in_float32(moments.mu), in_float32(moments.logvar)
+    mu_grad = torch.zeros_like(wide_mu)
+    logvar_grad = torch.zeros_like(wide_mu)
+    if z_grad is not None:
+        if eps is None:
+            # mu = logvar = 0 makes z the noise itself. Through apply, so that torch.func unwraps its tensors for the kernel.
+            zero = wide_mu.new_empty_strided(wide_mu.shape, moments.strides).zero_()
+            eps = GaussianSample.apply(zero, zero, None, *rng)
+        mu_grad = mu_grad + z_grad
+        logvar_grad = logvar_grad + 0.5 * z_grad * torch.exp(0.5 * wide_logvar) * eps
+    if kl_grad is not None:
+        scale = kl_grad * kernels.reduction_scale(reduction, moments.batch, moments.event)
+        if reduction == "none":
+            scale = scale.view(-1, *[1] * (wide_mu.ndim - 1))
+        mu_grad = mu_grad + scale * wide_mu
+        logvar_grad = logvar_grad + 0.5 * scale * torch.expm1(wide_logvar)
+    if logvar is None:
+        return torch.cat((mu_grad, logvar_grad), dim).to(mu.dtype), None
+    return mu_grad.to(mu.dtype), logvar_grad.to(mu.dtype)
+
+
+class GaussianSample(torch.autograd.Function):
+    """z of (mu, logvar, eps, *rng)."""
+
+    @staticmethod
+    def forward(mu: Tensor, logvar: Tensor, eps: Tensor | None, *rng: Any) -> Tensor:
+        return (_operations if is_traced(mu) else kernels).gaussian_sample(mu, logvar, eps, *rng)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        mu, logvar, eps, *rng = inputs
+        _save(ctx, mu, logvar, 1, "none", eps, *rng)
+
+    @staticmethod
+    def backward(ctx: Any, z_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *_gradients(ctx, z_grad, None), None, None, None, None, None
+
+    vmap = refuse_vmap("gaussian_sample")
+
+
+class GaussianKL(torch.autograd.Function):
+    """kl of (mu, logvar, reduction)."""
+
+    @staticmethod
+    def forward(mu: Tensor, logvar: Tensor, reduction: str) -> Tensor:
+        return (_operations if is_traced(mu) else kernels).gaussian_kl(mu, logvar, reduction)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        mu, logvar, reduction = inputs
+        _save(ctx, mu, logvar, 1, reduction, None, *kernels.NO_RNG)
+
+    @staticmethod
+    def backward(ctx: Any, kl_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *_gradients(ctx, None, kl_grad), None
+
+    vmap = refuse_vmap("gaussian_kl")
+
+
+class GaussianSampleKL(torch.autograd.Function):
+    """(z, kl) of (mu, logvar, dim, reduction, eps, *rng); with logvar None, mu holds both, halves along dim."""
+
+    @staticmethod
+    def forward(
+        mu: Tensor, logvar: Tensor | None, dim: int, reduction: str, eps: Tensor | None, *rng: Any
+    ) -> tuple[Tensor, Tensor]:
+        return (_operations if is_traced(mu) else kernels).gaussian_sample_kl(mu, logvar, dim, reduction, eps, *rng)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _save(ctx, *inputs)
+
+    @staticmethod
+    def backward(ctx: Any, z_grad: Tensor | None, kl_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *_gradients(ctx, z_grad, kl_grad), None, None, None, None, None, None, None
+
+    vmap = refuse_vmap("gaussian_sample_kl")
+
+
+def _noise(tensor: Tensor, eps: Tensor | None, generator: torch.Generator | None) -> tuple[Any, ...]:
+    return kernels.NO_RNG if eps is not None else random.reserve(tensor.device, generator)
+
+
+def gaussian_sample(mu: Tensor, logvar: Tensor, eps: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    return GaussianSample.apply(mu, logvar, eps, *_noise(mu, eps, generator))
+
+
+def gaussian_kl(mu: Tensor, logvar: Tensor, reduction: str) -> Tensor:
+    return GaussianKL.apply(mu, logvar, reduction)
+
+
+def gaussian_sample_kl(
+    mu: Tensor,
+    logvar: Tensor | None,
+    dim: int,
+    reduction: str,
+    eps: Tensor | None,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor]:
+    return GaussianSampleKL.apply(mu, logvar, dim, reduction, eps, *_noise(mu, eps, generator))

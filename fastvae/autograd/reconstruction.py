@@ -1,0 +1,75 @@
+"""Autograd of the likelihoods of the data. Saved for backward: logits and target, from which it computes the sigmoid again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvae.autograd.registration import is_differentiated, is_traced, refuse_vmap, register
+from fastvae.kernels import reconstruction as kernels
+from fastvae.kernels.layout import empty_gradients
+from fastvae.reference.precision import in_float32
+
+_operations = torch.ops.fastvae
+
+
+def _fake_backward(
+    logits: Tensor, target: Tensor, loss_grad: Tensor, reduction: str, needs_logits: bool, needs_target: bool
+) -> list[Tensor]:
+    return empty_gradients(*[tensor for tensor, needed in ((logits, needs_logits), (target, needs_target)) if needed])
+
+
+register(
+    "sigmoid_mse_forward(Tensor logits, Tensor target, str reduction) -> Tensor",
+    kernels.sigmoid_mse_forward,
+    lambda logits, target, reduction: kernels.allocate_loss(logits, reduction),
+)
+register(
+    "sigmoid_mse_backward(Tensor logits, Tensor target, Tensor loss_grad, str reduction, "
+    "bool needs_logits, bool needs_target) -> Tensor[]",
+    kernels.sigmoid_mse_backward,
+    _fake_backward,
+)
+
+
+def differentiable_gradients(logits: Tensor, target: Tensor, term_grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The gradients of the terms (sigmoid(logits) - target)^2 in plain PyTorch, given the gradient of each term."""
+    y = torch.sigmoid(in_float32(logits))
+    error_grad = 2.0 * term_grad * (y - in_float32(target))
+    logits_grad = (error_grad * y * (1.0 - y)).to(logits.dtype)
+    return logits_grad, (-error_grad).to(target.dtype) if target.is_floating_point() else None
+
+
+class SigmoidMSE(torch.autograd.Function):
+    """The loss of (logits, target, reduction)."""
+
+    @staticmethod
+    def forward(logits: Tensor, target: Tensor, reduction: str) -> Tensor:
+        return (_operations if is_traced(logits) else kernels).sigmoid_mse_forward(logits, target, reduction)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        logits, target, ctx.reduction = inputs
+        ctx.save_for_backward(logits, target)
+
+    @staticmethod
+    def backward(ctx: Any, loss_grad: Tensor) -> tuple[Tensor | None, ...]:
+        logits, target = ctx.saved_tensors
+        needs_logits, needs_target = ctx.needs_input_grad[:2]
+        if is_differentiated():
+            batch = logits.shape[0]
+            term_grad = loss_grad * kernels.reduction_scale(ctx.reduction, batch, logits[:1].numel())
+            if ctx.reduction == "none":
+                term_grad = term_grad.view(-1, *[1] * (logits.ndim - 1))
+            return *differentiable_gradients(logits, target, term_grad), None
+        launcher = (_operations if is_traced(logits) else kernels).sigmoid_mse_backward
+        gradients = launcher(logits, target, loss_grad, ctx.reduction, needs_logits, needs_target)
+        return gradients[0] if needs_logits else None, gradients[-1] if needs_target else None, None
+
+    vmap = refuse_vmap("sigmoid_mse_loss")
+
+
+def sigmoid_mse_loss(logits: Tensor, target: Tensor, reduction: str) -> Tensor:
+    return SigmoidMSE.apply(logits, target, reduction)

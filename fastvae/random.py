@@ -1,0 +1,66 @@
+"""Reserving noise from a torch generator, without drawing it.
+
+A fused operation makes its noise from (seed, offset) alone, see `fastvae.kernels.noise`. The pair comes from the generator in one of three ways:
+
+- CUDA, eager: the numbers themselves. The generator's offset moves on as if a kernel of torch had drawn: no launch, no synchronisation, and
+  `manual_seed`, `fork_rng`, `set_rng_state` and activation checkpointing act on it as on any draw.
+- CUDA, while a graph is captured: device pointers, so that each replay draws anew and `manual_seed` before a replay repeats it. Where this torch offers no
+  pointers (before 2.13), one captured draw of two integers.
+- Everything else (CPU generators have no offset; torch.compile must see the draw): one draw of two integers from the generator.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Torch's contract: whoever reserves an increment owns that many 32-bit words, a multiple of 4, of every Philox subsequence.
+_INCREMENT = 4
+
+
+class PhiloxState(NamedTuple):
+    """By value: (None, None, seed, offset). By pointer: int64 tensors, and an offset that is added to the one that is read."""
+
+    seed_tensor: Tensor | None
+    offset_tensor: Tensor | None
+    seed: int
+    offset: int
+
+
+def reserve(device: torch.device, generator: torch.Generator | None) -> PhiloxState:
+    """Reserve the noise of one call from `generator`, or from the default generator of `device`."""
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return _drawn(device, generator)
+    if generator is None:
+        generator = torch.cuda.default_generators[device.index]
+    if _is_capturing(device):
+        return _captured(device, generator)
+    offset = generator.get_offset()
+    generator.set_offset(offset + _INCREMENT)
+    seed = generator.initial_seed()
+    # A kernel argument is a signed integer; the generator's seed is not.
+    return PhiloxState(None, None, seed - (1 << 64) if seed >= 1 << 63 else seed, offset)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    if device.index == torch.cuda.current_device():
+        return torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def _captured(device: torch.device, generator: torch.Generator) -> PhiloxState:
+    if hasattr(generator, "philox_state"):  # torch 2.14
+        seed, offset, extra = generator.philox_state(_INCREMENT)
+        return PhiloxState(seed, offset, 0, int(extra))
+    if hasattr(torch.ops.inductor_prims, "inductor_reserve_rng_state"):  # torch 2.13
+        seed, offset, extra = torch.ops.inductor_prims.inductor_reserve_rng_state(generator, _INCREMENT)
+        return PhiloxState(seed, offset, 0, int(extra))
+    return _drawn(device, generator)
+
+
+def _drawn(device: torch.device, generator: torch.Generator | None) -> PhiloxState:
+    pair = torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device, generator=generator)
+    return PhiloxState(pair[0], pair[1], 0, 0)

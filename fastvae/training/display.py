@@ -1,0 +1,111 @@
+"""Showing a run's progress: one bar over the whole run in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any, Protocol
+
+from fastvae.training.loop import EpochMetrics, Progress
+
+# In plain lines, between the epochs: often enough to see that a long epoch is alive.
+_LINE_SECONDS = 30.0
+
+
+class Display(Protocol):
+    """Takes what `train` reports."""
+
+    def progress(self, progress: Progress) -> None: ...
+
+    def epoch(self, metrics: EpochMetrics) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def make_display(epochs: int, quiet: bool = False) -> Display:
+    """A bar if standard output is a terminal and tqdm is installed, else lines; nothing if ``quiet``."""
+    if quiet:
+        return Silence()
+    if sys.stdout.isatty():
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            return Lines(epochs)
+        return Bar(epochs, tqdm)
+    return Lines(epochs)
+
+
+class Silence:
+    """Shows nothing."""
+
+    def progress(self, progress: Progress) -> None:
+        pass
+
+    def epoch(self, metrics: EpochMetrics) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Bar:
+    """A progress bar: epoch, steps per second, time left, loss, reconstruction and divergence."""
+
+    def __init__(self, epochs: int, tqdm: Any) -> None:
+        self.epochs = epochs
+        self.tqdm = tqdm
+        self.bar: Any = None
+
+    def progress(self, progress: Progress) -> None:
+        if self.bar is None:
+            self.bar = self.tqdm(
+                total=progress.total_steps,
+                file=sys.stdout,
+                dynamic_ncols=True,
+                bar_format="{desc} {percentage:3.0f}%|{bar}| {rate_noinv_fmt}, {remaining} left{postfix}",
+                unit=" steps",
+            )
+        self.bar.set_description_str(f"epoch {progress.epoch}/{self.epochs}", refresh=False)
+        self.bar.set_postfix_str(
+            f"loss {progress.loss:.1f}, reconstruction {progress.reconstruction:.1f}, KL {progress.kl:.1f}",
+            refresh=False,
+        )
+        self.bar.update(progress.step - self.bar.n)
+
+    def epoch(self, metrics: EpochMetrics) -> None:
+        pass
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class Lines:
+    """A line for each epoch, and one every half minute within it."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+        self.began = self.last_line = time.perf_counter()
+        self.total_steps = 0
+
+    def progress(self, progress: Progress) -> None:
+        self.total_steps = progress.total_steps
+        if time.perf_counter() - self.last_line >= _LINE_SECONDS:
+            self._line(progress)
+
+    def epoch(self, metrics: EpochMetrics) -> None:
+        self._line(metrics, f", test loss {metrics.test_loss:.2f}, test mse {metrics.test_mse:.4f}")
+
+    def _line(self, values: Progress | EpochMetrics, test: str = "") -> None:
+        self.last_line = time.perf_counter()
+        rate = values.step / (self.last_line - self.began)
+        left = (self.total_steps - values.step) / rate
+        print(
+            f"epoch {values.epoch}/{self.epochs}, step {values.step}: loss {values.loss:.2f}, "
+            f"reconstruction {values.reconstruction:.2f}, KL {values.kl:.2f}{test}, "
+            f"{rate:.1f} steps/s, {left:.0f} s left",
+            flush=True,
+        )
+
+    def close(self) -> None:
+        pass

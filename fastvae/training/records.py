@@ -1,0 +1,69 @@
+"""What a run leaves in its folder: metrics.csv, summary.json and checkpoint.pt, each written atomically."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import io
+import json
+import platform
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastvae.files import replacing
+from fastvae.models import ConvVAE
+from fastvae.training.loop import EpochMetrics
+
+
+def write_metrics(path: Path, rows: Iterable[EpochMetrics]) -> None:
+    """A CSV file with the fields of `EpochMetrics` as its header, and a line for each epoch."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(EpochMetrics._fields)
+    # Seven digits are what float32 holds.
+    writer.writerows([f"{value:.7g}" if isinstance(value, float) else value for value in row] for row in rows)
+    with replacing(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
+    """A JSON file."""
+    with replacing(path) as file:
+        file.write((json.dumps(summary, indent=2) + "\n").encode())
+
+
+def write_checkpoint(path: Path, model: ConvVAE, epoch: int) -> None:
+    """A file for ``torch.load(path, weights_only=True)``, with everything on the CPU.
+
+    It holds "model", the state_dict; "settings", the arguments of `ConvVAE`; and "epoch", the epochs trained, an
+    unfinished one included. To continue from it:
+
+        saved = torch.load(path, weights_only=True)
+        model = ConvVAE(**saved["settings"])
+        model.load_state_dict(saved["model"])
+    """
+    saved = {
+        "model": {name: value.detach().cpu() for name, value in model.state_dict().items()},
+        "settings": {
+            "image_shape": model.image_shape,
+            "latent_dim": model.latent_dim,
+            "channels": model.channels,
+        },
+        "epoch": epoch,
+    }
+    with replacing(path) as file:
+        torch.save(saved, file)
+
+
+def versions() -> dict[str, str | None]:
+    """The versions of what a result depends on; None for Triton where it is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("triton", "fastvae"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
