@@ -75,7 +75,7 @@ def gaussian_forward_kernel(
     Shapes: mu and logvar [rows, columns] at distance row_stride; eps (None: made from seed and offset) and z [rows, columns], dense; kl float32 [rows]
     if PER_ROW, else []. Where no program owns a whole sum, partial is float32 [programs] and ticket int32 [1], zero.
     Bytes per float32 element: reads 8, writes 4 for z (and reads 4 for a given eps); 4 more per program where there are partial sums.
-    Launches: 1. Roundings: z 8, plus |logvar| / 2 in the exponent; a term of kl 11, plus |logvar|, plus one per level of the sum.
+    Launches: 1. Roundings: z 6; a term of kl 13; and one per level of a sum (how they are counted: `numerics`).
     Deterministic: no floating-point atomics, partial sums are added in the order of their elements.
     """
     first_row, first_column = program_tile(chunks, FLAT, ROWS, COLUMNS)
@@ -127,7 +127,7 @@ def gaussian_backward_kernel(
     dense; kl_grad float32 [rows] at distance kl_grad_stride, or [] with stride 0. A missing upstream gradient is None and counts as 0; a gradient
     nobody needs is None and is not computed.
     Bytes per float32 element: reads 12, writes 8 (and reads 4 for a given eps). Launches: 1. Deterministic.
-    Roundings: mu_grad 3; logvar_grad 13, plus |logvar| in the exponent.
+    Roundings: mu_grad 3; logvar_grad 14.
     """
     first_row, first_column = program_tile(chunks, FLAT, ROWS, COLUMNS)
     row = tl.arange(0, ROWS)

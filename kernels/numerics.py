@@ -2,6 +2,10 @@
 
 ``FAST`` selects the NVIDIA instructions that approximate a function in the special-function unit, one instruction where the portable form costs
 5 to 45 (counted in SASS for sm_90). The portable form runs on the interpreter and on AMD.
+
+Roundings, in the kernels' docstrings, are relative errors in units of 2^-24 along the longest chain of operations: one for an operation, a constant or a
+conversion, two for an approximate reciprocal, four for an approximate exponential. The rounding of an exponential's argument x counts 1.5 |x|: the error
+bound's scale has a factor 1 + |x| for it.
 """
 
 import triton

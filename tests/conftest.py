@@ -1,0 +1,87 @@
+"""The device the suite runs on, and the count of Triton launches that proves the kernels ran.
+
+Without a GPU the kernels run on Triton's interpreter: the same tests, the same code, CPU tensors. The mode is fixed when a kernel is decorated, so the
+variable is set here, before anything imports Triton.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask of cuBLAS
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import fastvae
+
+
+class Launches:
+    """Triton launches so far, whoever asked for them."""
+
+    count = 0
+
+
+def _count_launches() -> None:
+    """Count in Triton itself, not in fastvae, so that a call that bypasses fastvae's launcher counts too."""
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    def counted(run):
+        def wrapper(self, *args, **kwargs):
+            if not kwargs.get("warmup"):
+                Launches.count += 1
+            return run(self, *args, **kwargs)
+
+        return wrapper
+
+    for kind in (JITFunction, InterpretedFunction):
+        kind.run = counted(kind.run)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    try:
+        _count_launches()
+    except ModuleNotFoundError:
+        raise pytest.UsageError('the tests need Triton: pip install -e ".[test]" on Linux') from None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA device")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "Triton's interpreter"
+    print(f"{Launches.count} Triton launches on {where}")
+
+
+@pytest.fixture(autouse=True)
+def reproducible() -> Iterator[None]:
+    """A fixed seed, deterministic algorithms, and uninitialised memory filled with NaN, so that an output nobody wrote shows."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu", 0 if torch.cuda.is_available() else None)
+
+
+@pytest.fixture
+def triton_backend() -> Iterator[type[Launches]]:
+    """The fused path, on the GPU or on the interpreter; fails a test in which nothing was launched."""
+    before = Launches.count
+    with fastvae.use_backend("triton"):
+        yield Launches
+    assert Launches.count > before, "no Triton kernel was launched"
