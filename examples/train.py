@@ -39,8 +39,7 @@ from fastvae import plots
 from fastvae.data import DownloadError, ImageDataset, load_digits, load_mnist
 from fastvae.evaluation import reconstruction_errors
 from fastvae.models import ConvVAE
-from fastvae.training import EpochMetrics, make_display, train, versions
-from fastvae.training import write_checkpoint, write_metrics, write_summary
+from fastvae.training import EpochMetrics, make_display, train, versions, write_checkpoint, write_metrics, write_summary
 
 FILES = (
     "metrics.csv",
@@ -63,7 +62,11 @@ class UserError(Exception):
 def main() -> int:
     """Run the program; returns its exit code."""
     try:
-        run(parse_arguments())
+        arguments = parse_arguments()
+        # With "auto" the environment variable FASTVAE_BACKEND stays in force.
+        asked = arguments.backend != "auto"
+        with fastvae.use_backend(arguments.backend) if asked else contextlib.nullcontext():
+            run(arguments)
     except UserError as error:
         print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -81,7 +84,6 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         plots.require_matplotlib()
         device = choose_device(arguments.device)
-        choose_backend(arguments.backend)
         backend = fastvae.backend_for(torch.empty(0, device=device))
         dataset, reason = choose_dataset(arguments.dataset, arguments.data_dir, device)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
@@ -225,12 +227,6 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"cuda, {torch.cuda.get_device_name(device)}"
     return f"cpu, {torch.get_num_threads()} threads"
-
-
-def choose_backend(name: str) -> None:
-    """For the rest of the program; with "auto" the environment variable FASTVAE_BACKEND stays in force."""
-    if name != "auto":
-        fastvae.use_backend(name).__enter__()
 
 
 def choose_dataset(name: str, data_dir: Path | None, device: torch.device) -> tuple[ImageDataset, str]:

@@ -33,6 +33,7 @@ def require_matplotlib() -> None:
 def plot_losses(path: Path, rows: Sequence[EpochMetrics]) -> None:
     """The losses over the epochs, in nats per image."""
     figure, axes = _figure(6.4, 4.0)
+    from matplotlib.ticker import MaxNLocator
     epochs = [row.epoch for row in rows]
     # A single epoch has no line, and many have no room for markers.
     marker = "o" if len(rows) <= 30 else ""
@@ -43,7 +44,7 @@ def plot_losses(path: Path, rows: Sequence[EpochMetrics]) -> None:
     axes.set_xlabel("epoch")
     axes.set_ylabel("nats per image")
     axes.set_ylim(bottom=0.0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
     _save(figure, path)
@@ -54,8 +55,8 @@ def plot_reconstructions(path: Path, images: Tensor, reconstructions: Tensor, *,
     columns = min(len(images), 10)
     rows = len(images) // columns
     pairs = torch.stack([images[: rows * columns], reconstructions[: rows * columns]])
-    # [pair, row, column] to rows that alternate.
-    pairs = pairs.unflatten(1, (rows, columns)).transpose(0, 1).flatten(0, 2)
+    # [pair, row, column, ...] to rows that alternate
+    pairs = pairs.reshape(2, rows, columns, *images.shape[1:]).transpose(0, 1).flatten(0, 2)
     height = images.shape[2]
     figure, axes = _figure(0.75 * columns + 1.3, 0.75 * 2 * rows * height / images.shape[3] + 0.4)
     _show(axes, tile(pairs, columns))
@@ -73,13 +74,14 @@ def plot_errors(path: Path, errors: Tensor, *, deterministic: bool) -> None:
     values = errors.cpu().double().numpy()
     edges = automatic_bins(values)
     figure, axes = _figure(6.4, 4.0)
+    from matplotlib.ticker import MaxNLocator
     counts, _ = np.histogram(values, edges)
     axes.bar(edges[:-1], counts, np.diff(edges), align="edge", edgecolor="white", linewidth=0.5)
     axes.axvline(values.mean(), color="C1", label=f"mean {values.mean():.4f}")
     axes.set_xlim(edges[0], edges[-1])
     axes.set_xlabel("mean squared error of an image's pixels, which lie in [0, 1]")
     axes.set_ylabel(f"test images (of {len(values):,})")
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title("Reconstruction error with " + _latents(deterministic), fontsize="medium")
     axes.legend()
     _save(figure, path)
@@ -136,7 +138,7 @@ def _latents(deterministic: bool) -> str:
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure of a size in inches, without pyplot: it keeps global state, and picks a backend that may want a display."""
+    """A figure of a size in inches. Not pyplot's, which keeps global state and may pick a backend that wants a display."""
     require_matplotlib()
     from matplotlib.figure import Figure
 

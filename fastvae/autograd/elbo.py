@@ -95,7 +95,8 @@ def _scalar(value: Scalar, logits: Tensor) -> Scalar:
     """A weight as a registered operation takes it: a tensor, so that a new number is not a new program."""
     if isinstance(value, Tensor) or not is_traced(logits):
         return value
-    return torch.full((), value, dtype=torch.float32, device=logits.device)
+    # A product, because torch.compile keeps a number that multiplies a tensor variable, and freezes one that fills it.
+    return torch.ones((), dtype=torch.float32, device=logits.device) * value
 
 
 def elbo_loss(

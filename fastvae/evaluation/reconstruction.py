@@ -38,7 +38,7 @@ def evaluate(model: ConvVAE, images: Tensor, *, beta: float | Tensor = 1.0) -> E
     _check(images)
     generator = _generator(images)
     losses, errors = [], []
-    for batch in images.split(_BATCH):
+    for batch in torch.split(images, _BATCH):
         moments = model.encode(batch)
         z, kl = F.gaussian_sample_kl_packed(moments, generator=generator)
         losses.append(0.5 * F.sigmoid_mse_loss(model.decode(z), batch, reduction="none") + beta * kl)
@@ -57,7 +57,7 @@ def reconstruction_errors(model: ConvVAE, images: Tensor, *, deterministic: bool
     _check(images)
     generator = _generator(images)
     errors = []
-    for batch in images.split(_BATCH):
+    for batch in torch.split(images, _BATCH):
         moments = model.encode(batch)
         if deterministic:
             z = moments[:, : model.latent_dim]

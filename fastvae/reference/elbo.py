@@ -55,5 +55,5 @@ def elbo_value_and_grad(
         scale = (1.0 if grad_scale is None else grad_scale) / logits.shape[0] if logits.shape[0] else 0.0
         y = torch.sigmoid(in_float32(logits))
         slope = 2.0 * reconstruction_weight * scale * (y - in_float32(target)) * y * (1.0 - y)
-        kl_slope = torch.as_tensor(beta * scale, dtype=kl.dtype, device=kl.device)
-        return values, (slope.to(logits.dtype), kl_slope.expand(kl.shape))
+        kl_slope = torch.ones((), dtype=y.dtype, device=kl.device) * beta * scale
+        return values, (slope.to(logits.dtype), kl_slope.to(kl.dtype).expand(kl.shape))

@@ -84,7 +84,7 @@ def train(
     Args:
         train_images, test_images: [N, C, H, W] on the model's device; uint8 (read as x / 255) or floats in [0, 1].
         epochs, batch_size, learning_rate: positive; beta: the weight of the divergence, not negative.
-        should_stop: asked after every step; once it says yes, training ends with the metrics of the epoch so far.
+        should_stop: asked after every step and epoch; a yes ends training with the metrics of the epoch so far.
         on_progress: called about twice a second, and at the end of each epoch.
         on_epoch: called with the metrics of each epoch.
 
@@ -135,7 +135,7 @@ def train(
         rows.append(row)
         if on_epoch is not None:
             on_epoch(row)
-        if stopped:
+        if stopped or should_stop():
             break
     return rows
 
@@ -152,7 +152,9 @@ def _check(
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs}")
     if not 1 <= batch_size <= len(train_images):
-        raise ValueError(f"batch_size must be 1 to {len(train_images)}, the number of training images, got {batch_size}")
+        raise ValueError(
+            f"batch_size must be 1 to {len(train_images)}, the number of training images, got {batch_size}"
+        )
     if not (learning_rate > 0 and math.isfinite(learning_rate)):
         raise ValueError(f"learning_rate must be positive and finite, got {learning_rate}")
     if not (beta >= 0 and math.isfinite(beta)):

@@ -1,0 +1,183 @@
+"""The launches that are part of the contract.
+
+Counted are Triton launches plus every dispatched aten operation that is neither a view nor an allocation, without the fill that makes the root gradient.
+On CUDA a draw of noise is no operation at all; a CPU generator has no offset, so there it is one draw of two integers, which is counted apart.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastvae.functional as F
+
+# Views and allocations run no kernel.
+FREE = {
+    "_unsafe_view", "alias", "as_strided", "detach", "empty", "empty_like", "empty_strided", "expand", "narrow",
+    "new_empty", "new_empty_strided", "permute", "reshape", "select", "slice", "split", "split_with_sizes", "squeeze",
+    "t", "transpose", "unsqueeze", "view",
+}  # fmt: skip
+
+
+class Counted(TorchDispatchMode):
+    """Everything that runs between enter and exit, by name; "triton" is the number of Triton launches."""
+
+    def __init__(self, launches):
+        super().__init__()
+        self.launches = launches
+        self.operations: Counter[str] = Counter()
+
+    def __enter__(self):
+        self.before = self.launches.count
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name not in FREE:
+            self.operations[name] += 1
+        return function(*args, **(kwargs or {}))
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        triton = self.launches.count - self.before
+        if triton:
+            self.operations["triton"] = triton
+
+    def without_draw(self, device) -> dict[str, int]:
+        """The count on a device whose generator has an offset."""
+        counted = dict(self.operations)
+        if device.type == "cpu":
+            assert counted.pop("randint") == 1
+        assert "randint" not in counted
+        return counted
+
+
+@pytest.fixture(autouse=True)
+def existing_ticket(device):
+    """The counter of long sums is made once per device and stream, zeroed by one fill; every later launch finds it."""
+    from fastvae.kernels.launch import ticket
+
+    ticket(device)
+
+
+def leaf(*shape, device, memory_format=torch.contiguous_format):
+    return torch.randn(shape, device=device).to(memory_format=memory_format).requires_grad_()
+
+
+MOMENTS = {
+    "[128, 32]": ((128, 32), torch.contiguous_format),
+    "[2, 8, 6, 5]": ((2, 8, 6, 5), torch.contiguous_format),
+    "[2, 8, 6, 5] channels_last": ((2, 8, 6, 5), torch.channels_last),
+}
+
+
+@pytest.mark.parametrize("case", MOMENTS)
+@pytest.mark.parametrize("reduction", ["none", "batchmean"])
+def test_sample_kl_packed_is_one_launch_each_way(case, reduction, device, triton_backend):
+    shape, memory_format = MOMENTS[case]
+    moments = leaf(*shape, device=device, memory_format=memory_format)
+    with Counted(triton_backend) as forward:
+        z, kl = F.gaussian_sample_kl_packed(moments, reduction=reduction)
+    assert forward.without_draw(device) == {"triton": 1}
+    z_grad, kl_grad = torch.randn_like(z), torch.randn_like(kl)
+    with Counted(triton_backend) as backward:
+        torch.autograd.backward((z, kl), (z_grad, kl_grad))
+    assert dict(backward.operations) == {"triton": 1}
+
+
+def test_sample_kl_of_chunked_halves_copies_nothing(device, triton_backend):
+    mu, logvar = torch.randn(6, 8, device=device).chunk(2, 1)
+    with Counted(triton_backend) as forward:
+        F.gaussian_sample_kl(mu, logvar)
+    assert forward.without_draw(device) == {"triton": 1}
+
+
+def test_given_noise_draws_nothing(device, triton_backend):
+    moments, eps = torch.randn(4, 8, device=device), torch.randn(4, 4, device=device)
+    with Counted(triton_backend) as forward:
+        F.gaussian_sample_kl_packed(moments, eps=eps)
+    assert dict(forward.operations) == {"triton": 1}
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 28, 28), (3, 7), (2, 3, 40, 40)])
+def test_elbo_loss_is_one_launch_each_way(shape, device, triton_backend):
+    logits, target, kl = leaf(*shape, device=device), torch.rand(shape, device=device), leaf(shape[0], device=device)
+    with Counted(triton_backend) as forward:
+        values = F.elbo_loss(logits, target, kl, beta=0.5)
+    assert dict(forward.operations) == {"triton": 1}
+    root = torch.ones((), device=device)
+    with Counted(triton_backend) as backward:
+        values.loss.backward(root)
+    assert dict(backward.operations) == {"triton": 1}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_value_and_grad_is_one_launch_in_all(dtype, device, triton_backend):
+    logits = torch.randn(8, 1, 28, 28, device=device)
+    target = torch.randint(0, 2, logits.shape, device=device).to(dtype)
+    with Counted(triton_backend) as counted:
+        F.elbo_value_and_grad(logits, target, torch.rand(8, device=device), beta=torch.tensor(0.5, device=device))
+    assert dict(counted.operations) == {"triton": 1}
+
+
+@pytest.mark.parametrize("reduction", ["none", "batchmean", "sum", "mean"])
+def test_sigmoid_mse_loss_is_one_launch_each_way(reduction, device, triton_backend):
+    logits, target = leaf(5, 3, 30, 30, device=device), torch.rand(5, 3, 30, 30, device=device)
+    with Counted(triton_backend) as forward:
+        loss = F.sigmoid_mse_loss(logits, target, reduction=reduction)
+    assert dict(forward.operations) == {"triton": 1}
+    with Counted(triton_backend) as backward:
+        loss.backward(torch.ones_like(loss))
+    assert backward.operations["triton"] == 1 and set(backward.operations) <= {"triton", "ones_like"}
+
+
+def training_step(device):
+    """The encoder's output and the decoder's, as far as the ELBO sees them: z and logits carry the decoder's gradients."""
+    moments = leaf(16, 32, device=device)
+    logits = leaf(16, 1, 28, 28, device=device)
+    target = torch.rand(16, 1, 28, 28, device=device)
+    return moments, logits, target
+
+
+def test_a_training_step_is_four_launches(device, triton_backend):
+    moments, logits, target = training_step(device)
+    z_grad, root = torch.randn(16, 16, device=device), torch.ones((), device=device)
+    with Counted(triton_backend) as step:
+        z, kl = F.gaussian_sample_kl_packed(moments)
+        loss = F.elbo_loss(logits, target, kl).loss
+        torch.autograd.backward((loss, z), (root, z_grad))
+    assert step.without_draw(device) == {"triton": 4}
+    assert moments.grad is not None and logits.grad is not None
+
+
+def test_a_training_step_with_value_and_grad_is_three_launches(device, triton_backend):
+    moments, logits, target = training_step(device)
+    z_grad = torch.randn(16, 16, device=device)
+    with Counted(triton_backend) as step:
+        z, kl = F.gaussian_sample_kl_packed(moments)
+        _, (logits_grad, kl_grad) = F.elbo_value_and_grad(logits, target, kl)
+        # logits_grad goes on into the decoder, whose gradient z_grad stands for.
+        torch.autograd.grad((kl, z), moments, (kl_grad, z_grad))
+    assert step.without_draw(device) == {"triton": 3}
+    assert logits_grad.shape == logits.shape
+
+
+def test_the_reference_takes_many_more(device):
+    """The count itself counts: the same step in eager PyTorch."""
+    moments, logits, target = training_step(device)
+    with Counted(type("NoLaunches", (), {"count": 0})) as step:
+        z, kl = F.gaussian_sample_kl_packed(moments) if device.type == "cpu" else F.gaussian_sample_kl(*moments.chunk(2, 1))
+        loss = F.elbo_loss(logits, target, kl).loss
+        torch.autograd.backward((loss, z), (torch.ones((), device=device), torch.randn(16, 16, device=device)))
+    assert sum(step.operations.values()) > 20
+
+
+def test_an_odd_layout_is_copied_once_per_tensor(device, triton_backend):
+    """Neither mu nor logvar of a transposed encoder has its batch outermost: one copy each, and one for each gradient's strides."""
+    mu, logvar = leaf(4, 6, device=device).t(), leaf(4, 6, device=device).t()
+    with Counted(triton_backend) as forward:
+        F.gaussian_kl(mu, logvar)
+    assert dict(forward.operations) == {"triton": 1, "copy_": 2}
