@@ -111,7 +111,9 @@ def test_convolution_equals_loops(device, size):
     layer = Downsample(2, 3).double()
     randomise(layer)
     x = torch.randn(2, 2, *size, dtype=torch.float64)
-    expected = [convolution_in_loops(image, layer.weight.detach().numpy(), layer.bias.detach().numpy()) for image in x.numpy()]
+    expected = [
+        convolution_in_loops(image, layer.weight.detach().numpy(), layer.bias.detach().numpy()) for image in x.numpy()
+    ]
     result = layer.to(device)(x.to(device)).cpu()
     torch.testing.assert_close(result, torch.from_numpy(np.stack(expected)), rtol=0, atol=1e-12)
 
@@ -212,7 +214,9 @@ def test_activations():
     for name in ("encoder.relu1", "encoder.relu2", "decoder.relu1", "decoder.relu2"):
         assert outputs[name].min() == 0
         assert outputs[name].max() > 0
-    assert [name for name in outputs if "relu" in name] == [f"{h}.relu{i}" for h in ("encoder", "decoder") for i in (1, 2)]
+    assert [name for name in outputs if "relu" in name] == [
+        f"{h}.relu{i}" for h in ("encoder", "decoder") for i in (1, 2)
+    ]
     assert moments.min() < 0
     assert logits.min() < 0
     assert outputs["encoder"] is moments
