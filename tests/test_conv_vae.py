@@ -1,4 +1,4 @@
-"""The network of the reference example: its layers' geometry against loops, its parameters, its shapes and its errors."""
+"""The network of the reference example: its geometry against loops, its parameters, its shapes and its errors."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_glorot_uniform_weights_and_zero_biases(name):
         biases.append(layer.bias.detach())
     weight = torch.cat(weights).double()
     assert torch.cat(biases).abs().max() == 0
-    # The largest of n uniform draws is within bound * 8 / n of the bound but for a chance of e^-8; the table has 4 digits.
+    # The largest of n uniform draws is within bound * 8 / n of it, but for a chance of e^-8. The table has 4 digits.
     assert bound * (1 - 8 / len(weight)) - 5e-5 <= weight.abs().max() <= bound + 5e-5
     # Uniform, not normal: the standard deviation is bound / sqrt(3), known to 5 deviations of itself.
     assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=5 * 0.45 / math.sqrt(len(weight)) + 1e-3)
@@ -181,7 +181,7 @@ def test_shapes(device, image_shape, channels):
     assert all(parameter.grad is not None for parameter in model.parameters())
     for images in (model.reconstruct(x), model.reconstruct(x, deterministic=True), model.sample(2)):
         assert images.shape == x.shape
-        assert 0 <= images.min()
+        assert images.min() >= 0
         assert images.max() <= 1
         assert not images.requires_grad
 
@@ -193,7 +193,7 @@ def test_every_size_is_restored():
 
 
 def test_nothing_is_applied_to_the_projection():
-    """With the transposed convolutions replaced by the identity, negative features come out negative."""
+    """It enters the first transposed convolution as it is, negative values included."""
     model = ConvVAE()
     features = {}
     model.decoder.transposed_conv1.register_forward_hook(lambda module, inputs, output: features.update(x=inputs[0]))

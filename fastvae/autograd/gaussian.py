@@ -126,9 +126,19 @@ def _differentiable_gradients(
 class GaussianSample(torch.autograd.Function):
     """z of (mu, logvar, eps, *rng)."""
 
+    # The parameters one by one: torch.compile counts them to tell this form from forward(ctx, ...).
     @staticmethod
-    def forward(mu: Tensor, logvar: Tensor, eps: Tensor | None, *rng: Any) -> Tensor:
-        return (_operations if is_traced(mu) else kernels).gaussian_sample(mu, logvar, eps, *rng)
+    def forward(
+        mu: Tensor,
+        logvar: Tensor,
+        eps: Tensor | None,
+        seed_tensor: Tensor | None,
+        offset_tensor: Tensor | None,
+        seed: int,
+        offset: int,
+    ) -> Tensor:
+        operations = _operations if is_traced(mu) else kernels
+        return operations.gaussian_sample(mu, logvar, eps, seed_tensor, offset_tensor, seed, offset)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -166,9 +176,20 @@ class GaussianSampleKL(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        mu: Tensor, logvar: Tensor | None, dim: int, reduction: str, eps: Tensor | None, *rng: Any
+        mu: Tensor,
+        logvar: Tensor | None,
+        dim: int,
+        reduction: str,
+        eps: Tensor | None,
+        seed_tensor: Tensor | None,
+        offset_tensor: Tensor | None,
+        seed: int,
+        offset: int,
     ) -> tuple[Tensor, Tensor]:
-        return (_operations if is_traced(mu) else kernels).gaussian_sample_kl(mu, logvar, dim, reduction, eps, *rng)
+        operations = _operations if is_traced(mu) else kernels
+        return operations.gaussian_sample_kl(
+            mu, logvar, dim, reduction, eps, seed_tensor, offset_tensor, seed, offset
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

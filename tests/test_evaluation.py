@@ -1,0 +1,104 @@
+"""What is measured on test images, against the same numbers computed directly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastvae
+from fastvae.evaluation import evaluate, reconstruction_errors
+from fastvae.models import ConvVAE
+
+SHAPE = (3, 7, 5)
+COUNT = 700  # more than one batch, and no multiple of it
+
+
+@pytest.fixture(autouse=True)
+def reference_backend():
+    with fastvae.use_backend("reference"):
+        yield
+
+
+@pytest.fixture
+def model(device) -> ConvVAE:
+    return ConvVAE(SHAPE, latent_dim=3, channels=(4, 6)).to(device)
+
+
+@pytest.fixture
+def images(device) -> torch.Tensor:
+    return torch.randint(0, 256, (COUNT, *SHAPE), dtype=torch.uint8, device=device)
+
+
+def fix_posterior(model: ConvVAE, logvar: float) -> None:
+    with torch.no_grad():
+        model.encoder.moments.weight[model.latent_dim :] = 0.0
+        model.encoder.moments.bias[model.latent_dim :] = logvar
+
+
+def squared_errors(model: ConvVAE, images: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """[N], summed over the pixels, in float64."""
+    return (model.decode(z).sigmoid().double() - images.double() / 255).square().sum((1, 2, 3))
+
+
+@torch.no_grad()
+def test_evaluate(model, images):
+    """With a posterior of next to no variance a sample is its mean, and everything is known."""
+    fix_posterior(model, -40.0)
+    mu = model.encode(images)[:, :3]
+    kl = 0.5 * (mu.double().square() + 40.0 - 1.0).sum(1)
+    error = squared_errors(model, images, mu)
+    for beta in (1.0, 0.25):
+        result = evaluate(model, images, beta=beta)
+        assert result.loss == pytest.approx((0.5 * error + beta * kl).mean().item(), rel=1e-6)
+        assert result.mse == pytest.approx(error.mean().item() / 105, rel=1e-6)
+
+
+def test_loss_is_sampled_and_mse_is_not(model, images):
+    fix_posterior(model, -40.0)
+    before = evaluate(model, images, beta=0.0)
+    fix_posterior(model, 3.0)
+    after = evaluate(model, images, beta=0.0)
+    assert after.mse == before.mse
+    assert after.loss > before.loss + 0.01
+
+
+def test_noise_differs_between_images(model):
+    """Also between those of different batches."""
+    fix_posterior(model, 3.0)
+    same = torch.full((COUNT, *SHAPE), 100, dtype=torch.uint8, device=next(model.parameters()).device)
+    assert len(reconstruction_errors(model, same).unique()) > 0.99 * COUNT
+    assert len(reconstruction_errors(model, same, deterministic=True).unique()) < 10
+
+
+def test_the_same_noise_each_time_and_none_of_training(model, images, device):
+    def states():
+        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+    before = states()
+    assert evaluate(model, images) == evaluate(model, images)
+    assert torch.equal(reconstruction_errors(model, images), reconstruction_errors(model, images))
+    assert all(torch.equal(*pair) for pair in zip(before, states(), strict=True))
+
+
+@torch.no_grad()
+def test_reconstruction_errors(model, images):
+    fix_posterior(model, 3.0)
+    mean = reconstruction_errors(model, images, deterministic=True)
+    expected = squared_errors(model, images, model.encode(images)[:, :3]) / 105
+    torch.testing.assert_close(mean.double(), expected, rtol=1e-6, atol=0)
+    assert mean.mean().item() == pytest.approx(evaluate(model, images).mse, rel=1e-6)
+    sampled = reconstruction_errors(model, images)
+    assert sampled.shape == (COUNT,)
+    assert sampled.mean() > mean.mean()
+    # The loss with beta 0 is half the sum of what is averaged here.
+    assert 105 / 2 * sampled.mean().item() == pytest.approx(evaluate(model, images, beta=0.0).loss, rel=1e-6)
+
+
+def test_nothing_is_left_attached(model, images):
+    assert not reconstruction_errors(model, images).requires_grad
+
+
+@pytest.mark.parametrize("measure", [evaluate, reconstruction_errors])
+def test_no_images_is_an_error(model, images, measure):
+    with pytest.raises(ValueError, match=r"images must hold at least one image, got shape \[0, 3, 7, 5\]"):
+        measure(model, images[:0])

@@ -1,0 +1,261 @@
+"""The figures: what they show, their size, and that they are written whole or not at all."""
+
+from __future__ import annotations
+
+import math
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from fastvae import plots
+from fastvae.files import replacing
+from fastvae.training import EpochMetrics
+
+ROWS = [EpochMetrics(epoch, 10 * epoch, 30 / epoch, 20 / epoch, 10 / epoch, 31 / epoch, 0.1, 1.0) for epoch in (1, 2)]
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures as they are saved."""
+    saved = []
+    save = plots._save
+    monkeypatch.setattr(plots, "_save", lambda figure, path: (saved.append(figure), save(figure, path)))
+    return saved
+
+
+def png_size(path) -> tuple[int, int]:
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    assert data.endswith(b"IEND\xae\x42\x60\x82")
+    return struct.unpack(">II", data[16:24])
+
+
+def read_png(path) -> np.ndarray:
+    """uint8 [height, width, 3]."""
+    from PIL import Image
+
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def ink_fills_the_figure(path) -> bool:
+    """Whether nothing but white is less than a tenth of the figure on every side."""
+    rows, columns = np.nonzero(read_png(path).min(2) < 128)
+    height, width = read_png(path).shape[:2]
+    margins = (rows.min() / height, 1 - rows.max() / height, columns.min() / width, 1 - columns.max() / width)
+    return max(margins) < 0.1
+
+
+def test_losses(tmp_path, figures):
+    plots.plot_losses(tmp_path / "loss.png", ROWS)
+    assert png_size(tmp_path / "loss.png") == (960, 600)
+    assert ink_fills_the_figure(tmp_path / "loss.png")
+    (axes,) = figures[0].axes
+    assert axes.get_xlabel() == "epoch"
+    assert axes.get_ylabel() == "nats per image"
+    curves = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert curves == {
+        "training loss": [[1, 30], [2, 15]],
+        "test loss": [[1, 31], [2, 15.5]],
+        "reconstruction": [[1, 20], [2, 10]],
+        "KL divergence": [[1, 10], [2, 5]],
+    }
+    assert {text.get_text() for text in axes.get_legend().get_texts()} == set(curves)
+
+
+@pytest.mark.parametrize(("count", "columns", "rows"), [(20, 10, 2), (13, 10, 1), (3, 3, 1), (1, 1, 1)])
+@pytest.mark.parametrize(("deterministic", "latents"), [(True, "z = mu"), (False, "sampled z")])
+def test_reconstructions(tmp_path, figures, count, columns, rows, deterministic, latents):
+    originals = torch.rand(count, 1, 6, 4) / 2
+    path = tmp_path / "reconstructions.png"
+    plots.plot_reconstructions(path, originals, originals + 0.5, deterministic=deterministic)
+    png_size(path)
+    assert ink_fills_the_figure(path)
+    (axes,) = figures[0].axes
+    assert latents in axes.get_title()
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["original", "reconstruction"] * rows
+    shown = axes.images[0].get_array()
+    assert shown.shape == (2 * rows * 6, columns * 4)
+    for index in range(rows * columns):
+        row, column = divmod(index, columns)
+        for pair, image in enumerate((originals[index, 0], originals[index, 0] + 0.5)):
+            top = 6 * (2 * row + pair)
+            np.testing.assert_array_equal(shown[top : top + 6, 4 * column : 4 * column + 4], image.numpy())
+            # The label stands in the middle of its row.
+            assert axes.get_yticks()[2 * row + pair] == top + 2.5
+
+
+def test_colour_reconstructions(tmp_path, figures):
+    images = torch.rand(2, 3, 6, 4)
+    plots.plot_reconstructions(tmp_path / "r.png", images, images, deterministic=True)
+    assert figures[0].axes[0].images[0].get_array().shape == (12, 8, 3)
+
+
+@pytest.mark.parametrize(("deterministic", "latents"), [(True, "z = mu"), (False, "sampled z")])
+def test_errors(tmp_path, figures, deterministic, latents):
+    errors = torch.rand(300) ** 2 / 20
+    plots.plot_errors(tmp_path / "errors.png", errors, deterministic=deterministic)
+    assert png_size(tmp_path / "errors.png") == (960, 600)
+    assert ink_fills_the_figure(tmp_path / "errors.png")
+    (axes,) = figures[0].axes
+    assert latents in axes.get_title()
+    assert "squared error" in axes.get_xlabel()
+    assert "300" in axes.get_ylabel()
+    bars = [(bar.get_x(), bar.get_width(), bar.get_height()) for bar in axes.patches]
+    assert sum(height for *_, height in bars) == 300
+    for left, width, height in bars:
+        inside = (errors >= left) & (errors < left + width)
+        assert abs(inside.sum().item() - height) <= 1  # float32 against float64 at an edge
+    assert f"mean {errors.mean():.4f}" in axes.get_legend().get_texts()[0].get_text()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_image_grid(tmp_path, channels):
+    """64 images of 28x28 make 224x224 pixels, shown threefold, without borders."""
+    images = torch.rand(64, channels, 28, 28)
+    plots.write_image_grid(tmp_path / "generated.png", images)
+    assert png_size(tmp_path / "generated.png") == (672, 672)
+    pixels = read_png(tmp_path / "generated.png")
+    for index in (0, 7, 8, 63):
+        row, column = divmod(index, 8)
+        tile = pixels[84 * row : 84 * (row + 1), 84 * column : 84 * (column + 1)]
+        expected = (images[index] * 255).round().byte().permute(1, 2, 0).expand(-1, -1, 3).numpy()
+        for shift in range(3):
+            np.testing.assert_array_equal(tile[shift::3, shift::3], expected)
+
+
+def test_image_grid_keeps_dark_images_dark(tmp_path):
+    """No stretching of the contrast: 0 is black and 1 is white, whatever the images hold."""
+    plots.write_image_grid(tmp_path / "generated.png", torch.full((64, 1, 4, 4), 0.2))
+    assert (read_png(tmp_path / "generated.png") == 51).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((64, 2, 4, 4), r"images must have 1 or 3 channels, got shape \[64, 2, 4, 4\]"),
+        ((63, 1, 4, 4), "images must fill whole rows of 8, got 63"),
+        ((0, 1, 4, 4), "images must fill whole rows of 8, got 0"),
+    ],
+)
+def test_image_grid_errors(tmp_path, shape, message):
+    with pytest.raises(ValueError, match=message):
+        plots.write_image_grid(tmp_path / "generated.png", torch.zeros(shape))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("power", [1.0, 1e-4, 1e3])
+@pytest.mark.parametrize(
+    ("scott", "width"),
+    [
+        (1.0001, 1),
+        (1.499, 1),
+        (1.501, 2),
+        (2.499, 2),
+        (2.501, 3),
+        (3.999, 3),
+        (4.001, 5),
+        (7.499, 5),
+        (7.501, 10),
+        (9.999, 10),
+    ],
+)
+def test_bins_of_matlab(scott, width, power):
+    """Eight values at +-a around 40 have Scott's width 3.5 * a * sqrt(8 / 7) / 2."""
+    a = scott * power / (1.75 * math.sqrt(8 / 7))
+    values = 40 * power + np.tile([a, -a], 4)
+    edges = plots.automatic_bins(values)
+    np.testing.assert_allclose(np.diff(edges), width * power, rtol=1e-9)
+    np.testing.assert_allclose(edges / (width * power), np.round(edges / (width * power)), atol=1e-9)
+    assert edges[0] <= values.min() < edges[1]
+    assert edges[-2] < values.max() <= edges[-1]
+
+
+def test_bins_narrow_as_values_grow_in_number():
+    values = np.random.default_rng(0).normal(size=1_000_000)
+    for count, width in ((1_000, 0.3), (30_000, 0.1), (1_000_000, 0.03)):  # Scott: 0.35, 0.113, 0.035
+        np.testing.assert_allclose(np.diff(plots.automatic_bins(values[:count])), width, rtol=1e-9)
+
+
+@pytest.mark.parametrize("values", [[0.25], [0.25, 0.25, 0.25]])
+def test_bins_of_equal_values(values):
+    np.testing.assert_array_equal(plots.automatic_bins(np.array(values)), [0.0, 1.0])
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    with replacing(path) as file:
+        file.write(b"old")
+        assert not path.exists()
+    with pytest.raises(RuntimeError), replacing(path) as file:
+        file.write(b"ne")
+        file.flush()
+        raise RuntimeError
+    assert path.read_bytes() == b"old"
+    with replacing(path) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: plots.plot_losses(path, ROWS),
+        lambda path: plots.plot_errors(path, torch.rand(9), deterministic=True),
+        lambda path: plots.plot_reconstructions(path, *torch.rand(2, 4, 1, 5, 5), deterministic=True),
+        lambda path: plots.write_image_grid(path, torch.rand(8, 1, 5, 5)),
+    ],
+)
+def test_figures_are_written_atomically(tmp_path, monkeypatch, write):
+    """A figure that fails in the middle of writing leaves what was there before."""
+    path = tmp_path / "figure.png"
+    path.write_bytes(b"old")
+
+    def fail(target, *_, **__):
+        target.write(b"half of it")
+        raise RuntimeError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("matplotlib.image.imsave", fail)
+        patch.setattr("matplotlib.figure.Figure.savefig", lambda self, target, **_: fail(target))
+        with pytest.raises(RuntimeError, match="the disk is full"):
+            write(path)
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["figure.png"]
+    write(path)
+    png_size(path)
+
+
+def test_matplotlib_is_asked_for_by_name(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for call in (
+        plots.require_matplotlib,
+        lambda: plots.plot_losses(tmp_path / "loss.png", ROWS),
+        lambda: plots.write_image_grid(tmp_path / "grid.png", torch.zeros(8, 1, 2, 2)),
+    ):
+        with pytest.raises(ImportError, match=r'pip install "fastvae\[examples\]"'):
+            call()
+
+
+def test_no_display_and_no_global_state(tmp_path):
+    """matplotlib is imported by the first figure, and pyplot never: it would choose a backend, here one that cannot work."""
+    program = f"""
+import sys, os, pathlib
+from fastvae import plots
+assert "matplotlib" not in sys.modules
+import torch
+folder = pathlib.Path({str(tmp_path)!r})
+plots.plot_errors(folder / "errors.png", torch.rand(9), deterministic=True)
+plots.write_image_grid(folder / "grid.png", torch.rand(8, 1, 4, 4))
+assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules
+"""
+    import os
+
+    environment = {**os.environ, "MPLBACKEND": "TkAgg"}
+    environment.pop("DISPLAY", None)
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
+    png_size(tmp_path / "errors.png")

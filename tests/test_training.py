@@ -1,0 +1,401 @@
+"""The training loop against one written out in plain PyTorch, its stop, its silence towards the device, its records."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastvae
+from fastvae.evaluation import Evaluation, evaluate
+from fastvae.models import ConvVAE
+from fastvae.training import EpochMetrics, Progress, display, make_display, train, training_step
+from fastvae.training import loop as training_loop
+from fastvae.training.records import versions, write_checkpoint, write_metrics
+
+SHAPE = (1, 8, 6)
+
+
+@pytest.fixture(autouse=True)
+def reference_backend():
+    """The loop is the same on both paths; the kernels have tests of their own, and this one runs on every machine."""
+    with fastvae.use_backend("reference"):
+        yield
+
+
+def small_model(device, image_shape=SHAPE, seed=1) -> ConvVAE:
+    torch.manual_seed(seed)
+    return ConvVAE(image_shape, latent_dim=3, channels=(4, 6)).to(device)
+
+
+def images(count, device, image_shape=SHAPE) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randint(0, 256, (count, *image_shape), dtype=torch.uint8, generator=generator).to(device)
+
+
+def stop_after(steps):
+    """should_stop, saying yes once it was asked ``steps`` times."""
+    asked = iter(range(1, sys.maxsize))
+    return lambda: next(asked) >= steps
+
+
+def test_partial_batches_are_discarded_and_images_reshuffled(device):
+    model = small_model(device)
+    data = torch.arange(70, dtype=torch.uint8, device=device).view(-1, 1, 1, 1).expand(-1, *SHAPE).contiguous()
+    batches = []
+    model.register_forward_pre_hook(lambda module, inputs: batches.append(inputs[0][:, 0, 0, 0].tolist()))
+    rows = train(model, data, data[:5], epochs=2, batch_size=16)
+    assert [len(batch) for batch in batches] == [16] * 8
+    first, second = ([index for batch in epoch for index in batch] for epoch in (batches[:4], batches[4:]))
+    assert len(set(first)) == len(set(second)) == 64
+    assert first != sorted(first)
+    assert first != second
+    assert [(row.epoch, row.step) for row in rows] == [(1, 4), (2, 8)]
+
+
+@pytest.mark.parametrize(("image_shape", "as_bytes"), [(SHAPE, True), ((3, 7, 5), True), (SHAPE, False)])
+def test_equals_a_loop_in_plain_pytorch(device, image_shape, as_bytes):
+    data = images(40, device, image_shape)
+    test = images(5, device, image_shape)
+    if not as_bytes:
+        data, test = data.float() / 255, test.float() / 255
+    model = small_model(device, image_shape)
+    expected_model = small_model(device, image_shape)
+    torch.manual_seed(3)
+    rows = train(model, data, test, epochs=3, batch_size=16, learning_rate=0.01, beta=0.7)
+
+    torch.manual_seed(3)
+    parameters = list(expected_model.parameters())
+    first, second = [torch.zeros_like(p) for p in parameters], [torch.zeros_like(p) for p in parameters]
+    step = 0
+    for row in rows:
+        order = torch.randperm(40, device=device)
+        sums = torch.zeros(3)
+        for start in (0, 16):
+            x = data[order[start : start + 16]]
+            x = x.float() / 255 if as_bytes else x
+            mu, logvar = expected_model.encode(x).chunk(2, 1)
+            z = mu + (logvar / 2).exp() * torch.randn_like(mu)
+            y = expected_model.decode(z).sigmoid()
+            reconstruction = 0.5 * (y - x).square().sum() / 16
+            kl = -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum() / 16
+            loss = reconstruction + 0.7 * kl
+            gradients = torch.autograd.grad(loss, parameters)
+            step += 1
+            with torch.no_grad():
+                for parameter, m, v, gradient in zip(parameters, first, second, gradients, strict=True):
+                    m.mul_(0.9).add_(gradient, alpha=0.1)
+                    v.mul_(0.999).add_(gradient.square(), alpha=0.001)
+                    corrected = (v / (1 - 0.999**step)).sqrt() + 1e-8
+                    parameter.sub_(0.01 / (1 - 0.9**step) * m / corrected)
+            sums += torch.stack([loss, reconstruction, kl]).detach().cpu()
+        assert row.step == step
+        assert (row.loss, row.reconstruction, row.kl) == pytest.approx((sums / 2).tolist(), rel=1e-4)
+        assert row.loss == pytest.approx(row.reconstruction + 0.7 * row.kl, rel=1e-5)
+
+
+def test_rows_hold_the_evaluation_of_the_model_at_that_moment(device):
+    model, test = small_model(device), images(9, device)
+    evaluations = []
+    rows = train(
+        model,
+        images(32, device),
+        test,
+        epochs=2,
+        batch_size=16,
+        learning_rate=0.01,
+        beta=3.0,
+        on_epoch=lambda row: evaluations.append(evaluate(model, test, beta=3.0)),
+    )
+    assert [Evaluation(row.test_loss, row.test_mse) for row in rows] == evaluations
+    assert evaluations[0] != evaluations[1]
+
+
+def test_testing_does_not_disturb_training(device):
+    """The same random numbers reach the model whatever is tested between the epochs."""
+    losses = []
+    for count in (1, 600):
+        model = small_model(device)
+        torch.manual_seed(3)
+        rows = train(model, images(32, device), images(count, device), epochs=2, batch_size=16)
+        losses.append([row.loss for row in rows])
+    assert losses[0] == losses[1]
+
+
+def test_beta_weights_the_divergence(device):
+    kl = []
+    for beta in (0.0, 20.0):
+        model = small_model(device)
+        kl.append(train(model, images(64, device), images(5, device), epochs=5, batch_size=8, beta=beta)[-1].kl)
+    assert kl[1] < 0.5 * kl[0]
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(1, [(1, 1)]), (3, [(1, 3)]), (6, [(1, 4), (2, 5)])])
+def test_stop_ends_after_the_current_step(device, steps, expected):
+    """Asked after each of 4 steps and after the epoch; the 6th time is after the first step of the second epoch."""
+    model, reports = small_model(device), []
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    rows = train(
+        model,
+        images(64, device),
+        images(5, device),
+        epochs=3,
+        batch_size=16,
+        should_stop=stop_after(steps),
+        on_progress=reports.append,
+    )
+    assert [(row.epoch, row.step) for row in rows] == expected
+    assert len(calls) == expected[-1][1]
+    assert reports[-1].step == expected[-1][1]
+    assert reports[-1].total_steps == 12
+
+
+def test_stop_between_epochs(device):
+    rows = train(
+        small_model(device),
+        images(64, device),
+        images(5, device),
+        epochs=3,
+        batch_size=16,
+        should_stop=stop_after(5),
+    )
+    assert [(row.epoch, row.step) for row in rows] == [(1, 4)]
+
+
+def test_metrics_of_an_unfinished_epoch_are_of_its_steps(device):
+    torch.manual_seed(3)
+    whole = []
+    train(
+        small_model(device),
+        images(64, device),
+        images(5, device),
+        epochs=1,
+        batch_size=16,
+        on_progress=whole.append,
+        should_stop=stop_after(2),
+    )
+    torch.manual_seed(1)
+    losses = []
+    model = small_model(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    order = torch.randperm(64, device=device)
+    for start in (0, 16):
+        losses.append(training_step(model, optimizer, images(64, device)[order[start : start + 16]]).loss.item())
+    assert whole[-1].loss == pytest.approx(sum(losses) / 2, rel=1e-4)
+
+
+def test_progress_covers_the_steps_since_the_last_report(device, monkeypatch):
+    monkeypatch.setattr(training_loop, "_REPORT_SECONDS", 0.0)
+    reports: list[Progress] = []
+    rows = train(
+        small_model(device),
+        images(64, device),
+        images(5, device),
+        epochs=2,
+        batch_size=16,
+        on_progress=reports.append,
+    )
+    assert [(report.epoch, report.step) for report in reports] == [((step + 3) // 4, step) for step in range(1, 9)]
+    for row in rows:
+        losses = [report.loss for report in reports if report.epoch == row.epoch]
+        assert row.loss == pytest.approx(sum(losses) / 4, rel=1e-5)
+        assert len(set(losses)) == 4
+
+
+class Reads(TorchDispatchMode):
+    """Counts what makes the host wait for a device."""
+
+    OPERATIONS = ("aten._local_scalar_dense", "aten.nonzero", "aten.is_nonzero", "aten.equal", "aten.masked_select")
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func.overloadpacket)
+        result = func(*args, **(kwargs or {}))
+        by_mask = name == "aten.index" and any(i is not None and i.dtype is torch.bool for i in args[1])
+        between_devices = name == "aten._to_copy" and result.device != args[0].device
+        if name in self.OPERATIONS or by_mask or between_devices:
+            self.counts[name] += 1
+        return result
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The reads of a call, those that do not pass the dispatcher on a CPU included."""
+    counts = Counter()
+    for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__"):
+        original = getattr(torch.Tensor, name)
+
+        def counted(self, *args, original=original, name=name, **kwargs):
+            counts[name] += 1
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+
+    def count(call) -> Counter:
+        counts.clear()
+        with Reads() as mode:
+            call()
+        return counts + mode.counts
+
+    return count
+
+
+def test_reads_are_seen(reads, device):
+    x = torch.ones(2, device=device)
+    for call in (x.sum().item, x.tolist, lambda: bool(x.sum()), lambda: float(x.sum()), lambda: x[x > 0], x.nonzero):
+        assert reads(call).total() > 0
+
+
+def test_no_step_reads_from_the_device(device, reads):
+    """Twelve steps read as often as one: after the epoch, not in it."""
+    counts = []
+    for steps in (1, 12):
+        model, data, test = small_model(device), images(4 * steps, device), images(5, device)
+        counts.append(reads(lambda model=model, data=data, test=test: train(model, data, test, epochs=1, batch_size=4)))
+    assert counts[0] == counts[1]
+    assert counts[0]["tolist"] == 2  # the means of the epoch, and of the test
+
+
+def test_a_step_needs_no_values():
+    """It runs on tensors that have none, where a read is an error."""
+    with FakeTensorMode():
+        model = ConvVAE(SHAPE, latent_dim=3, channels=(4, 6))
+        optimizer = torch.optim.Adam(model.parameters(), fused=True)
+        data = torch.zeros(8, *SHAPE, dtype=torch.uint8)
+        batch = data[torch.randperm(8)[:4]]
+        values = training_step(model, optimizer, batch, beta=torch.tensor(1.0))
+        assert values.loss.shape == ()
+        with pytest.raises(DataDependentOutputException):
+            values.loss.item()
+
+
+def test_the_loss_stays_finite_or_training_ends(device):
+    with pytest.raises(FloatingPointError, match=r"training diverged: the mean loss of epoch 1 is (nan|inf)"):
+        train(small_model(device), images(64, device), images(5, device), epochs=3, batch_size=8, learning_rate=1e4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be 1 to 20, the number of training images, got 0"),
+        ({"batch_size": 21}, "batch_size must be 1 to 20, the number of training images, got 21"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive and finite, got 0.0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be positive and finite, got nan"),
+        ({"learning_rate": float("inf")}, "learning_rate must be positive and finite, got inf"),
+        ({"beta": -0.1}, "beta must be finite and not negative, got -0.1"),
+        ({"beta": float("nan")}, "beta must be finite and not negative, got nan"),
+        ({"test_images": images(0, "cpu")}, "test_images must hold at least one image"),
+        (
+            {"train_images": images(20, "cpu").to("meta")},
+            "train_images must be on the model's device, cpu, got meta",
+        ),
+        ({"train_images": images(20, "cpu", (1, 6, 8))}, r"x must have shape \[B, 1, 8, 6\], got"),
+    ],
+)
+def test_errors_name_argument_value_and_expectation(changes, message):
+    arguments = {"train_images": images(20, "cpu"), "test_images": images(5, "cpu"), "epochs": 1, "batch_size": 4}
+    with pytest.raises(ValueError, match=message):
+        train(small_model("cpu"), **(arguments | changes))
+
+
+def test_a_batch_of_all_images_is_allowed(device):
+    assert train(small_model(device), images(5, device), images(5, device), epochs=1, batch_size=5)[0].step == 1
+
+
+# The files.
+
+ROW = EpochMetrics(1, 46, 20.5, 12.25, 8.25, 21.0, 0.0246, 1.5)
+
+
+def test_metrics_are_rewritten_whole(tmp_path):
+    path = tmp_path / "metrics.csv"
+    write_metrics(path, [])
+    header = "epoch,step,loss,reconstruction,kl,test_loss,test_mse,seconds"
+    assert path.read_text() == header + "\n"
+    write_metrics(path, [ROW, ROW._replace(epoch=2, step=92, loss=1 / 3)])
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert ",".join(rows[0]) == header
+    assert {name: float(value) for name, value in rows[0].items()} == ROW._asdict()
+    assert rows[1]["epoch"] == "2"
+    assert float(rows[1]["loss"]) == pytest.approx(1 / 3, rel=1e-6)
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+def test_checkpoint_restores_the_model(tmp_path, device):
+    model = small_model(device, (3, 7, 5)).to(memory_format=torch.channels_last)
+    write_checkpoint(tmp_path / "checkpoint.pt", model, 7)
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert all(value.device.type == "cpu" for value in saved["model"].values())
+    restored = ConvVAE(**saved["settings"]).to(device)
+    restored.load_state_dict(saved["model"])
+    x = images(4, device, (3, 7, 5))
+    torch.testing.assert_close(restored.reconstruct(x, deterministic=True), model.reconstruct(x, deterministic=True))
+    assert saved["epoch"] == 7
+
+
+def test_versions_are_those_installed():
+    found = versions()
+    assert found["torch"] == torch.__version__
+    assert found["fastvae"] == fastvae.__version__
+    assert found["python"] == sys.version.split()[0]
+
+
+# The display.
+
+
+def test_lines_for_what_is_no_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
+    shown = make_display(2)
+    assert isinstance(shown, display.Lines)
+    shown.progress(Progress(1, 10, 92, 30.0, 25.0, 5.0))
+    assert capsys.readouterr().out == ""
+    shown.epoch(ROW)
+    line = capsys.readouterr().out
+    for part in ("epoch 1/2", "step 46", "loss 20.50", "reconstruction 12.25", "KL 8.25", "test loss 21.00", "0.0246"):
+        assert part in line
+    assert "steps/s" in line
+    assert "left" in line
+    assert line.count("\n") == 1
+    monkeypatch.setattr(display, "_LINE_SECONDS", 0.0)
+    shown.progress(Progress(2, 50, 92, 30.0, 25.0, 5.0))
+    assert "epoch 2/2, step 50: loss 30.00" in capsys.readouterr().out
+    shown.close()
+
+
+def test_a_bar_for_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    shown = make_display(2)
+    assert isinstance(shown, display.Bar)
+    shown.progress(Progress(1, 46, 92, 30.0, 25.0, 5.0))
+    shown.progress(Progress(2, 92, 92, 20.0, 15.0, 5.0))
+    shown.epoch(ROW)
+    shown.close()
+    text = capsys.readouterr().out
+    last = text.rstrip().split("\r")[-1]
+    for part in ("epoch 2/2", "100%", "steps/s", "left", "loss 20.0", "reconstruction 15.0", "KL 5.0"):
+        assert part in last
+
+
+def test_lines_where_tqdm_is_missing(monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert isinstance(make_display(2), display.Lines)
+
+
+def test_silence_when_quiet(capsys):
+    shown = make_display(2, quiet=True)
+    shown.progress(Progress(1, 46, 92, 30.0, 25.0, 5.0))
+    shown.epoch(ROW)
+    shown.close()
+    assert capsys.readouterr().out == ""
