@@ -17,6 +17,7 @@ from fastvae.training import EpochMetrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 _DOTS_PER_INCH = 150
@@ -33,7 +34,6 @@ def require_matplotlib() -> None:
 def plot_losses(path: Path, rows: Sequence[EpochMetrics]) -> None:
     """The losses over the epochs, in nats per image."""
     figure, axes = _figure(6.4, 4.0)
-    from matplotlib.ticker import MaxNLocator
     epochs = [row.epoch for row in rows]
     # A single epoch has no line, and many have no room for markers.
     marker = "o" if len(rows) <= 30 else ""
@@ -44,7 +44,7 @@ def plot_losses(path: Path, rows: Sequence[EpochMetrics]) -> None:
     axes.set_xlabel("epoch")
     axes.set_ylabel("nats per image")
     axes.set_ylim(bottom=0.0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _tick_integers(axes.xaxis)
     axes.grid(alpha=0.3)
     axes.legend()
     _save(figure, path)
@@ -59,7 +59,7 @@ def plot_reconstructions(path: Path, images: Tensor, reconstructions: Tensor, *,
     pairs = pairs.reshape(2, rows, columns, *images.shape[1:]).transpose(0, 1).flatten(0, 2)
     height = images.shape[2]
     figure, axes = _figure(0.75 * columns + 1.3, 0.75 * 2 * rows * height / images.shape[3] + 0.4)
-    _show(axes, tile(pairs, columns))
+    axes.imshow(tile(pairs, columns), cmap="gray", vmin=0.0, vmax=1.0, interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([height * (row + 0.5) - 0.5 for row in range(2 * rows)], ["original", "reconstruction"] * rows)
     axes.tick_params(length=0)
@@ -74,14 +74,13 @@ def plot_errors(path: Path, errors: Tensor, *, deterministic: bool) -> None:
     values = errors.cpu().double().numpy()
     edges = automatic_bins(values)
     figure, axes = _figure(6.4, 4.0)
-    from matplotlib.ticker import MaxNLocator
     counts, _ = np.histogram(values, edges)
     axes.bar(edges[:-1], counts, np.diff(edges), align="edge", edgecolor="white", linewidth=0.5)
     axes.axvline(values.mean(), color="C1", label=f"mean {values.mean():.4f}")
     axes.set_xlim(edges[0], edges[-1])
     axes.set_xlabel("mean squared error of an image's pixels, which lie in [0, 1]")
     axes.set_ylabel(f"test images (of {len(values):,})")
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    _tick_integers(axes.yaxis)
     axes.set_title("Reconstruction error with " + _latents(deterministic), fontsize="medium")
     axes.legend()
     _save(figure, path)
@@ -92,10 +91,12 @@ def write_image_grid(path: Path, images: Tensor, *, columns: int = 8, scale: int
     require_matplotlib()
     from matplotlib.image import imsave
 
-    grid = tile(images, columns)
-    enlarged = (grid * 255).round().astype(np.uint8).repeat(scale, axis=0).repeat(scale, axis=1)
+    grid = (tile(images, columns) * 255).round().astype(np.uint8)
+    if grid.ndim == 2:
+        # As colour: through a grey colour map, matplotlib puts some values one level off.
+        grid = np.stack([grid] * 3, axis=2)
     with replacing(path) as file:
-        imsave(file, enlarged, format="png", cmap="gray", vmin=0, vmax=255)
+        imsave(file, grid.repeat(scale, axis=0).repeat(scale, axis=1), format="png")
 
 
 def tile(images: Tensor, columns: int) -> NDArray[np.float32]:
@@ -138,7 +139,7 @@ def _latents(deterministic: bool) -> str:
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure of a size in inches. Not pyplot's, which keeps global state and may pick a backend that wants a display."""
+    """A figure of a size in inches. pyplot's would keep global state and pick a backend that may want a display."""
     require_matplotlib()
     from matplotlib.figure import Figure
 
@@ -146,8 +147,10 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def _show(axes: Axes, grid: NDArray[np.float32]) -> None:
-    axes.imshow(grid, cmap="gray", vmin=0.0, vmax=1.0, interpolation="nearest")
+def _tick_integers(axis: Axis) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
 
 
 def _save(figure: Figure, path: Path) -> None:

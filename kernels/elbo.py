@@ -11,7 +11,7 @@ from .launch import launch, ticket
 from .layout import dense_strides, gradient_strides, with_strides
 from .numerics import load_scalar
 from .reconstruction import cut_pair, load_target, read_pair, sigmoid_mse
-from .tiles import drew_last_ticket, program_tile, sum_in_order
+from .tiles import UNSPECIALIZED, drew_last_ticket, program_tile, sum_in_order
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def store_values(
         tl.store(kl_grad_ptr, kl_grad.to(kl_grad_ptr.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def elbo_forward_kernel(
     logits_ptr, target_ptr, kl_ptr, loss_ptr, reconstruction_ptr, mean_kl_ptr, logits_grad_ptr, kl_grad_ptr,
     partial_ptr, ticket_ptr, beta, reconstruction_weight, grad_scale,
@@ -80,7 +80,7 @@ def elbo_forward_kernel(
             )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def elbo_backward_kernel(
     logits_ptr, target_ptr, loss_grad_ptr, reconstruction_grad_ptr, mean_kl_grad_ptr,
     logits_grad_ptr, target_grad_ptr, kl_grad_ptr, beta, reconstruction_weight,

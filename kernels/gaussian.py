@@ -15,6 +15,7 @@ from .moments import Moments, read_moments
 from .noise import load_rng, normals_of_elements, normals_of_quads
 from .numerics import exp_half, expm1, expm1_minus
 from .tiles import (
+    UNSPECIALIZED,
     drew_last_ticket,
     empty_sum,
     program_tile,
@@ -62,7 +63,7 @@ def noise_tile(
     return normals_of_elements(seed, offset, position + (row * columns + tl.arange(0, COLUMNS)[None, :]), FAST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def gaussian_forward_kernel(
     mu_ptr, logvar_ptr, eps_ptr, z_ptr, kl_ptr, partial_ptr, ticket_ptr,
     seed_ptr, offset_ptr, seed: tl.int64, offset: tl.int64,
@@ -113,7 +114,7 @@ def gaussian_forward_kernel(
                 sum_groups_in_order(partial_ptr, kl_ptr, groups, tl.num_programs(0) // groups, kl_scale, GROUPS, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def gaussian_backward_kernel(
     mu_ptr, logvar_ptr, eps_ptr, z_grad_ptr, kl_grad_ptr, mu_grad_ptr, logvar_grad_ptr,
     seed_ptr, offset_ptr, seed: tl.int64, offset: tl.int64,

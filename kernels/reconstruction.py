@@ -11,6 +11,7 @@ from .launch import launch, ticket
 from .layout import dense_strides, gradient_strides, has_strides, with_dense_rows, with_strides
 from .numerics import sigmoid
 from .tiles import (
+    UNSPECIALIZED,
     Tiling,
     cut,
     drew_last_ticket,
@@ -38,7 +39,7 @@ def sigmoid_mse(logits, target, FAST: tl.constexpr):
     return y - target, slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def sigmoid_mse_forward_kernel(
     logits_ptr, target_ptr, loss_ptr, partial_ptr, ticket_ptr,
     rows, columns, row_stride, chunks, scale,
@@ -73,7 +74,7 @@ def sigmoid_mse_forward_kernel(
             sum_groups_in_order(partial_ptr, loss_ptr, groups, tl.num_programs(0) // groups, scale, GROUPS, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def sigmoid_mse_backward_kernel(
     logits_ptr, target_ptr, loss_grad_ptr, logits_grad_ptr, target_grad_ptr,
     rows, columns, row_stride, chunks, loss_grad_stride, scale,

@@ -43,6 +43,10 @@ def cut(rows: int, columns: int, itemsize: int) -> Tiling:
     return Tiling(rows, columns, 1, size, 4)
 
 
+# Kernel arguments that no address is aligned by: specialising on them (divisible by 16, equal to 1) would only compile the same code again.
+UNSPECIALIZED = ("seed", "offset", "rows", "chunks", "batch", "kl_stride", "kl_grad_stride", "loss_grad_stride")
+
+
 def power_of_2(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
@@ -70,12 +74,14 @@ def sum_blocks(groups: int, count: int) -> dict[str, int]:
 def program_tile(chunks, FLAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """(first row, first column) of this program, in 64 bits so that no offset made from them can overflow.
 
-    Programs run over the `chunks` of a row first, then over the blocks of rows; FLAT says that there is one row, which saves the division.
+    A program has whole rows (ROWS > 1), or one of the `chunks` of a row; FLAT says that there is only one row. Both save the division.
     """
     program = tl.program_id(0)
     if FLAT:
         return tl.zeros([], tl.int64), program.to(tl.int64) * COLUMNS
-    return (program // chunks).to(tl.int64) * ROWS, (program % chunks).to(tl.int64) * COLUMNS
+    if ROWS > 1:
+        return program.to(tl.int64) * ROWS, tl.zeros([], tl.int64)
+    return (program // chunks).to(tl.int64), (program % chunks).to(tl.int64) * COLUMNS
 
 
 @triton.jit

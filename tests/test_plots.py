@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import struct
 import subprocess
 import sys
@@ -66,8 +67,10 @@ def test_losses(tmp_path, figures):
     assert {text.get_text() for text in axes.get_legend().get_texts()} == set(curves)
 
 
-@pytest.mark.parametrize(("count", "columns", "rows"), [(20, 10, 2), (13, 10, 1), (3, 3, 1), (1, 1, 1)])
-@pytest.mark.parametrize(("deterministic", "latents"), [(True, "z = mu"), (False, "sampled z")])
+@pytest.mark.parametrize(
+    ("count", "columns", "rows", "deterministic", "latents"),
+    [(20, 10, 2, True, "z = mu"), (13, 10, 1, False, "sampled z"), (1, 1, 1, True, "z = mu")],
+)
 def test_reconstructions(tmp_path, figures, count, columns, rows, deterministic, latents):
     originals = torch.rand(count, 1, 6, 4) / 2
     path = tmp_path / "reconstructions.png"
@@ -242,7 +245,7 @@ def test_matplotlib_is_asked_for_by_name(monkeypatch, tmp_path):
 
 
 def test_no_display_and_no_global_state(tmp_path):
-    """matplotlib is imported by the first figure, and pyplot never: it would choose a backend, here one that cannot work."""
+    """The first figure imports matplotlib, and none imports pyplot, which would pick a backend, here one that fails."""
     program = f"""
 import sys, os, pathlib
 from fastvae import plots
@@ -253,8 +256,6 @@ plots.plot_errors(folder / "errors.png", torch.rand(9), deterministic=True)
 plots.write_image_grid(folder / "grid.png", torch.rand(8, 1, 4, 4))
 assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules
 """
-    import os
-
     environment = {**os.environ, "MPLBACKEND": "TkAgg"}
     environment.pop("DISPLAY", None)
     subprocess.run([sys.executable, "-c", program], check=True, env=environment)

@@ -1,0 +1,359 @@
+"""examples/train.py from end to end, on a few of the bundled digits."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastvae.data import DownloadError, load_digits
+from fastvae.models import ConvVAE
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "train.py"
+FILES = {
+    "metrics.csv",
+    "summary.json",
+    "checkpoint.pt",
+    "loss.png",
+    "reconstructions.png",
+    "error_histogram.png",
+    "generated.png",
+}
+SMALL = ("--dataset", "digits", "--device", "cpu", "--limit", "64", "--batch-size", "16")
+
+
+@pytest.fixture(scope="module")
+def example():
+    """The script as a module, so that most tests need no process of their own."""
+    spec = importlib.util.spec_from_file_location("train_example", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(example, monkeypatch):
+    """Run main() with these arguments; returns the exit code."""
+
+    def call(*arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+        return example.main()
+
+    return call
+
+
+@pytest.fixture
+def no_training(example, monkeypatch):
+    """An error must come before training."""
+
+    def fail(*_, **__):
+        raise AssertionError("training began")
+
+    monkeypatch.setattr(example, "train", fail)
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return [{name: float(value) for name, value in row.items()} for row in rows]
+
+
+def check_folder(folder: Path, *, interrupted: bool, epochs: int | None = None) -> tuple[list[dict[str, float]], dict]:
+    """Every file is there, is what it should be, and agrees with the others; nothing else is."""
+    assert {path.name for path in folder.iterdir()} == FILES
+    rows = read_metrics(folder)
+    assert list(rows[0]) == ["epoch", "step", "loss", "reconstruction", "kl", "test_loss", "test_mse", "seconds"]
+    assert [row["epoch"] for row in rows] == list(range(1, len(rows) + 1))
+    if epochs is not None:
+        assert len(rows) == epochs
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["interrupted"] is interrupted
+    assert summary["final"] == pytest.approx(rows[-1], rel=1e-6)
+    assert (summary["final"]["step"] < summary["planned_steps"]) is interrupted
+    assert set(summary["versions"]) == {"python", "torch", "triton", "fastvae"}
+    assert summary["backend"]["name"] in ("reference", "triton")
+    assert summary["parameters"] == 228_193
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert saved["epoch"] == len(rows)
+    model = ConvVAE(**saved["settings"])
+    model.load_state_dict(saved["model"])
+    # The checkpoint is the model whose numbers stand in the last row.
+    images = load_digits().test_images
+    mse = (model.reconstruct(images, deterministic=True) - images / 255).square().mean().item()
+    assert mse == pytest.approx(rows[-1]["test_mse"], rel=1e-4)
+    for name in FILES:
+        if name.endswith(".png"):
+            assert (folder / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert struct.unpack(">II", (folder / "generated.png").read_bytes()[16:24]) == (672, 672)
+    return rows, summary
+
+
+def test_end_to_end(tmp_path):
+    """In a process of its own, as it is used; standard output is no terminal there."""
+    result = subprocess.run(
+        [sys.executable, SCRIPT, *SMALL, "--epochs", "3", "--out", tmp_path / "run"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    rows, summary = check_folder(tmp_path / "run", interrupted=False, epochs=3)
+    assert [row["step"] for row in rows] == [4, 8, 12]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert summary["settings"]["epochs"] == 3
+    assert summary["settings"]["batch_size"] == 16
+    assert summary["settings"]["out"] == str(tmp_path / "run")
+    assert summary["dataset"] == {"name": "digits", "training": 64, "test": 297}
+    lines = result.stdout.splitlines()
+    (line,) = [line for line in lines if line.startswith("dataset")]
+    assert "digits" in line
+    assert "--dataset mnist" in line
+    assert [line.split()[0] for line in lines[:5]] == ["device", "backend", "dataset", "model", "training"]
+    assert summary["backend"]["reason"] in lines[1]
+    assert "228,193" in lines[3]
+    assert sum(line.startswith("epoch ") for line in lines) == 3
+    assert result.stderr == ""
+
+
+def test_a_second_run_leaves_nothing_of_the_first(tmp_path, run, capsys):
+    """Fewer epochs, another seed and --quiet over the output of a longer run."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "loss.png").write_text("of an earlier run")
+    assert run(*SMALL, "--epochs", 2, "--seed", 1, "--out", folder) == 0
+    first, summary = check_folder(folder, interrupted=False, epochs=2)
+    pixels = (folder / "generated.png").read_bytes()
+    capsys.readouterr()
+    assert run(*SMALL, "--epochs", 1, "--deterministic", "--quiet", "--out", folder) == 0
+    assert capsys.readouterr() == ("", "")
+    second, summary = check_folder(folder, interrupted=False, epochs=1)
+    assert summary["settings"]["deterministic"] is True
+    assert second[0]["loss"] != first[0]["loss"]
+    assert (folder / "generated.png").read_bytes() != pixels
+
+
+def test_an_aborted_run_leaves_nothing_of_the_one_before(tmp_path, example, run, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in (*FILES, "notes.txt"):
+        (folder / name).write_text("old")
+
+    def abort(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(example, "train", abort)
+    assert run(*SMALL, "--out", folder) == 130
+    assert capsys.readouterr().err == "train.py: aborted\n"
+    assert {path.name for path in folder.iterdir()} == {"metrics.csv", "notes.txt"}
+    assert read_metrics(folder) == []
+
+
+def test_a_seed_repeats_a_run(tmp_path, run):
+    for name in ("a", "b"):
+        assert run(*SMALL, "--epochs", 1, "--seed", 7, "--quiet", "--out", tmp_path / name) == 0
+    a, b = (read_metrics(tmp_path / name)[0] for name in ("a", "b"))
+    assert a.pop("seconds") != b.pop("seconds")
+    assert a == b
+    assert (tmp_path / "a" / "generated.png").read_bytes() == (tmp_path / "b" / "generated.png").read_bytes()
+
+
+def test_interrupt_ends_training_and_writes_everything(tmp_path):
+    """Ctrl-C in the middle of a long run, in a process of its own."""
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, *SMALL, "--epochs", "100000", "--out", tmp_path / "run"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        for line in process.stdout:
+            if line.startswith("epoch 2/"):
+                break
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors
+    assert "stopping" in errors
+    rows, _ = check_folder(tmp_path / "run", interrupted=True)
+    assert 2 <= len(rows) < 1000
+    assert "stopped early" in output
+
+
+def test_interrupts(example):
+    """The first sets a flag, the second interrupts, and afterwards the handler is the one from before."""
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), example.stop_on_interrupt() as should_stop:
+        assert not should_stop()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert should_stop()
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset", "cifar"], "argument --dataset: invalid choice: 'cifar'"),
+        (["--epochs", "0"], "argument --epochs: must be a positive integer, got '0'"),
+        (["--epochs", "2.5"], "argument --epochs: must be a positive integer, got '2.5'"),
+        (["--batch-size", "-3"], "argument --batch-size: must be a positive integer, got '-3'"),
+        (["--latent-dim", "x"], "argument --latent-dim: must be a positive integer, got 'x'"),
+        (["--lr", "0"], "argument --lr: must be a positive number, got '0'"),
+        (["--lr", "inf"], "argument --lr: must be a positive number, got 'inf'"),
+        (["--lr", "fast"], "argument --lr: must be a positive number, got 'fast'"),
+        (["--beta", "nan"], "argument --beta: must be a number that is not negative, got 'nan'"),
+        (["--beta=-1"], "argument --beta: must be a number that is not negative, got '-1'"),
+        (["--seed=-1"], "argument --seed: must be an integer from 0 to 2^63 - 1, got '-1'"),
+        (["--limit", "0"], "argument --limit: must be a positive integer, got '0'"),
+        (["--epoch", "1"], "unrecognized arguments: --epoch 1"),
+        ([*SMALL, "--limit", "10"], "--batch-size must be at most 10, the number of images, got 16"),
+    ],
+)
+def test_a_bad_flag_is_one_line_and_code_2(tmp_path, run, no_training, capsys, arguments, message):
+    assert run("--out", tmp_path / "run", *arguments) == 2
+    output, errors = capsys.readouterr()
+    assert output == ""
+    assert errors.startswith(f"train.py: error: {message}")
+    assert errors.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="--device cuda is right where there is one")
+def test_no_cuda_device(tmp_path, run, no_training, capsys):
+    assert run("--device", "cuda", "--out", tmp_path / "run") == 2
+    assert capsys.readouterr().err.startswith("train.py: error: --device cuda: there is no CUDA device")
+
+
+def test_out_is_a_file(tmp_path, run, no_training, capsys):
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        assert run(*SMALL, "--out", out) == 2
+        errors = capsys.readouterr().err
+        assert errors.startswith("train.py: error: --out")
+        assert str(out) in errors
+        assert errors.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_out_cannot_be_written(tmp_path, run, no_training, capsys, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied", str(tmp_path / "run"))
+
+    monkeypatch.setattr("fastvae.training.records.replacing", refuse)
+    assert run(*SMALL, "--out", tmp_path / "run") == 2
+    assert "--out cannot be written: [Errno 13] Permission denied" in capsys.readouterr().err
+
+
+def test_missing_data(tmp_path, example, run, no_training, capsys, monkeypatch):
+    def unavailable(data_dir):
+        assert data_dir == tmp_path / "data"
+        raise DownloadError("cannot download it, every mirror failed:\n  here: no\n  there: no")
+
+    monkeypatch.setattr(example, "load_mnist", unavailable)
+    assert run("--dataset", "mnist", "--data-dir", tmp_path / "data", "--out", tmp_path / "run") == 2
+    assert capsys.readouterr().err == ("train.py: error: cannot download it, every mirror failed: here: no there: no\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("module", "name"), [("matplotlib", "figures"), ("sklearn", "load_digits")])
+def test_missing_packages(tmp_path, run, no_training, capsys, monkeypatch, module, name):
+    monkeypatch.setitem(sys.modules, module, None)
+    assert run(*SMALL, "--out", tmp_path / "run") == 2
+    errors = capsys.readouterr().err
+    assert name in errors
+    assert 'pip install "fastvae[examples]"' in errors
+    assert errors.count("\n") == 1
+
+
+def test_divergence_is_one_line_and_code_1(tmp_path, run, capsys):
+    assert run(*SMALL, "--lr", "1e9", "--epochs", "3", "--quiet", "--out", tmp_path / "run") == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith("train.py: training diverged: the mean loss of epoch 1 is nan")
+    assert errors.count("\n") == 1
+
+
+def test_choice_of_the_dataset(example, monkeypatch):
+    """auto: digits on a CPU; MNIST on a CUDA device, or digits where it is not to be had. Each names the other flag."""
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    digits = load_digits()
+    mnist = digits._replace(name="mnist")
+    monkeypatch.setattr(example, "load_mnist", lambda data_dir: mnist)
+    for name, device, expected, other in (
+        ("auto", cpu, "digits", "--dataset mnist"),
+        ("auto", cuda, "mnist", "--dataset digits"),
+        ("mnist", cpu, "mnist", "--dataset digits"),
+        ("digits", cuda, "digits", "--dataset mnist"),
+    ):
+        dataset, reason = example.choose_dataset(name, None, device)
+        assert dataset.name == expected
+        assert other in reason
+
+    def unavailable(data_dir):
+        raise DownloadError("cannot download it, every mirror failed:\n  here: no")
+
+    monkeypatch.setattr(example, "load_mnist", unavailable)
+    dataset, reason = example.choose_dataset("auto", None, cuda)
+    assert dataset.name == "digits"
+    assert "cannot download it, every mirror failed" in reason
+    assert "\n" not in reason
+    with pytest.raises(DownloadError):
+        example.choose_dataset("mnist", None, cuda)
+
+
+def test_default_folder_and_defaults(tmp_path, example, monkeypatch):
+    """Runs that start in the same second get folders of their own."""
+    monkeypatch.chdir(tmp_path)
+    folders = [example.prepare_folder(None, "digits") for _ in range(3)]
+    assert len({folder.resolve() for folder in folders}) == 3
+    for folder in folders:
+        assert folder.parent == Path("runs")
+        assert folder.name.startswith("digits-2")
+        assert folder.is_dir()
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    arguments = vars(example.parse_arguments())
+    assert arguments == {
+        "dataset": "auto",
+        "data_dir": None,
+        "device": "auto",
+        "backend": "auto",
+        "epochs": None,
+        "batch_size": None,
+        "latent_dim": 16,
+        "lr": 1e-3,
+        "beta": 1.0,
+        "seed": 0,
+        "limit": None,
+        "deterministic": False,
+        "out": None,
+        "quiet": False,
+    }
+    assert (example.EPOCHS["mnist"], example.BATCH_SIZES["mnist"]) == (30, 128)
+
+
+def test_backend_flag(tmp_path, run, example, monkeypatch, capsys):
+    """--backend chooses, and without it the environment's choice stays in force."""
+    import fastvae
+
+    seen = []
+
+    def look(model, images, *_, **__):
+        seen.append(fastvae.backend_for(images.float()).reason)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(example, "train", look)
+    assert run(*SMALL, "--backend", "reference", "--out", tmp_path / "run") == 130
+    with fastvae.use_backend("reference"):
+        assert run(*SMALL, "--out", tmp_path / "run") == 130
+        assert run(*SMALL, "--backend", "triton", "--out", tmp_path / "run") in (2, 130)
+    assert seen[:2] == ["asked for", "asked for"]
+    capsys.readouterr()
