@@ -1,9 +1,10 @@
-"""What the compiler makes of every kernel: registers, spills, shared memory, width of loads and stores, instructions per element.
+"""What the compiler makes of every kernel: registers, spills, shared memory, width of loads and stores, instructions
+per element.
 
     python benchmarks/codegen.py [--target sm_80 sm_90 sm_100 gfx942]
 
-Needs no GPU: the launches are recorded instead of made, and compiled ahead of time with the ptxas that Triton carries. Must run where TRITON_INTERPRET is
-not set, because the mode is fixed when a kernel is decorated.
+Needs no GPU: the launches are recorded instead of made, and compiled ahead of time with the ptxas that Triton
+carries. Must run where TRITON_INTERPRET is not set, because the mode is fixed when a kernel is decorated.
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ class Launch:
         return self.constants["ROWS"] * self.constants["COLUMNS"] / (32 * self.num_warps)
 
     def compile(self, target: GPUTarget) -> Any:
-        """The kernel compiled as Triton's launcher would specialise it: null pointers and ones folded, 16-byte alignment known."""
+        """The kernel compiled as Triton's launcher would specialise it: null pointers and ones folded, 16-byte
+        alignment known.
+        """
         signature: dict[str, str] = {}
         constants: dict[Any, Any] = dict(self.constants, FAST=target.backend == "cuda")
         attributes = {}
@@ -96,7 +99,11 @@ def record(call: Callable[[], Any]) -> Launch:
         names = [name for name in kernel.arg_names if name not in constants and name != "FAST"]
         launches.append(Launch(kernel, dict(zip(names, arguments, strict=True)), constants, num_warps))
 
-    with patch.object(gaussian, "launch", launch), patch.object(reconstruction, "launch", launch), patch.object(elbo, "launch", launch):
+    with (
+        patch.object(gaussian, "launch", launch),
+        patch.object(reconstruction, "launch", launch),
+        patch.object(elbo, "launch", launch),
+    ):
         call()
     (only,) = launches
     return only
@@ -105,7 +112,8 @@ def record(call: Callable[[], Any]) -> Launch:
 def launches() -> Iterator[tuple[str, Launch]]:
     """Each kernel in the configurations that fastvae uses, by name.
 
-    "rows" are samples of which a program has several, "long" samples or batches are shared by many programs. float16 compiles to the code of bfloat16.
+    "rows" are samples of which a program has several, "long" samples or batches are shared by many programs. float16
+    compiles to the code of bfloat16.
     """
     by_value, by_pointer = (None, None, 1, 4), (torch.tensor(1), torch.tensor(4), 0, 0)
     one, kl = torch.empty(()), torch.empty(512)
@@ -136,7 +144,9 @@ def launches() -> Iterator[tuple[str, Launch]]:
         targets = {"": dense, " uint8 target": dense.to(torch.uint8)} if dtype is torch.float32 else {"": dense}
         for target_name, target in targets.items():
             calls |= {
-                f"sigmoid_mse_forward{target_name}": lambda d=dense, t=target: reconstruction.sigmoid_mse_forward(d, t, "none"),
+                f"sigmoid_mse_forward{target_name}": lambda d=dense, t=target: reconstruction.sigmoid_mse_forward(
+                    d, t, "none"
+                ),
                 f"sigmoid_mse_backward{target_name}": lambda d=dense, t=target: reconstruction.sigmoid_mse_backward(
                     d, t, one, "mean", True, False
                 ),
@@ -154,7 +164,9 @@ def launches() -> Iterator[tuple[str, Launch]]:
 
 @dataclass(frozen=True)
 class Code:
-    """What the compiler made. `instructions` counts the whole kernel once, tails and sums over programs included, per element of a tile."""
+    """What the compiler made. `instructions` counts the whole kernel once, tails and sums over programs included, per
+    element of a tile.
+    """
 
     registers: int
     spilled_bytes: int
@@ -171,15 +183,21 @@ def inspect(launch: Launch, target: GPUTarget) -> Code:
     elements = launch.elements_per_thread
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
-        registers, spills = (int(re.search(rf"\.{key}:\s*(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count"))
+        registers, spills = (
+            int(re.search(rf"\.{key}:\s*(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count")
+        )
         return Code(registers, 4 * spills, compiled.metadata.shared, elements, overflows=overflows)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
-        usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", path], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [TOOLS / "cuobjdump", "-res-usage", path], capture_output=True, text=True, check=True
+        ).stdout
         sass = subprocess.run([TOOLS / "nvdisasm", "-c", path], capture_output=True, text=True, check=True).stdout
     registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
-    operations = [line.split("*/", 1)[1].strip() for line in sass.splitlines() if re.match(r"\s*/\*[0-9a-f]{4,}\*/", line)]
+    operations = [
+        line.split("*/", 1)[1].strip() for line in sass.splitlines() if re.match(r"\s*/\*[0-9a-f]{4,}\*/", line)
+    ]
     operations = [operation for operation in operations if not operation.startswith("NOP")]
     widths = [
         {"128": 128, "64": 64, "U16": 16, "U8": 8}.get(match[1], 32)
@@ -188,14 +206,22 @@ def inspect(launch: Launch, target: GPUTarget) -> Code:
         if "STRONG" not in operation and (match := re.search(r"\b(?:LDG|STG)\.E(?:\.(128|64|U16|U8))?", operation))
     ]
     return Code(
-        registers, stack + local, compiled.metadata.shared, elements, len(operations) / elements, tuple(widths), overflows
+        registers,
+        stack + local,
+        compiled.metadata.shared,
+        elements,
+        len(operations) / elements,
+        tuple(widths),
+        overflows,
     )
 
 
 def narrow_arithmetic(ttir: str) -> Iterator[str]:
-    """Lines of Triton's intermediate code that add to, multiply or shift a program's number before it is widened to 64 bits.
+    """Lines of Triton's intermediate code that add to, multiply or shift a program's number before it is widened to
+    64 bits.
 
-    A bulk tensor may have more than 2^31 elements, so no offset may be made from the program's number in 32 bits. Dividing it is harmless.
+    A bulk tensor may have more than 2^31 elements, so no offset may be made from the program's number in 32 bits.
+    Dividing it is harmless.
     """
     tainted: set[str] = set()
     for line in ttir.splitlines():
@@ -205,7 +231,11 @@ def narrow_arithmetic(ttir: str) -> Iterator[str]:
         result, operation, rest = match.groups()
         if operation == "tt.get_program_id":
             tainted.add(result)
-        elif tainted & set(re.findall(r"%[\w#]+", rest)) and operation not in ("arith.extsi", "arith.cmpi", "tt.addptr"):
+        elif tainted & set(re.findall(r"%[\w#]+", rest)) and operation not in (
+            "arith.extsi",
+            "arith.cmpi",
+            "tt.addptr",
+        ):
             tainted.add(result)
             if operation in ("arith.addi", "arith.subi", "arith.muli", "arith.shli"):
                 yield line.strip()
@@ -224,10 +254,9 @@ def main() -> None:
         codes = list(pool.map(lambda job: inspect(job[1], TARGETS[job[2]]), jobs))
     table = {f"{target} {name}": asdict(code) for (name, _, target), code in zip(jobs, codes, strict=True)}
     for name, code in table.items():
+        memory = f"{code['spilled_bytes']:3} B spilled {code['shared_bytes']:5} B shared"
         instructions = "" if code["instructions"] is None else f"{code['instructions']:6.1f} instructions/element"
-        print(
-            f"{name:60} {code['registers']:4} registers {code['spilled_bytes']:3} B spilled {code['shared_bytes']:5} B shared {instructions}"
-        )
+        print(f"{name:60} {code['registers']:4} registers {memory} {instructions}")
     if settings.json:
         temporary = settings.json.with_suffix(".part")
         temporary.write_text(json.dumps({"triton": triton.__version__, "kernels": table}, indent=1))

@@ -51,8 +51,8 @@ FILES = (
     "summary.json",
 )
 
-EPOCHS = {"mnist": 30, "digits": 60}
-BATCH_SIZES = {"mnist": 128, "digits": 32}
+EPOCHS = {"mnist": 30, "digits": 40}
+BATCH_SIZES = {"mnist": 128, "digits": 16}
 
 
 class UserError(Exception):

@@ -1,7 +1,8 @@
 """Which path a call takes, and why.
 
-Every operation exists twice: fused (Triton) and as its specification (plain PyTorch, `fastvae.reference`). The choice is made per call from the
-tensors' device and dtype, the machine, and what the user asked for: `use_backend` first, then the environment variable ``FASTVAE_BACKEND``, then "auto".
+Every operation exists twice: fused (Triton) and as its specification (plain PyTorch, `fastvae.reference`). The choice
+is made per call from the tensors' device and dtype, the machine, and what the user asked for: `use_backend` first,
+then the environment variable ``FASTVAE_BACKEND``, then "auto".
 """
 
 from __future__ import annotations
@@ -42,11 +43,12 @@ def _checked(name: str, source: str) -> str:
 _requested = _checked(os.environ.get("FASTVAE_BACKEND", "auto"), "environment variable FASTVAE_BACKEND")
 
 
-class use_backend:  # noqa: N801 - used as a statement: with use_backend("triton"):
+class use_backend:
     """Choose the backend inside a ``with`` block: "triton", "reference" or "auto".
 
-    Works outside and inside a function compiled by torch.compile. Asking for "triton" where it cannot run makes the operations raise
-    ``RuntimeError`` saying what is missing. The choice is process-wide, as is torch's own backend selection.
+    Works outside and inside a function compiled by torch.compile. Asking for "triton" where it cannot run makes the
+    operations raise ``RuntimeError`` saying what is missing. The choice is process-wide, as is torch's own backend
+    selection.
     """
 
     def __init__(self, name: str) -> None:
@@ -91,7 +93,8 @@ def _obstacle(tensor: torch.Tensor) -> str | None:
 def backend_for(tensor: torch.Tensor) -> Backend:
     """The backend an operation on ``tensor`` takes now, and the reason in words.
 
-    Raises ``RuntimeError`` if "triton" was asked for and cannot run on this tensor, saying what is missing. "auto" takes Triton on CUDA devices
+    Raises ``RuntimeError`` if "triton" was asked for and cannot run on this tensor, saying what is missing. "auto"
+    takes Triton on CUDA devices
     where it can run, and the reference everywhere else: it never fails for lack of a GPU.
     """
     if _requested == "reference":

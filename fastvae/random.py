@@ -1,12 +1,15 @@
 """Reserving noise from a torch generator, without drawing it.
 
-A fused operation makes its noise from (seed, offset) alone, see `fastvae.kernels.noise`. The pair comes from the generator in one of three ways:
+A fused operation makes its noise from (seed, offset) alone, see `fastvae.kernels.noise`. The pair comes from the
+generator in one of three ways:
 
-- CUDA, eager: the numbers themselves. The generator's offset moves on as if a kernel of torch had drawn: no launch, no synchronisation, and
-  `manual_seed`, `fork_rng`, `set_rng_state` and activation checkpointing act on it as on any draw.
-- CUDA, while a graph is captured: device pointers, so that each replay draws anew and `manual_seed` before a replay repeats it. Where this torch offers no
-  pointers (before 2.13), one captured draw of two integers.
-- Everything else (CPU generators have no offset; torch.compile must see the draw): one draw of two integers from the generator.
+- CUDA, eager: the numbers themselves. The generator's offset moves on as if a kernel of torch had drawn: no launch,
+  no synchronisation, and `manual_seed`, `fork_rng`, `set_rng_state` and activation checkpointing act on it as on any
+  draw.
+- CUDA, while a graph is captured: device pointers, so that each replay draws anew and `manual_seed` before a replay
+  repeats it. Where this torch offers no pointers (before 2.13), one captured draw of two integers.
+- Everything else (CPU generators have no offset; torch.compile must see the draw): one draw of two integers from the
+  generator.
 """
 
 from __future__ import annotations
@@ -16,12 +19,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Torch's contract: whoever reserves an increment owns that many 32-bit words, a multiple of 4, of every Philox subsequence.
+# Torch's contract: whoever reserves an increment owns that many 32-bit words, a multiple of 4, of every Philox
+# subsequence.
 _INCREMENT = 4
 
 
 class PhiloxState(NamedTuple):
-    """By value: (None, None, seed, offset). By pointer: int64 tensors, and an offset that is added to the one that is read."""
+    """By value: (None, None, seed, offset). By pointer: int64 tensors, and an offset that is added to the one that is
+    read.
+    """
 
     seed_tensor: Tensor | None
     offset_tensor: Tensor | None

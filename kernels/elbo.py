@@ -1,4 +1,6 @@
-"""Kernels of the negative evidence lower bound: the sum of a reconstruction loss and a weighted divergence, and the gradients of both."""
+"""Kernels of the negative evidence lower bound: the sum of a reconstruction loss and a weighted divergence, and the
+gradients of both.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ def store_values(
     total, kl_ptr, loss_ptr, reconstruction_ptr, mean_kl_ptr, kl_grad_ptr, beta, weight, grad_scale,
     kl_stride, batch, inverse_batch, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The three values from the sum of squared errors, and the gradient of kl; `weight` is already divided by the batch."""
+    """The three values from the sum of squared errors, and the gradient of kl; `weight` is already divided by the
+    batch.
+    """
     reconstruction = weight * total
     mean_kl = sum_in_order(kl_ptr, batch, kl_stride, BLOCK) * inverse_batch
     kl_weight = load_scalar(beta)
@@ -38,14 +42,16 @@ def elbo_forward_kernel(
     rows, columns, row_stride, chunks, kl_stride, batch, inverse_batch,
     FLAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """reconstruction = weight / B * sum (sigmoid(logits) - target)^2, mean_kl = sum kl / B, loss = reconstruction + beta * mean_kl.
+    """reconstruction = weight / B * sum (sigmoid(logits) - target)^2, mean_kl = sum kl / B, loss = reconstruction +
+    beta * mean_kl.
 
-    Unless logits_grad_ptr is None, also the gradients of loss times grad_scale: logits_grad = 2 * weight / B * (y - target) * y * (1 - y) with
-    y = sigmoid(logits), and kl_grad = beta / B, one number for all samples.
-    Shapes: logits and target [rows, columns] at distance row_stride, logits_grad dense; kl [batch] at distance kl_stride; everything else []. beta,
-    reconstruction_weight and grad_scale are numbers or pointers to one. Where there is more than one program, partial is float32 [programs] and ticket
-    int32 [1], zero.
-    Bytes per float32 element: reads 8 (5 with a uint8 target), writes 4 if there is a gradient; 4 more per program for partial sums, 4 per sample for kl.
+    Unless logits_grad_ptr is None, also the gradients of loss times grad_scale: logits_grad = 2 * weight / B * (y -
+    target) * y * (1 - y) with y = sigmoid(logits), and kl_grad = beta / B, one number for all samples.
+    Shapes: logits and target [rows, columns] at distance row_stride, logits_grad dense; kl [batch] at distance
+    kl_stride; everything else []. beta, reconstruction_weight and grad_scale are numbers or pointers to one. Where
+    there is more than one program, partial is float32 [programs] and ticket int32 [1], zero.
+    Bytes per float32 element: reads 8 (5 with a uint8 target), writes 4 if there is a gradient; 4 more per program
+    for partial sums, 4 per sample for kl.
     Launches: 1. Roundings: a term 20, a gradient 28, the values 4 more and one per level of a sum.
     Deterministic: no floating-point atomics, partial sums are added in order.
     """
@@ -87,12 +93,14 @@ def elbo_backward_kernel(
     rows, columns, row_stride, chunks, inverse_batch,
     FLAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """With g = (loss_grad + reconstruction_grad) * weight / B: logits_grad = 2 * g * (y - target) * y * (1 - y) with y = sigmoid(logits), and
-    target_grad = -2 * g * (y - target); kl_grad = (beta * loss_grad + mean_kl_grad) / B, one number for all samples, written by the first program.
+    """With g = (loss_grad + reconstruction_grad) * weight / B: logits_grad = 2 * g * (y - target) * y * (1 - y) with
+    y = sigmoid(logits), and target_grad = -2 * g * (y - target); kl_grad = (beta * loss_grad + mean_kl_grad) / B, one
+    number for all samples, written by the first program.
 
-    Shapes: logits and target [rows, columns] at distance row_stride, their gradients dense; everything else []. A missing upstream gradient is None and
-    counts as 0; a gradient nobody needs is None and is not computed.
-    Bytes per float32 element: reads 8 (5 with a uint8 target), writes 4 for each gradient. Launches: 1. Roundings: 28. Deterministic.
+    Shapes: logits and target [rows, columns] at distance row_stride, their gradients dense; everything else []. A
+    missing upstream gradient is None and counts as 0; a gradient nobody needs is None and is not computed.
+    Bytes per float32 element: reads 8 (5 with a uint8 target), writes 4 for each gradient. Launches: 1. Roundings:
+    28. Deterministic.
     """
     if kl_grad_ptr is not None:
         if tl.program_id(0) == 0:
@@ -131,7 +139,9 @@ Scalar = float | Tensor
 
 
 def allocate_values(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """loss, reconstruction and mean_kl: three tensors, because views of one buffer could not be modified in place by the user."""
+    """loss, reconstruction and mean_kl: three tensors, because views of one buffer could not be modified in place by
+    the user.
+    """
     return tuple(logits.new_empty([], dtype=torch.float32) for _ in range(3))
 
 
@@ -226,7 +236,9 @@ def elbo_backward(
     needs_target: bool,
     needs_kl: bool,
 ) -> list[Tensor]:
-    """The gradients of those of logits and target that need one, then that of each sample's kl, one number, if needed."""
+    """The gradients of those of logits and target that need one, then that of each sample's kl, one number, if
+    needed.
+    """
     inputs = [tensor for tensor, needed in ((logits, needs_logits), (target, needs_target)) if needed]
     # In the order that is read; only an input that has to be copied gets a gradient of other strides.
     gradients = [tensor.new_empty_strided(tensor.shape, dense_strides(logits)) for tensor in inputs]

@@ -33,7 +33,8 @@ NO_RNG: Rng = (None, None, 0, 0)
 def moments_tile(first_column, INNER: tl.constexpr, COLUMNS: tl.constexpr):
     """Where a row's elements lie, as (int64 base, int32 offsets [COLUMNS]), counted from the row's start.
 
-    INNER = 0: one after the other. Otherwise mu and logvar take turns, INNER elements each (a packed tensor split along an inner dimension).
+    INNER = 0: one after the other. Otherwise mu and logvar take turns, INNER elements each (a packed tensor split
+    along an inner dimension).
     """
     column = tl.arange(0, COLUMNS)
     if INNER == 0:
@@ -51,7 +52,9 @@ def noise_tile(
     eps_ptr, seed_ptr, offset_ptr, seed, offset, position, columns, inside,
     QUADS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """The noise [ROWS, COLUMNS] of the tile whose first element is `position`: read from eps, or made from (seed, offset)."""
+    """The noise [ROWS, COLUMNS] of the tile whose first element is `position`: read from eps, or made from (seed,
+    offset).
+    """
     row = tl.arange(0, ROWS)[:, None]
     if eps_ptr is not None:
         offsets = row * columns + tl.arange(0, COLUMNS)[None, :]
@@ -71,11 +74,14 @@ def gaussian_forward_kernel(
     INNER: tl.constexpr, FLAT: tl.constexpr, QUADS: tl.constexpr, PER_ROW: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """z = mu + exp(logvar / 2) * eps (unless z_ptr is None), and kl = kl_scale * sum (mu^2 + exp(logvar) - 1 - logvar) (unless kl_ptr is None).
+    """z = mu + exp(logvar / 2) * eps (unless z_ptr is None), and kl = kl_scale * sum (mu^2 + exp(logvar) - 1 -
+    logvar) (unless kl_ptr is None).
 
-    Shapes: mu and logvar [rows, columns] at distance row_stride; eps (None: made from seed and offset) and z [rows, columns], dense; kl float32 [rows]
-    if PER_ROW, else []. Where no program owns a whole sum, partial is float32 [programs] and ticket int32 [1], zero.
-    Bytes per float32 element: reads 8, writes 4 for z (and reads 4 for a given eps); 4 more per program where there are partial sums.
+    Shapes: mu and logvar [rows, columns] at distance row_stride; eps (None: made from seed and offset) and z [rows,
+    columns], dense; kl float32 [rows] if PER_ROW, else []. Where no program owns a whole sum, partial is float32
+    [programs] and ticket int32 [1], zero.
+    Bytes per float32 element: reads 8, writes 4 for z (and reads 4 for a given eps); 4 more per program where there
+    are partial sums.
     Launches: 1. Roundings: z 6; a term of kl 13; and one per level of a sum (how they are counted: `numerics`).
     Deterministic: no floating-point atomics, partial sums are added in the order of their elements.
     """
@@ -122,11 +128,13 @@ def gaussian_backward_kernel(
     INNER: tl.constexpr, FLAT: tl.constexpr, QUADS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """mu_grad = z_grad + kl_grad * mu and logvar_grad = (z_grad * exp(logvar / 2) * eps + kl_grad * (exp(logvar) - 1)) / 2, kl_grad times kl_scale.
+    """mu_grad = z_grad + kl_grad * mu and logvar_grad = (z_grad * exp(logvar / 2) * eps + kl_grad * (exp(logvar) -
+    1)) / 2, kl_grad times kl_scale.
 
-    Shapes: mu and logvar [rows, columns] at distance row_stride, their gradients at distance grad_row_stride; z_grad and eps (None: made again from seed and offset) [rows, columns],
-    dense; kl_grad float32 [rows] at distance kl_grad_stride, or [] with stride 0. A missing upstream gradient is None and counts as 0; a gradient
-    nobody needs is None and is not computed.
+    Shapes: mu and logvar [rows, columns] at distance row_stride, their gradients at distance grad_row_stride; z_grad
+    and eps (None: made again from seed and offset) [rows, columns], dense; kl_grad float32 [rows] at distance
+    kl_grad_stride, or [] with stride 0. A missing upstream gradient is None and counts as 0; a gradient nobody needs
+    is None and is not computed.
     Bytes per float32 element: reads 12, writes 8 (and reads 4 for a given eps). Launches: 1. Deterministic.
     Roundings: mu_grad 3; logvar_grad 14.
     """
@@ -156,7 +164,9 @@ def gaussian_backward_kernel(
             )
             logvar_grad = z_grad * (std * eps)
     if kl_grad_ptr is not None:
-        kl_grad = tl.load(kl_grad_ptr + (first_row + row) * kl_grad_stride, mask=inside_row, other=0.0)[:, None] * kl_scale
+        kl_grad = (
+            tl.load(kl_grad_ptr + (first_row + row) * kl_grad_stride, mask=inside_row, other=0.0)[:, None] * kl_scale
+        )
         if mu_grad_ptr is not None:
             mu = tl.load(mu_ptr + source + source_offsets, mask=inside, other=0.0).to(tl.float32)
             mu_grad = tl.fma(kl_grad, mu, mu_grad)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .numerics import exp
 
-# The mode is fixed when a function is decorated, and TRITON_INTERPRET may have changed since: ask a function, not the environment.
+# The mode is fixed when a function is decorated, and TRITON_INTERPRET may have changed since: ask a function, not the
+# environment.
 INTERPRETED = not isinstance(exp, triton.JITFunction)
 
 # The kernels' FAST: NVIDIA's approximate instructions exist neither on the interpreter nor on AMD.
@@ -42,8 +43,8 @@ def launch(kernel: Any, programs: int, num_warps: int, device: torch.device, *ar
 def ticket(device: torch.device) -> Tensor:
     """int32 [1], zero: the counter by which the last program of a launch knows itself (`tiles.drew_last_ticket`).
 
-    One per device and stream, because launches on one stream follow each other; under capture a new one, zeroed inside the graph, because a graph may
-    be replayed on any stream.
+    One per device and stream, because launches on one stream follow each other; under capture a new one, zeroed
+    inside the graph, because a graph may be replayed on any stream.
     """
     if device.type != "cuda":
         key = (-1, 0)

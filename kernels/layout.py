@@ -1,8 +1,8 @@
 """Which strides a kernel takes as they come, and which are copied first.
 
-A kernel reads a tensor [B, ...] as rows, one per sample, at distance stride(0), each of them dense in some order of its dimensions: contiguous,
-channels_last, a slice of the batch, or mu and logvar as halves of one [B, 2K]. The tensors of one call must agree in that order. Anything else is copied
-once, by one `Tensor.copy_`, before the launch.
+A kernel reads a tensor [B, ...] as rows, one per sample, at distance stride(0), each of them dense in some order of
+its dimensions: contiguous, channels_last, a slice of the batch, or mu and logvar as halves of one [B, 2K]. The
+tensors of one call must agree in that order. Anything else is copied once, by one `Tensor.copy_`, before the launch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def has_dense_rows(tensor: Tensor) -> bool:
 
 
 def dense_strides(tensor: Tensor) -> Strides:
-    """The strides of a dense tensor with the batch outermost and the other dimensions in the order of `tensor`'s strides."""
+    """The strides of a dense tensor with the batch outermost and the other dimensions in the order of `tensor`'s
+    strides.
+    """
     if tensor.is_contiguous():
         return tensor.stride()
     strides = [0] * tensor.ndim
@@ -59,7 +61,9 @@ def with_strides(tensor: Tensor, strides: Strides) -> Tensor:
 
 
 def gradient_strides(tensor: Tensor) -> Strides:
-    """The strides of the gradient of `tensor`: its own where they are dense, else those that torch gives to its gradients."""
+    """The strides of the gradient of `tensor`: its own where they are dense, else those that torch gives to its
+    gradients.
+    """
     return dense_strides(tensor) if has_dense_rows(tensor) else torch.empty_like(tensor).stride()
 
 

@@ -11,7 +11,9 @@ from .tiles import Tiling, cut
 
 
 class Moments(NamedTuple):
-    """mu and logvar as the kernels take them, and how they lie: rows at distance row_stride, `inner` elements of each in turn (0: not interleaved)."""
+    """mu and logvar as the kernels take them, and how they lie: rows at distance row_stride, `inner` elements of each
+    in turn (0: not interleaved).
+    """
 
     mu: Tensor
     logvar: Tensor
@@ -37,7 +39,9 @@ class Moments(NamedTuple):
 
 
 def read_moments(mu: Tensor, logvar: Tensor | None, dim: int) -> Moments:
-    """The two forms of input: mu and logvar (dim says nothing), or, with logvar None, both packed in `mu`, halves along `dim`."""
+    """The two forms of input: mu and logvar (dim says nothing), or, with logvar None, both packed in `mu`, halves
+    along `dim`.
+    """
     mu = with_dense_rows(mu)
     if logvar is not None:
         if not has_strides(logvar, mu.stride()):

@@ -1,11 +1,12 @@
 """Standard normal noise as a pure function of (seed, offset, position).
 
-Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) in torch's counter layout: the key is the seed, the low half of the
-counter is offset / 4, the high half is the subsequence. The subsequence of element p of z, counted in memory order, is p // 4, and its word is p % 4, so
-the words do not depend on the tile, the card or the backend, and one call owns its counters as long as nobody else draws at its offset.
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) in torch's counter layout: the key
+is the seed, the low half of the counter is offset / 4, the high half is the subsequence. The subsequence of element p
+of z, counted in memory order, is p // 4, and its word is p % 4, so the words do not depend on the tile, the card or
+the backend, and one call owns its counters as long as nobody else draws at its offset.
 
-Box and Muller's transform makes two normals of two words. The radius comes from u = word * 2^-32 + 2^-33, so the largest normal is 6.8; the angle is
-signed, within +-pi, where the approximate sine and cosine are at their best.
+Box and Muller's transform makes two normals of two words. The radius comes from u = word * 2^-32 + 2^-33, so the
+largest normal is 6.8; the angle is signed, within +-pi, where the approximate sine and cosine are at their best.
 """
 
 import triton
@@ -14,7 +15,9 @@ import triton.language as tl
 
 @triton.jit
 def load_rng(seed_ptr, offset_ptr, seed, offset):
-    """The pair (seed, offset): by value, or, where pointers are given, from the device, with `offset` added to what is read there."""
+    """The pair (seed, offset): by value, or, where pointers are given, from the device, with `offset` added to what
+    is read there.
+    """
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
         offset = tl.load(offset_ptr) + offset
@@ -68,7 +71,9 @@ def box_muller(radius_word, angle_word, FAST: tl.constexpr):
 
 @triton.jit
 def normals_of_quads(seed, offset, quad, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr):
-    """Noise [ROWS, COLUMNS] for rows that start on a quad; quad is [ROWS, COLUMNS / 4]. All four words of a counter are used."""
+    """Noise [ROWS, COLUMNS] for rows that start on a quad; quad is [ROWS, COLUMNS / 4]. All four words of a counter
+    are used.
+    """
     w0, w1, w2, w3 = philox_words(seed, offset, quad)
     n0, n1 = box_muller(w0, w1, FAST)
     n2, n3 = box_muller(w2, w3, FAST)
@@ -77,7 +82,9 @@ def normals_of_quads(seed, offset, quad, ROWS: tl.constexpr, COLUMNS: tl.constex
 
 @triton.jit
 def normals_of_elements(seed, offset, position, FAST: tl.constexpr):
-    """The same noise for positions that do not start on a quad: each element makes its counter's words and keeps its own normal."""
+    """The same noise for positions that do not start on a quad: each element makes its counter's words and keeps its
+    own normal.
+    """
     w0, w1, w2, w3 = philox_words(seed, offset, position >> 2)
     upper = (position & 2) != 0
     first, second = box_muller(tl.where(upper, w2, w0), tl.where(upper, w3, w1), FAST)

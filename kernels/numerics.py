@@ -1,11 +1,13 @@
 """Scalar mathematics shared by the kernels, element by element in float32.
 
-``FAST`` selects the NVIDIA instructions that approximate a function in the special-function unit, one instruction where the portable form costs
-5 to 45 (counted in SASS for sm_90). The portable form runs on the interpreter and on AMD.
+``FAST`` selects the NVIDIA instructions that approximate a function in the special-function unit, one instruction
+where the portable form costs 5 to 45 (counted in SASS for sm_90). The portable form runs on the interpreter and on
+AMD.
 
-Roundings, in the kernels' docstrings, are relative errors in units of 2^-24 along the longest chain of operations: one for an operation, a constant or a
-conversion, two for an approximate reciprocal, four for an approximate exponential. The rounding of an exponential's argument x counts 1.5 |x|: the error
-bound's scale has a factor 1 + |x| for it.
+Roundings, in the kernels' docstrings, are relative errors in units of 2^-24 along the longest chain of operations:
+one for an operation, a constant or a conversion, two for an approximate reciprocal, four for an approximate
+exponential. The rounding of an exponential's argument x counts 1.5 |x|: the error bound's scale has a factor 1 + |x|
+for it.
 """
 
 import triton
@@ -14,7 +16,9 @@ import triton.language as tl
 
 @triton.jit
 def exp(x, FAST: tl.constexpr):
-    """e^x. Relative error of the fast form: 2 ulp, plus |x| * 2^-24 from rounding the exponent; subnormal results become 0."""
+    """e^x. Relative error of the fast form: 2 ulp, plus |x| * 2^-24 from rounding the exponent; subnormal results
+    become 0.
+    """
     if FAST:
         return exp2_approx(x * 1.4426950408889634)
     return tl.exp(x)
@@ -37,13 +41,17 @@ def exp2_approx(x):
 def reciprocal(x, FAST: tl.constexpr):
     """1 / x, within 1 ulp."""
     if FAST:
-        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
     return 1.0 / x
 
 
 @triton.jit
 def expm1_tail(x):
-    """(e^x - 1 - x) / x^2 for |x| < 1/2: Chebyshev interpolation of degree 6, relative error 1.1e-9 with these float32 coefficients."""
+    """(e^x - 1 - x) / x^2 for |x| < 1/2: Chebyshev interpolation of degree 6, relative error 1.1e-9 with these
+    float32 coefficients.
+    """
     p = tl.fma(2.492243584129028e-05, x, 1.9962176156695932e-04)
     p = tl.fma(p, x, 1.3888737885281444e-03)
     p = tl.fma(p, x, 8.333181962370872e-03)
@@ -54,7 +62,9 @@ def expm1_tail(x):
 
 @triton.jit
 def expm1_minus(x, exp_x):
-    """e^x - 1 - x, given e^x. Below |x| = 1/2, where the difference cancels, the series takes over; NaN takes the difference."""
+    """e^x - 1 - x, given e^x. Below |x| = 1/2, where the difference cancels, the series takes over; NaN takes the
+    difference.
+    """
     return tl.where(tl.abs(x) < 0.5, x * x * expm1_tail(x), exp_x - 1.0 - x)
 
 
@@ -68,7 +78,8 @@ def expm1(x, exp_x):
 def sigmoid(x, FAST: tl.constexpr):
     """(y, y * (1 - y)) with y = 1 / (1 + e^-x).
 
-    Everything is made from e^-|x| <= 1, so nothing overflows and neither factor of the slope cancels: it is e^-|x| / (1 + e^-|x|)^2 for both signs.
+    Everything is made from e^-|x| <= 1, so nothing overflows and neither factor of the slope cancels: it is e^-|x| /
+    (1 + e^-|x|)^2 for both signs.
     """
     e = exp(-tl.abs(x), FAST)
     r = reciprocal(1.0 + e, FAST)

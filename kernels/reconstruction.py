@@ -34,7 +34,9 @@ def load_target(target_ptr, inside):
 
 @triton.jit
 def sigmoid_mse(logits, target, FAST: tl.constexpr):
-    """(y - target, y * (1 - y)) with y = sigmoid(logits): the loss is the square of the first, its slope twice their product."""
+    """(y - target, y * (1 - y)) with y = sigmoid(logits): the loss is the square of the first, its slope twice their
+    product.
+    """
     y, slope = sigmoid(logits, FAST)
     return y - target, slope
 
@@ -48,10 +50,12 @@ def sigmoid_mse_forward_kernel(
 ):  # fmt: skip
     """loss = scale * sum (sigmoid(logits) - target)^2.
 
-    Shapes: logits and target [rows, columns] at distance row_stride; loss float32 [rows] if PER_ROW, else []. Where no program owns a whole sum, partial
-    is float32 [programs] and ticket int32 [1], zero.
-    Bytes per float32 element: reads 8 (5 with a uint8 target), writes none; 4 more per program where there are partial sums.
-    Launches: 1. Roundings: a term 20, and one per level of a sum. Deterministic: no floating-point atomics, partial sums are added in order.
+    Shapes: logits and target [rows, columns] at distance row_stride; loss float32 [rows] if PER_ROW, else []. Where
+    no program owns a whole sum, partial is float32 [programs] and ticket int32 [1], zero.
+    Bytes per float32 element: reads 8 (5 with a uint8 target), writes none; 4 more per program where there are
+    partial sums.
+    Launches: 1. Roundings: a term 20, and one per level of a sum. Deterministic: no floating-point atomics, partial
+    sums are added in order.
     """
     first_row, first_column = program_tile(chunks, FLAT, ROWS, COLUMNS)
     row = tl.arange(0, ROWS)
@@ -80,11 +84,13 @@ def sigmoid_mse_backward_kernel(
     rows, columns, row_stride, chunks, loss_grad_stride, scale,
     FLAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """logits_grad = 2 * scale * loss_grad * (y - target) * y * (1 - y) with y = sigmoid(logits), and target_grad = -2 * scale * loss_grad * (y - target).
+    """logits_grad = 2 * scale * loss_grad * (y - target) * y * (1 - y) with y = sigmoid(logits), and target_grad = -2
+    * scale * loss_grad * (y - target).
 
-    Shapes: logits and target [rows, columns] at distance row_stride, their gradients dense; loss_grad float32 [rows] at distance loss_grad_stride, or []
-    with stride 0. A gradient nobody needs is None and is not computed.
-    Bytes per float32 element: reads 8 (5 with a uint8 target), writes 4 for each gradient. Launches: 1. Roundings: 28. Deterministic.
+    Shapes: logits and target [rows, columns] at distance row_stride, their gradients dense; loss_grad float32 [rows]
+    at distance loss_grad_stride, or [] with stride 0. A gradient nobody needs is None and is not computed.
+    Bytes per float32 element: reads 8 (5 with a uint8 target), writes 4 for each gradient. Launches: 1. Roundings:
+    28. Deterministic.
     """
     first_row, first_column = program_tile(chunks, FLAT, ROWS, COLUMNS)
     row = tl.arange(0, ROWS)

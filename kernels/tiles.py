@@ -1,4 +1,6 @@
-"""How a tensor [B, ...] is cut into tiles, one per program, and how sums over several tiles are finished in the same launch."""
+"""How a tensor [B, ...] is cut into tiles, one per program, and how sums over several tiles are finished in the same
+launch.
+"""
 
 from dataclasses import dataclass
 
@@ -8,7 +10,9 @@ import triton.language as tl
 
 @dataclass(frozen=True)
 class Tiling:
-    """The cut of a [rows, columns] problem: each program takes `tile_rows` whole rows, or `tile_columns` elements of one row."""
+    """The cut of a [rows, columns] problem: each program takes `tile_rows` whole rows, or `tile_columns` elements of
+    one row.
+    """
 
     rows: int
     columns: int
@@ -30,9 +34,11 @@ def cut(rows: int, columns: int, itemsize: int) -> Tiling:
     """Cut a problem whose bulk tensors have elements of `itemsize` bytes.
 
     Tiles are powers of two that depend on the problem only, never on the card, so that sums are the same everywhere.
-    No figure here was measured on a GPU; they follow from code compiled for sm_90 with triton 3.6 and 3.9 (registers, vector width).
+    No figure here was measured on a GPU; they follow from code compiled for sm_90 with triton 3.6 and 3.9 (registers,
+    vector width).
     """
-    # Two vectors of 16 bytes per thread and tensor with 4 warps: enough loads in flight, and small problems still spread over the card.
+    # Two vectors of 16 bytes per thread and tensor with 4 warps: enough loads in flight, and small problems still
+    # spread over the card.
     size = 2 * 128 * 16 // itemsize
     if columns <= size:
         width = max(4, power_of_2(columns))
@@ -43,7 +49,8 @@ def cut(rows: int, columns: int, itemsize: int) -> Tiling:
     return Tiling(rows, columns, 1, size, 4)
 
 
-# Kernel arguments that no address is aligned by: specialising on them (divisible by 16, equal to 1) would only compile the same code again.
+# Kernel arguments that no address is aligned by: specialising on them (divisible by 16, equal to 1) would only
+# compile the same code again.
 UNSPECIALIZED = ("seed", "offset", "rows", "chunks", "batch", "kl_stride", "kl_grad_stride", "loss_grad_stride")
 
 
@@ -74,7 +81,8 @@ def sum_blocks(groups: int, count: int) -> dict[str, int]:
 def program_tile(chunks, FLAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """(first row, first column) of this program, in 64 bits so that no offset made from them can overflow.
 
-    A program has whole rows (ROWS > 1), or one of the `chunks` of a row; FLAT says that there is only one row. Both save the division.
+    A program has whole rows (ROWS > 1), or one of the `chunks` of a row; FLAT says that there is only one row. Both
+    save the division.
     """
     program = tl.program_id(0)
     if FLAT:
@@ -120,7 +128,8 @@ def sum_groups_in_order(terms_ptr, sums_ptr, groups, count, scale, GROUPS: tl.co
 
 @triton.jit
 def drew_last_ticket(ticket_ptr):
-    """Whether this program is the last of the launch to come here: it then sees what every program stored before its ticket.
+    """Whether this program is the last of the launch to come here: it then sees what every program stored before its
+    ticket.
 
     The ticket is 0 when the launch starts, and the last program puts it back to 0.
     """

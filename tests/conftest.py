@@ -1,7 +1,7 @@
 """The device the suite runs on, and the count of Triton launches that proves the kernels ran.
 
-Without a GPU the kernels run on Triton's interpreter: the same tests, the same code, CPU tensors. The mode is fixed when a kernel is decorated, so the
-variable is set here, before anything imports Triton.
+Without a GPU the kernels run on Triton's interpreter: the same tests, the same code, CPU tensors. The mode is fixed
+when a kernel is decorated, so the variable is set here, before anything imports Triton.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def _count_launches() -> None:
         def wrapper(self, *args, **kwargs):
             if not kwargs.get("warmup"):
                 Launches.count += 1
-            # The interpreter moves its arguments with torch operations of its own, which no counting mode of a test should see.
+            # The interpreter moves its arguments with torch operations of its own, which no counting mode of a test
+            # should see.
             with _disable_current_modes():
                 return run(self, *args, **kwargs)
 
@@ -68,7 +69,9 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def reproducible() -> Iterator[None]:
-    """A fixed seed, deterministic algorithms, and uninitialised memory filled with NaN, so that an output nobody wrote shows."""
+    """A fixed seed, deterministic algorithms, and uninitialised memory filled with NaN, so that an output nobody
+    wrote shows.
+    """
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory

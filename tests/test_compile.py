@@ -1,4 +1,6 @@
-"""torch.compile: whole graphs, fresh noise, right gradients, no needless recompilation; and the registered operations it sees."""
+"""torch.compile: whole graphs, fresh noise, right gradients, no needless recompilation; and the registered operations
+it sees.
+"""
 
 from __future__ import annotations
 
@@ -153,7 +155,9 @@ def test_compiled_noise_follows_the_seed(backend, device):
 
 
 def test_backward_regenerates_the_noise_of_the_compiled_forward(backend, device):
-    """For the loss sin(z) z with mu = logvar = 0: d loss / d mu is sin(z) + z cos(z), and d loss / d logvar that times z / 2."""
+    """For the loss sin(z) z with mu = logvar = 0: d loss / d mu is sin(z) + z cos(z), and d loss / d logvar that
+    times z / 2.
+    """
     moments = torch.zeros(6, 8, device=device, requires_grad=True)
 
     @torch.compile(fullgraph=True, backend=PARTITIONED)
@@ -228,7 +232,11 @@ def registered_calls(device):
     return {
         "gaussian_sample": [(mu, logvar, *drawn), (transposed, logvar, *given)],
         "gaussian_kl": [(mu, logvar, "none"), (transposed, logvar, "mean")],
-        "gaussian_sample_kl": [(moments, None, 1, "none", *drawn), (image, None, 1, "sum", *drawn), (mu, logvar, 1, "none", *given)],
+        "gaussian_sample_kl": [
+            (moments, None, 1, "none", *drawn),
+            (image, None, 1, "sum", *drawn),
+            (mu, logvar, 1, "none", *given),
+        ],
         "gaussian_backward": [
             (moments, None, 1, "none", eps, kl, True, False, *drawn),
             (image, None, 1, "sum", None, one, True, False, *drawn),
@@ -236,14 +244,20 @@ def registered_calls(device):
             (mu, logvar, 1, "none", eps, kl, False, True, *drawn),
         ],
         "sigmoid_mse_forward": [(logits, target, "none"), (image, image.contiguous(), "mean")],
-        "sigmoid_mse_backward": [(logits, target, kl, "none", True, True), (image, image.contiguous(), one, "mean", True, True)],
+        "sigmoid_mse_backward": [
+            (logits, target, kl, "none", True, True),
+            (image, image.contiguous(), one, "mean", True, True),
+        ],
         "elbo_loss": [(logits, target, kl, one, one)],
-        "elbo_value_and_grad": [(logits, target, kl, one, one, None), (logits, target.to(torch.bfloat16), kl, one, one, one)],
+        "elbo_value_and_grad": [
+            (logits, target, kl, one, one, None),
+            (logits, target.to(torch.bfloat16), kl, one, one, one),
+        ],
         "elbo_backward": [
             (logits, target, kl, one, None, None, one, one, True, True, True),
             (logits, target, kl, None, one, one, one, one, False, False, True),
         ],
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,9 @@ def test_more_than_two_to_the_31_elements(device):
     target = torch.zeros_like(logits)
     logits[1, -1] = 1e4
     losses = F.sigmoid_mse_loss(logits, target, reduction="none")
-    torch.testing.assert_close(losses, torch.tensor([0.25 * (elements // 2), 0.25 * (elements // 2 - 1) + 1], device=device))
+    torch.testing.assert_close(
+        losses, torch.tensor([0.25 * (elements // 2), 0.25 * (elements // 2 - 1) + 1], device=device)
+    )
     _, (gradient, _) = F.elbo_value_and_grad(logits, target, torch.zeros(2, device=device))
     assert gradient[1, -1] == 0 and gradient[0, 0] == gradient[1, -2] == torch.tensor(0.0625).to(torch.bfloat16)
     del target, gradient
@@ -176,7 +178,9 @@ def test_autocast(dtype, device):
 
 
 def test_a_grad_scaler_step(device):
-    """The fast path under float16 with a GradScaler: its scale goes in as grad_scale, its step and update follow as usual."""
+    """The fast path under float16 with a GradScaler: its scale goes in as grad_scale, its step and update follow as
+    usual.
+    """
     model = torch.nn.Linear(16, 64, device=device)
     optimizer = torch.optim.Adam(model.parameters())
     scaler = torch.amp.GradScaler("cuda")

@@ -1,7 +1,8 @@
 """The launches that are part of the contract.
 
-Counted are Triton launches plus every dispatched aten operation that is neither a view nor an allocation, without the fill that makes the root gradient.
-On CUDA a draw of noise is no operation at all; a CPU generator has no offset, so there it is one draw of two integers, which is counted apart.
+Counted are Triton launches plus every dispatched aten operation that is neither a view nor an allocation, without the
+fill that makes the root gradient. On CUDA a draw of noise is no operation at all; a CPU generator has no offset, so
+there it is one draw of two integers, which is counted apart.
 """
 
 from __future__ import annotations
@@ -137,7 +138,9 @@ def test_sigmoid_mse_loss_is_one_launch_each_way(reduction, device, triton_backe
 
 
 def training_step(device):
-    """The encoder's output and the decoder's, as far as the ELBO sees them: z and logits carry the decoder's gradients."""
+    """The encoder's output and the decoder's, as far as the ELBO sees them: z and logits carry the decoder's
+    gradients.
+    """
     moments = leaf(16, 32, device=device)
     logits = leaf(16, 1, 28, 28, device=device)
     target = torch.rand(16, 1, 28, 28, device=device)
@@ -171,14 +174,18 @@ def test_the_reference_takes_many_more(device):
     """The count itself counts: the same step in eager PyTorch."""
     moments, logits, target = training_step(device)
     with Counted(type("NoLaunches", (), {"count": 0})) as step:
-        z, kl = F.gaussian_sample_kl_packed(moments) if device.type == "cpu" else F.gaussian_sample_kl(*moments.chunk(2, 1))
+        z, kl = (
+            F.gaussian_sample_kl_packed(moments) if device.type == "cpu" else F.gaussian_sample_kl(*moments.chunk(2, 1))
+        )
         loss = F.elbo_loss(logits, target, kl).loss
         torch.autograd.backward((loss, z), (torch.ones((), device=device), torch.randn(16, 16, device=device)))
     assert sum(step.operations.values()) > 20
 
 
 def test_an_odd_layout_is_copied_once_per_tensor(device, triton_backend):
-    """Neither mu nor logvar of a transposed encoder has its batch outermost: one copy each, and one for each gradient's strides."""
+    """Neither mu nor logvar of a transposed encoder has its batch outermost: one copy each, and one for each
+    gradient's strides.
+    """
     mu, logvar = leaf(4, 6, device=device).t(), leaf(4, 6, device=device).t()
     with Counted(triton_backend) as forward:
         F.gaussian_kl(mu, logvar)

@@ -1,4 +1,6 @@
-"""Autograd of the negative evidence lower bound. Saved for backward: logits and target; the gradient of kl is one number for the whole batch."""
+"""Autograd of the negative evidence lower bound. Saved for backward: logits and target; the gradient of kl is one
+number for the whole batch.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ def _fake_backward(logits: Tensor, target: Tensor, kl: Tensor, *others: Any) -> 
 
 
 register(
-    "elbo_loss(Tensor logits, Tensor target, Tensor kl, Tensor beta, Tensor reconstruction_weight) -> (Tensor, Tensor, Tensor)",
+    "elbo_loss(Tensor logits, Tensor target, Tensor kl, Tensor beta, Tensor reconstruction_weight) "
+    "-> (Tensor, Tensor, Tensor)",
     kernels.elbo_loss,
     lambda logits, target, kl, beta, reconstruction_weight: kernels.allocate_values(logits),
 )
@@ -60,15 +63,20 @@ class ELBOLoss(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         logits, target, kl, *scalars = inputs
-        # A weight on the device is saved like any tensor, so that changing it before backward is an error and not a wrong gradient.
+        # A weight on the device is saved like any tensor, so that changing it before backward is an error and not a
+        # wrong gradient.
         ctx.scalars = [None if isinstance(scalar, Tensor) else scalar for scalar in scalars]
-        ctx.save_for_backward(logits, target, kl, *[scalar if isinstance(scalar, Tensor) else None for scalar in scalars])
+        ctx.save_for_backward(
+            logits, target, kl, *[scalar if isinstance(scalar, Tensor) else None for scalar in scalars]
+        )
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *value_grads: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, target, kl, *tensors = ctx.saved_tensors
-        beta, weight = (number if tensor is None else tensor for number, tensor in zip(ctx.scalars, tensors, strict=True))
+        beta, weight = (
+            number if tensor is None else tensor for number, tensor in zip(ctx.scalars, tensors, strict=True)
+        )
         needs_logits, needs_target, needs_kl = ctx.needs_input_grad[:3]
         if all(grad is None for grad in value_grads):
             return None, None, None, None, None

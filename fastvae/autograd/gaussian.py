@@ -1,7 +1,7 @@
 """Autograd of the diagonal Gaussian posterior.
 
-Saved for backward: mu and logvar (or the packed moments), a given eps, and the pair (seed, offset) from which backward makes the noise again. Neither the
-noise nor the standard deviation is stored.
+Saved for backward: mu and logvar (or the packed moments), a given eps, and the pair (seed, offset) from which
+backward makes the noise again. Neither the noise nor the standard deviation is stored.
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ def _differentiable_gradients(
     logvar_grad = torch.zeros_like(wide_mu)
     if z_grad is not None:
         if eps is None:
-            # mu = logvar = 0 makes z the noise itself. Through apply, so that torch.func unwraps its tensors for the kernel.
+            # mu = logvar = 0 makes z the noise itself. Through apply, so that torch.func unwraps its tensors for the
+            # kernel.
             zero = wide_mu.new_empty_strided(wide_mu.shape, moments.strides).zero_()
             eps = GaussianSample.apply(zero, zero, None, *rng)
         mu_grad = mu_grad + z_grad
@@ -187,9 +188,7 @@ class GaussianSampleKL(torch.autograd.Function):
         offset: int,
     ) -> tuple[Tensor, Tensor]:
         operations = _operations if is_traced(mu) else kernels
-        return operations.gaussian_sample_kl(
-            mu, logvar, dim, reduction, eps, seed_tensor, offset_tensor, seed, offset
-        )
+        return operations.gaussian_sample_kl(mu, logvar, dim, reduction, eps, seed_tensor, offset_tensor, seed, offset)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

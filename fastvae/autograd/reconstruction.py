@@ -1,4 +1,6 @@
-"""Autograd of the likelihoods of the data. Saved for backward: logits and target, from which it computes the sigmoid again."""
+"""Autograd of the likelihoods of the data. Saved for backward: logits and target, from which it computes the sigmoid
+again.
+"""
 
 from __future__ import annotations
 

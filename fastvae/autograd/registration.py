@@ -13,7 +13,9 @@ _library = torch.library.Library("fastvae", "FRAGMENT")
 
 
 def register(schema: str, launcher: Callable[..., Any], allocate: Callable[..., Any]) -> None:
-    """Register an operation: `launcher` runs it on real tensors, `allocate` makes outputs of the same shapes, strides and dtypes."""
+    """Register an operation: `launcher` runs it on real tensors, `allocate` makes outputs of the same shapes, strides
+    and dtypes.
+    """
     name = schema[: schema.index("(")]
     # Kernels read strides as they come, so Inductor must not choose others than those the outputs were predicted from.
     _library.define(schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
@@ -22,14 +24,18 @@ def register(schema: str, launcher: Callable[..., Any], allocate: Callable[..., 
 
 
 def is_traced(tensor: Tensor) -> bool:
-    """Whether the call must go through the registered operation: it is being compiled, or the tensor is not one that a kernel can read."""
+    """Whether the call must go through the registered operation: it is being compiled, or the tensor is not one that
+    a kernel can read.
+    """
     return torch.compiler.is_compiling() or type(tensor) not in (Tensor, Parameter)
 
 
 def is_differentiated() -> bool:
-    """Whether a backward pass is itself being differentiated (create_graph, torch.func), and so must be made of differentiable operations.
+    """Whether a backward pass is itself being differentiated (create_graph, torch.func), and so must be made of
+    differentiable operations.
 
-    While torch.compile traces a backward pass, grad mode is on although nothing differentiates it: AOTAutograd refuses double backward.
+    While torch.compile traces a backward pass, grad mode is on although nothing differentiates it: AOTAutograd
+    refuses double backward.
     """
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 

@@ -1,4 +1,6 @@
-"""Checks of what the public functions are given: each error names the argument, what it was and what is expected, before any launch."""
+"""Checks of what the public functions are given: each error names the argument, what it was and what is expected,
+before any launch.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def check_target(target: Tensor, logits: Tensor) -> None:
 
 
 def check_scalar(name: str, value: float | Tensor, logits: Tensor) -> None:
-    """A Python number, or a 0-dimensional floating-point tensor on the device of logits, which is read there without a synchronisation."""
+    """A Python number, or a 0-dimensional floating-point tensor on the device of logits, which is read there without
+    a synchronisation.
+    """
     if isinstance(value, Tensor):
         if value.ndim != 0 or value.dtype not in FLOATING:
             raise ValueError(

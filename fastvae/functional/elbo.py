@@ -1,6 +1,7 @@
 """The negative evidence lower bound: reconstruction plus weighted divergence.
 
-Source: Kingma and Welling, "Auto-Encoding Variational Bayes", 2013, equation 10; beta: Higgins et al., "beta-VAE", 2017, equation 4.
+Source: Kingma and Welling, "Auto-Encoding Variational Bayes", 2013, equation 10; beta: Higgins et al., "beta-VAE",
+    2017, equation 4.
 """
 
 from __future__ import annotations
@@ -22,18 +23,19 @@ def elbo_loss(
 ) -> ELBO:
     """loss = mean_B(reconstruction_weight * sum_event (sigmoid(logits) - target)^2) + beta * mean_B(kl), in nats.
 
-    The default weight of one half is the negative log-likelihood of a unit-variance Gaussian decoder without its constant. All three results are
-    differentiable in logits, target and kl; on the fused path their gradients leave in one launch.
+    The default weight of one half is the negative log-likelihood of a unit-variance Gaussian decoder without its
+    constant. All three results are differentiable in logits, target and kl; on the fused path their gradients leave
+    in one launch.
 
     Args:
         logits: [B, ...], before the sigmoid; float16, bfloat16, float32, and float64 on the reference path.
         target: of the shape and device of logits; any of those dtypes, or uint8, which is read as t / 255.
         kl: [B], the divergence of each sample, as `gaussian_sample_kl` returns it.
-        beta, reconstruction_weight: a number, or a 0-dimensional tensor on the device of logits, read there without a synchronisation
-            (a number is frozen into a captured CUDA graph, a tensor is not).
+        beta, reconstruction_weight: a number, or a 0-dimensional tensor on the device of logits, read there without a
+            synchronisation (a number is frozen into a captured CUDA graph, a tensor is not).
 
-    Returns:
-        ELBO(loss, reconstruction, kl), 0-dimensional, float32 (float64): reconstruction is weighted, kl is the batch mean before beta.
+    Returns: ELBO(loss, reconstruction, kl), 0-dimensional, float32 (float64): reconstruction is weighted, kl is the
+    batch mean before beta.
 
     Raises:
         TypeError: a dtype or type that is not listed above.
@@ -58,13 +60,13 @@ def elbo_value_and_grad(
 ) -> tuple[ELBO, tuple[Tensor, Tensor]]:
     """`elbo_loss` and its gradients in one launch: the fast path of a training loop.
 
-    ``torch.autograd.backward((logits, kl), (dlogits, dkl))`` continues from the gradients. Nothing returned is attached to a graph; target gets no
-    gradient.
+    ``torch.autograd.backward((logits, kl), (dlogits, dkl))`` continues from the gradients. Nothing returned is
+    attached to a graph; target gets no gradient.
 
     Args:
         logits, target, kl, beta, reconstruction_weight: as in `elbo_loss`.
-        grad_scale: multiplies both gradients before they are rounded to their dtypes, so that float16 gradients do not underflow: a number or
-            0-dimensional tensor, such as a GradScaler's scale. The values are not scaled.
+        grad_scale: multiplies both gradients before they are rounded to their dtypes, so that float16 gradients do
+            not underflow: a number or 0-dimensional tensor, such as a GradScaler's scale. The values are not scaled.
 
     Returns:
         ELBO(loss, reconstruction, kl), and (dlogits, dkl) of the shapes and dtypes of logits and kl.
@@ -94,7 +96,8 @@ def _check(
         raise TypeError(f"kl must be a floating-point tensor, got {getattr(kl, 'dtype', type(kl).__name__)}")
     if kl.ndim != 1 or kl.shape[0] != logits.shape[0]:
         raise ValueError(
-            f'kl must be the divergence of each sample, shape [{logits.shape[0]}] (reduction="none"), got {list(kl.shape)}'
+            f"kl must be the divergence of each sample, shape [{logits.shape[0]}] (reduction='none'), "
+            f"got {list(kl.shape)}"
         )
     check_device("kl", kl, "logits", logits)
     check_scalar("beta", beta, logits)

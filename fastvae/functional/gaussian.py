@@ -1,11 +1,14 @@
-"""The diagonal Gaussian posterior q(z|x) = N(mu, diag(exp(logvar))): reparameterised samples and the divergence from N(0, I).
+"""The diagonal Gaussian posterior q(z|x) = N(mu, diag(exp(logvar))): reparameterised samples and the divergence from
+N(0, I).
 
-Shapes are [B, ...] of any rank from 2 up; dtypes float16, bfloat16, float32, and float64 on the reference path. Arithmetic is float32 (float64
-for float64); z has the dtype of mu, the divergence is float32 (float64). logvar is not clamped.
+Shapes are [B, ...] of any rank from 2 up; dtypes float16, bfloat16, float32, and float64 on the reference path.
+Arithmetic is float32 (float64 for float64); z has the dtype of mu, the divergence is float32 (float64). logvar is not
+clamped.
 
-Noise is torch's: it follows `torch.manual_seed`, `torch.random.fork_rng`, activation checkpointing and ``generator``, and is new at each call and at
-each replay of a captured CUDA graph. The fused path regenerates it in backward instead of storing it, and draws other numbers than the
-reference path does from the same seed; pass ``eps`` to fix the noise of both.
+Noise is torch's: it follows `torch.manual_seed`, `torch.random.fork_rng`, activation checkpointing and ``generator``,
+and is new at each call and at each replay of a captured CUDA graph. The fused path regenerates it in backward instead
+of storing it, and draws other numbers than the reference path does from the same seed; pass ``eps`` to fix the noise
+of both.
 
 Source: Kingma and Welling, "Auto-Encoding Variational Bayes", 2013, section 2.4 and appendix B.
 """
@@ -50,7 +53,8 @@ def gaussian_kl(mu: Tensor, logvar: Tensor, *, reduction: str = "batchmean") -> 
 
     Args:
         mu, logvar: [B, ...], of one shape, dtype and device.
-        reduction: "none" per sample, shape [B]; "batchmean" their mean; "sum" over everything; "mean" over every element.
+        reduction: "none" per sample, shape [B]; "batchmean" their mean; "sum" over everything; "mean" over every
+            element.
 
     Returns:
         The divergence, float32 (float64), shape [B] or [].
@@ -78,7 +82,8 @@ def gaussian_sample_kl(
 ) -> tuple[Tensor, Tensor]:
     """`gaussian_sample` and `gaussian_kl` of the same posterior, in one launch forward and one backward.
 
-    Arguments, results and errors are those of the two functions; the divergence is per sample unless ``reduction`` says otherwise.
+    Arguments, results and errors are those of the two functions; the divergence is per sample unless ``reduction``
+    says otherwise.
     """
     _check(mu, logvar)
     _check_noise(mu.shape, mu, eps, generator)
@@ -112,11 +117,14 @@ def gaussian_sample_kl_packed(
 
     Raises:
         TypeError: moments is not a floating-point tensor.
-        ValueError: fewer than 2 dimensions, a dim that is out of range, the batch, or odd in size; and as in `gaussian_sample_kl`.
+        ValueError: fewer than 2 dimensions, a dim that is out of range, the batch, or odd in size; and as in
+            `gaussian_sample_kl`.
     """
     check_batch("moments", moments)
     if not -moments.ndim <= dim < moments.ndim or dim % moments.ndim == 0:
-        raise ValueError(f"dim must name a dimension of moments other than the batch, 1 to {moments.ndim - 1}, got {dim}")
+        raise ValueError(
+            f"dim must name a dimension of moments other than the batch, 1 to {moments.ndim - 1}, got {dim}"
+        )
     dim %= moments.ndim
     if moments.shape[dim] % 2:
         raise ValueError(f"moments must have an even size along dim {dim}, got {list(moments.shape)}")

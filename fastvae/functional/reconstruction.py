@@ -14,8 +14,8 @@ def sigmoid_mse_loss(logits: Tensor, target: Tensor, *, reduction: str = "batchm
     Args:
         logits: [B, ...], before the sigmoid; float16, bfloat16, float32, and float64 on the reference path.
         target: of the shape and device of logits; any of those dtypes, or uint8, which is read as t / 255.
-        reduction: "none" per sample, shape [B]; "batchmean" their mean; "sum" over everything; "mean" over every element, which is exactly
-            ``torch.nn.functional.mse_loss(torch.sigmoid(logits), target)``.
+        reduction: "none" per sample, shape [B]; "batchmean" their mean; "sum" over everything; "mean" over every
+            element, which is exactly ``torch.nn.functional.mse_loss(torch.sigmoid(logits), target)``.
 
     Returns:
         The loss, float32 (float64), shape [B] or [].

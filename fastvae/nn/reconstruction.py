@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-import fastvae.functional as F  # noqa: N812 - the field's name for it
+import fastvae.functional as F
 
 
 class SigmoidMSELoss(nn.Module):

@@ -1,4 +1,6 @@
-"""The operations in plain PyTorch: the specification, the CPU path, the test oracle and the benchmarks' eager baseline."""
+"""The operations in plain PyTorch: the specification, the CPU path, the test oracle and the benchmarks' eager
+baseline.
+"""
 
 from fastvae.reference import elbo, gaussian, reconstruction
 

@@ -1,6 +1,7 @@
 """The negative evidence lower bound, reconstruction plus weighted divergence, in plain PyTorch.
 
-Kingma and Welling, "Auto-Encoding Variational Bayes", 2013, equation 10; the weight beta is Higgins et al., "beta-VAE", 2017, equation 4.
+Kingma and Welling, "Auto-Encoding Variational Bayes", 2013, equation 10; the weight beta is Higgins et al.,
+"beta-VAE", 2017, equation 4.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from fastvae.reference.reconstruction import sigmoid_mse_loss
 
 
 class ELBO(NamedTuple):
-    """loss = reconstruction + beta * kl, each 0-dimensional and in nats; reconstruction is already weighted, kl is not."""
+    """loss = reconstruction + beta * kl, each 0-dimensional and in nats; reconstruction is already weighted, kl is
+    not.
+    """
 
     loss: Tensor
     reconstruction: Tensor
@@ -48,7 +51,8 @@ def elbo_value_and_grad(
 ) -> tuple[ELBO, tuple[Tensor, Tensor]]:
     """elbo_loss, and its gradients with respect to logits and kl times grad_scale:
 
-    d loss / d logits = 2 * reconstruction_weight / B * (y - target) * y * (1 - y) with y = sigmoid(logits), and d loss / d kl = beta / B.
+    d loss / d logits = 2 * reconstruction_weight / B * (y - target) * y * (1 - y) with y = sigmoid(logits), and d
+    loss / d kl = beta / B.
     """
     with torch.no_grad():
         values = elbo_loss(logits, target, kl, beta=beta, reconstruction_weight=reconstruction_weight)

@@ -1,6 +1,8 @@
-"""The diagonal Gaussian posterior q(z|x) = N(mu, diag(exp(logvar))): sampling and its divergence from N(0, I), in plain PyTorch.
+"""The diagonal Gaussian posterior q(z|x) = N(mu, diag(exp(logvar))): sampling and its divergence from N(0, I), in
+plain PyTorch.
 
-Kingma and Welling, "Auto-Encoding Variational Bayes", 2013, section 2.4 (reparameterisation) and appendix B (the divergence).
+Kingma and Welling, "Auto-Encoding Variational Bayes", 2013, section 2.4 (reparameterisation) and appendix B (the
+divergence).
 """
 
 from __future__ import annotations

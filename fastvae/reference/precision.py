@@ -7,7 +7,9 @@ from torch import Tensor
 
 
 def in_float32(tensor: Tensor) -> Tensor:
-    """The tensor in the precision of the arithmetic: float64 stays, other floats become float32, and bytes become t / 255."""
+    """The tensor in the precision of the arithmetic: float64 stays, other floats become float32, and bytes become t /
+    255.
+    """
     if tensor.dtype is torch.float64:
         return tensor
     if tensor.dtype is torch.uint8:
@@ -18,7 +20,8 @@ def in_float32(tensor: Tensor) -> Tensor:
 def reduce_event(terms: Tensor, reduction: str) -> Tensor:
     """Reduce terms [B, ...].
 
-    "none" sums each sample's event, shape [B]; "batchmean" is the mean of those sums; "sum" and "mean" run over every element.
+    "none" sums each sample's event, shape [B]; "batchmean" is the mean of those sums; "sum" and "mean" run over every
+    element.
     """
     if reduction == "none":
         return terms.flatten(1).sum(1)
