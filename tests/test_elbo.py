@@ -1,6 +1,6 @@
 """elbo_loss and elbo_value_and_grad: the kernels against the reference in float64, within the bound of bounds.py.
 
-As in test_reconstruction.py, where the inputs come from, `check` runs the operations and compares everything that comes out.
+As in test_reconstruction.py, where the inputs come from, `check` runs the operations and compares all that comes out.
 """
 
 from __future__ import annotations
@@ -334,7 +334,7 @@ def test_value_and_grad_is_one_launch(triton_backend, device) -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_value_and_grad_equals_autograd(triton_backend, device, dtype) -> None:
-    """The values bit by bit; the gradients to one ulp and the roundings of two orders of multiplication, four and three."""
+    """The values bit by bit; the gradients to one ulp and the roundings of two orders of multiplication, 4 and 3."""
     logits, target, kl = make_all((5, 60), device, dtype)
     logits.requires_grad_(), kl.requires_grad_()
     expected = F.elbo_loss(logits, target, kl, beta=0.7)
@@ -386,7 +386,7 @@ def test_autograd_continues_from_the_gradients(triton_backend, device, grad_scal
 
 
 def test_float16_gradients_at_loss_scale_65536(triton_backend, device) -> None:
-    """Gradients of well-reconstructed pixels are below float16's smallest number, unless they are scaled before rounding."""
+    """Gradients of well-reconstructed pixels are below float16's smallest number if not scaled before rounding."""
     scale, batch = 65536.0, 128
     generator = torch.Generator().manual_seed(0)
     logits = (-6 + 2 * torch.randn(batch, 28, generator=generator)).to(device, torch.float16).requires_grad_()

@@ -10,9 +10,6 @@ import pytest
 import torch
 from bounds import assert_within
 from conftest import Launches
-from fastvae.kernels import INTERPRETED, gaussian, moments
-from fastvae.kernels import launch as launching
-from fastvae.kernels.tiles import Tiling
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -21,6 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastvae
 import fastvae.functional as F
 from fastvae import nn, reference
+from fastvae.kernels import INTERPRETED, gaussian, moments
+from fastvae.kernels import launch as launching
+from fastvae.kernels.tiles import Tiling
 from fastvae.reference.precision import reduce_event
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -822,7 +822,7 @@ def problems(draw) -> tuple[tuple[int, ...], list, torch.dtype, str]:
 
 
 def laid_out(shape, order, steps, expanded, seed: int, device, dtype) -> Tensor:
-    """Random numbers whose dimensions follow each other in memory in `order`, `steps` apart; `expanded` ones lie once."""
+    """Random numbers: the dimensions lie in memory in `order`, `steps` apart, and those that are `expanded` once."""
     stored = [1 if expanded[d] else shape[d] * steps[d] for d in order]
     numbers = torch.randn(stored, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
     tensor = numbers.permute([order.index(d) for d in range(len(shape))])

@@ -1,4 +1,4 @@
-"""The noise: Philox words against known answers and integers, normals against float64, and what torch's generators expect.
+"""The noise: Philox words against known answers and integers, normals against float64, and torch's generators.
 
 The reserving of counters is tested on the device, and its CUDA paths everywhere with stand-ins for the generator.
 """
@@ -15,15 +15,15 @@ import torch
 import triton
 import triton.language as tl
 from bounds import ulp
-from fastvae.kernels import INTERPRETED, moments
-from fastvae.kernels.launch import FAST
-from fastvae.kernels.noise import box_muller, normals_of_elements, normals_of_quads, philox_words
-from fastvae.kernels.tiles import Tiling
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fastvae.functional as F
 from fastvae import random
+from fastvae.kernels import INTERPRETED, moments
+from fastvae.kernels.launch import FAST
+from fastvae.kernels.noise import box_muller, normals_of_elements, normals_of_quads, philox_words
+from fastvae.kernels.tiles import Tiling
 from fastvae.random import PhiloxState
 
 # --- the specification, in integers and float64 -----------------------------------------------------------------------
@@ -177,12 +177,13 @@ def box_muller_kernel(radius_ptr, angle_ptr, normals_ptr, COUNT: tl.constexpr, F
 
 @triton.jit
 def normals_kernel(
-    normals_ptr, seed, offset, FIRST: tl.constexpr, COUNT: tl.constexpr, QUADS: tl.constexpr, FAST: tl.constexpr
-):
-    position = FIRST + tl.program_id(0).to(tl.int64) * COUNT + tl.arange(0, COUNT)
+    normals_ptr, seed: tl.int64, offset: tl.int64, COUNT: tl.constexpr, QUADS: tl.constexpr, FAST: tl.constexpr
+):  # fmt: skip
+    first = tl.program_id(0).to(tl.int64) * COUNT
+    position = first + tl.arange(0, COUNT)
     if QUADS:
-        quad = (FIRST >> 2) + tl.program_id(0).to(tl.int64) * (COUNT // 4) + tl.arange(0, COUNT // 4)
-        normals = tl.reshape(normals_of_quads(seed, offset, quad[None, :], 1, COUNT, FAST), [COUNT])
+        quad = (first >> 2) + tl.arange(0, COUNT // 4)[None, :]
+        normals = tl.reshape(normals_of_quads(seed, offset, quad, 1, COUNT, FAST), [COUNT])
     else:
         normals = normals_of_elements(seed, offset, position, FAST)
     tl.store(normals_ptr + position, normals)
@@ -192,7 +193,7 @@ def draw(count: int, seed: int, offset: int, device, quads: bool = True) -> Tens
     """`count` normals from the kernels' functions; the interpreter pays for programs, a GPU for large blocks."""
     block = min(count, 1 << 16 if INTERPRETED else 1 << 10)
     normals = torch.empty(count, device=device)
-    normals_kernel[(count // block,)](normals, seed, offset, FIRST=0, COUNT=block, QUADS=quads, FAST=FAST)
+    normals_kernel[(count // block,)](normals, seed, offset, COUNT=block, QUADS=quads, FAST=FAST)
     return normals
 
 
@@ -236,7 +237,7 @@ STREAMS = ("first", "next call", "next seed", "large seed")
 
 @pytest.mark.parametrize("name", STREAMS)
 def test_moments_and_distribution(name, samples) -> None:
-    """Within 4 standard errors of those of n standard normals; the seeds are fixed, so that nothing here is by chance."""
+    """Within 4 standard errors of those of n standard normals; the seeds are fixed: nothing is by chance."""
     normals = samples[name]
     n = normals.size
     assert abs(normals.mean()) < 4 * math.sqrt(1 / n)
@@ -302,7 +303,8 @@ CALLS = {
 
 @pytest.mark.parametrize("operation", [F.gaussian_sample, F.gaussian_sample_kl], ids=["sample", "sample_kl"])
 @pytest.mark.parametrize("call", CALLS)
-def test_samples_are_made_of_the_words_at_their_place_in_memory(call, operation, device, triton_backend, monkeypatch):
+def test_samples_are_made_of_the_words_at_their_place(call, operation, device, triton_backend, monkeypatch) -> None:
+    """In memory: the noise of one place is the same in every layout."""
     seed, offset = 2**62 + 12345, 2**33 + 4
     reserve_always(PhiloxState(None, None, seed, offset), monkeypatch)
     mu, logvar = CALLS[call](lambda *shape: torch.randn(shape).to(device))
@@ -362,7 +364,7 @@ def test_two_calls_differ_and_half_precision_sees_the_same_noise(device, triton_
 
 @pytest.mark.parametrize("operation", [F.gaussian_sample, F.gaussian_sample_kl, F.gaussian_sample_kl_packed])
 def test_backward_makes_the_noise_again(operation, device, triton_backend) -> None:
-    """d z / d logvar = std * noise / 2 = (z - mu) / 2, within the roundings of both (docstrings: z 6, logvar_grad 14)."""
+    """d z / d logvar = std * noise / 2 = (z - mu) / 2, within the roundings of both: z 6, logvar_grad 14."""
     mu, logvar = torch.randn(2, 5, 7).to(device)
     inputs = (torch.cat((mu, logvar), 1),) if operation is F.gaussian_sample_kl_packed else (mu, logvar)
     result = operation(*(tensor.requires_grad_() for tensor in inputs))
@@ -591,12 +593,11 @@ def test_compiled_code_draws(cuda_generator, drawn, monkeypatch) -> None:
 # --- CUDA itself ------------------------------------------------------------------------------------------------------
 
 
-def capture(step, monkeypatch) -> torch.cuda.CUDAGraph:
-    """A graph of `step`, whose kernels were compiled before: on a side stream, and with noise by pointer as in a capture."""
+def capture(step) -> torch.cuda.CUDAGraph:
+    """A graph of `step`, after the usual warm-up on a side stream: a capture can load no kernel."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream), monkeypatch.context() as patch:
-        patch.setattr(random, "reserve", random._drawn)
+    with torch.cuda.stream(stream):
         for _ in range(3):
             step()
     torch.cuda.current_stream().wait_stream(stream)
@@ -607,7 +608,7 @@ def capture(step, monkeypatch) -> torch.cuda.CUDAGraph:
 
 
 @pytest.mark.gpu
-def test_replays_of_a_graph_draw_new_noise(device, triton_backend, monkeypatch) -> None:
+def test_replays_of_a_graph_draw_new_noise(device, triton_backend) -> None:
     """And repeat it after the same seed; backward inside of the graph makes the noise of its own replay again."""
     packed = torch.randn(8, 64, device=device, requires_grad=True)
     results = {}
@@ -621,7 +622,7 @@ def test_replays_of_a_graph_draw_new_noise(device, triton_backend, monkeypatch) 
         graph.replay()
         return {name: result.clone() for name, result in results.items()}
 
-    graph = capture(step, monkeypatch)
+    graph = capture(step)
     torch.manual_seed(11)
     first, second = replay(), replay()
     assert (first["z"] != second["z"]).all()
@@ -640,14 +641,14 @@ def test_replays_of_a_graph_draw_new_noise(device, triton_backend, monkeypatch) 
 
 
 @pytest.mark.gpu
-def test_two_samples_in_one_graph_differ(device, triton_backend, monkeypatch) -> None:
+def test_two_samples_in_one_graph_differ(device, triton_backend) -> None:
     zero = torch.zeros(8, 64, device=device)
     results = {}
 
     def step() -> None:
         results.update(first=F.gaussian_sample(zero, zero), second=F.gaussian_sample(zero, zero))
 
-    capture(step, monkeypatch).replay()
+    capture(step).replay()
     assert (results["first"] != results["second"]).all()
 
 

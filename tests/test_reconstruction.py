@@ -115,8 +115,8 @@ def levels(n: int) -> int:
 def condition(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """The absolute terms of the error y - t, and those of the slope y * (1 - y).
 
-    The relative condition of e^x is |x|, that of y is |x| * (1 - y), and that of the slope at most |x|. At an infinity y is
-    exact.
+    The relative condition of e^x is |x|, that of y is |x| * (1 - y), and that of the slope at most |x|. At an infinity
+    y is exact.
     """
     x, t = logits.detach().double().cpu(), in_float64(target)
     y, tail, size = torch.sigmoid(x), torch.sigmoid(-x), torch.where(x.isinf(), 0.0, x.abs())
@@ -183,7 +183,7 @@ def launching_nothing() -> Iterator[None]:
 
 
 def use_small_tiles(monkeypatch: pytest.MonkeyPatch, tile_rows: int, tile_columns: int) -> None:
-    """Cut problems into tiles of this size: several programs for small tensors. If it has several rows, they are whole."""
+    """Cut problems into tiles of this size: several programs for small tensors. Several rows must be whole."""
 
     def cut(rows: int, columns: int, itemsize: int) -> tiles.Tiling:
         return tiles.Tiling(rows, columns, min(tile_rows, tiles.power_of_2(rows)), tile_columns, 4)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastvae.autograd.reconstruction import differentiable_gradients
-from fastvae.autograd.registration import is_differentiated, is_traced, refuse_vmap, register
+from fastvae.autograd.registration import apply, is_differentiated, is_traced, refuse_vmap, register
 from fastvae.kernels import elbo as kernels
 from fastvae.kernels.layout import empty_gradients
 
@@ -110,7 +110,7 @@ def _scalar(value: Scalar, logits: Tensor) -> Scalar:
 def elbo_loss(
     logits: Tensor, target: Tensor, kl: Tensor, beta: Scalar, reconstruction_weight: Scalar
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return ELBOLoss.apply(logits, target, kl, _scalar(beta, logits), _scalar(reconstruction_weight, logits))
+    return apply(ELBOLoss, logits, target, kl, _scalar(beta, logits), _scalar(reconstruction_weight, logits))
 
 
 def elbo_value_and_grad(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastvae import random
-from fastvae.autograd.registration import is_differentiated, is_traced, refuse_vmap, register
+from fastvae.autograd.registration import apply, is_differentiated, is_traced, refuse_vmap, register
 from fastvae.kernels import gaussian as kernels
 from fastvae.kernels.layout import empty_gradients
 from fastvae.reference.precision import in_float32
@@ -110,7 +110,7 @@ def _differentiable_gradients(
             # mu = logvar = 0 makes z the noise itself. Through apply, so that torch.func unwraps its tensors for the
             # kernel.
             zero = wide_mu.new_empty_strided(wide_mu.shape, moments.strides).zero_()
-            eps = GaussianSample.apply(zero, zero, None, *rng)
+            eps = apply(GaussianSample, zero, zero, None, *rng)
         mu_grad = mu_grad + z_grad
         logvar_grad = logvar_grad + 0.5 * z_grad * torch.exp(0.5 * wide_logvar) * eps
     if kl_grad is not None:
@@ -206,11 +206,11 @@ def _noise(tensor: Tensor, eps: Tensor | None, generator: torch.Generator | None
 
 
 def gaussian_sample(mu: Tensor, logvar: Tensor, eps: Tensor | None, generator: torch.Generator | None) -> Tensor:
-    return GaussianSample.apply(mu, logvar, eps, *_noise(mu, eps, generator))
+    return apply(GaussianSample, mu, logvar, eps, *_noise(mu, eps, generator))
 
 
 def gaussian_kl(mu: Tensor, logvar: Tensor, reduction: str) -> Tensor:
-    return GaussianKL.apply(mu, logvar, reduction)
+    return apply(GaussianKL, mu, logvar, reduction)
 
 
 def gaussian_sample_kl(
@@ -221,4 +221,4 @@ def gaussian_sample_kl(
     eps: Tensor | None,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
-    return GaussianSampleKL.apply(mu, logvar, dim, reduction, eps, *_noise(mu, eps, generator))
+    return apply(GaussianSampleKL, mu, logvar, dim, reduction, eps, *_noise(mu, eps, generator))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvae.autograd.registration import is_differentiated, is_traced, refuse_vmap, register
+from fastvae.autograd.registration import apply, is_differentiated, is_traced, refuse_vmap, register
 from fastvae.kernels import reconstruction as kernels
 from fastvae.kernels.layout import empty_gradients
 from fastvae.reference.precision import in_float32
@@ -74,4 +74,4 @@ class SigmoidMSE(torch.autograd.Function):
 
 
 def sigmoid_mse_loss(logits: Tensor, target: Tensor, reduction: str) -> Tensor:
-    return SigmoidMSE.apply(logits, target, reduction)
+    return apply(SigmoidMSE, logits, target, reduction)
