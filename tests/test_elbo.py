@@ -12,9 +12,6 @@ from collections.abc import Callable
 import pytest
 import torch
 from bounds import assert_within, ulp
-from fastvae.kernels import INTERPRETED
-from fastvae.kernels import elbo as kernels
-from fastvae.kernels import launch as launching
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_reconstruction import (
@@ -43,6 +40,9 @@ from torch import Tensor
 import fastvae
 import fastvae.functional as F
 from fastvae.functional import ELBO
+from fastvae.kernels import INTERPRETED
+from fastvae.kernels import elbo as kernels
+from fastvae.kernels import launch as launching
 from fastvae.nn import ELBOLoss
 from fastvae.reference import elbo as reference
 

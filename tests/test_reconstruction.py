@@ -15,9 +15,6 @@ import pytest
 import torch
 from bounds import assert_within
 from conftest import Launches
-from fastvae.kernels import INTERPRETED, tiles
-from fastvae.kernels import launch as launching
-from fastvae.kernels import reconstruction as kernels
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -25,6 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastvae
 import fastvae.functional as F
+from fastvae.kernels import INTERPRETED, tiles
+from fastvae.kernels import launch as launching
+from fastvae.kernels import reconstruction as kernels
 from fastvae.nn import SigmoidMSELoss
 from fastvae.reference import reconstruction as reference
 
