@@ -7,10 +7,17 @@ tensors of one call must agree in that order. Anything else is copied once, by o
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 
 Strides = tuple[int, ...]
+
+
+def event_size(tensor: Tensor) -> int:
+    """Elements per sample."""
+    return prod(tensor.shape[1:])
 
 
 def has_dense_rows(tensor: Tensor) -> bool:
@@ -31,7 +38,8 @@ def dense_strides(tensor: Tensor) -> Strides:
     strides.
     """
     if tensor.is_contiguous():
-        return tensor.stride()
+        # Not stride(0), which says nothing where the batch is 1.
+        return (event_size(tensor), *tensor.stride()[1:])
     strides = [0] * tensor.ndim
     size = 1
     for d in sorted(range(1, tensor.ndim), key=lambda d: (-tensor.stride(d), d), reverse=True):

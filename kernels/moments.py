@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .layout import Strides, dense_strides, has_strides, with_dense_rows, with_strides
+from .layout import Strides, dense_strides, event_size, has_strides, with_dense_rows, with_strides
 from .tiles import Tiling, cut
 
 
@@ -19,7 +19,6 @@ class Moments(NamedTuple):
     logvar: Tensor
     row_stride: int
     inner: int
-    packed: bool
     strides: Strides  # of z: dense, in the order of mu
 
     @property
@@ -28,7 +27,7 @@ class Moments(NamedTuple):
 
     @property
     def event(self) -> int:
-        return self.strides[0]
+        return event_size(self.mu)
 
     def cut(self, per_row: bool) -> Tiling:
         """Rows are needed where each has a sum of its own, or where they do not follow each other without a gap."""
@@ -46,12 +45,11 @@ def read_moments(mu: Tensor, logvar: Tensor | None, dim: int) -> Moments:
     if logvar is not None:
         if not has_strides(logvar, mu.stride()):
             mu, logvar = with_strides(mu, dense_strides(mu)), with_strides(logvar, dense_strides(mu))
-        return Moments(mu, logvar, mu.stride(0), 0, False, dense_strides(mu))
+        return Moments(mu, logvar, mu.stride(0), 0, dense_strides(mu))
     half = mu.shape[dim] // 2
     inner = half * mu.stride(dim)
     # Splitting dim halves the distance along every dimension outside of it.
     strides = tuple(stride // 2 if stride > mu.stride(dim) else stride for stride in dense_strides(mu))
-    interleaved = inner != strides[0]
-    return Moments(
-        mu.narrow(dim, 0, half), mu.narrow(dim, half, half), mu.stride(0), inner if interleaved else 0, True, strides
-    )
+    # All of mu before all of logvar is nothing that takes turns.
+    inner = 0 if inner == strides[0] else inner
+    return Moments(mu.narrow(dim, 0, half), mu.narrow(dim, half, half), mu.stride(0), inner, strides)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch, ticket
-from .layout import dense_strides, gradient_strides, has_strides, with_dense_rows, with_strides
+from .layout import dense_strides, event_size, gradient_strides, has_strides, with_dense_rows, with_strides
 from .numerics import sigmoid
 from .tiles import (
     UNSPECIALIZED,
@@ -123,7 +123,7 @@ def read_pair(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 def cut_pair(logits: Tensor, per_row: bool) -> Tiling:
     """Rows are needed where each has a sum of its own, or where they do not follow each other without a gap."""
-    batch, event = logits.shape[0], dense_strides(logits)[0]
+    batch, event = logits.shape[0], event_size(logits)
     if batch == 1 or (logits.stride(0) == event and not per_row):
         return cut(1, batch * event, logits.element_size())
     return cut(batch, event, logits.element_size())

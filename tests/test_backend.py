@@ -168,7 +168,7 @@ def test_use_backend_of_an_unknown_name(name) -> None:
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `code` in a new process, without Triton's interpreter and without a GPU unless `environment` says otherwise."""
+    """Run `code` in a new process, without Triton's interpreter and a GPU unless `environment` says otherwise."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTVAE_BACKEND")}
     environment = {**inherited, "CUDA_VISIBLE_DEVICES": "", **environment}
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
@@ -180,7 +180,7 @@ def succeed(code: str, **environment: str) -> None:
 
 
 def test_import_is_free() -> None:
-    """Neither Triton nor CUDA is touched, nor what only models, data and figures need; and it takes no time beside torch."""
+    """Neither Triton nor CUDA is touched, nor what only models and figures need; and it takes no time beside torch."""
     succeed("""
 import sys, time
 import torch
@@ -203,12 +203,12 @@ def test_the_environment_chooses() -> None:
         """
 import torch, fastvae, fastvae.functional as F
 x = torch.zeros(2, 3)
-needs = ("CPU tensors need Triton's interpreter (set TRITON_INTERPRET=1 before the first import of Triton)",)
+missing = "CPU tensors need Triton's interpreter (set TRITON_INTERPRET=1 before the first import of Triton)"
 for function in (lambda: fastvae.backend_for(x), lambda: F.sigmoid_mse_loss(x, x), lambda: F.gaussian_kl(x, x)):
     try:
         function()
     except RuntimeError as error:
-        assert str(error) == 'backend "triton" was asked for but cannot run: ' + needs[0], error
+        assert str(error) == 'backend "triton" was asked for but cannot run: ' + missing, error
     else:
         raise AssertionError("no error")
 with fastvae.use_backend("auto"):

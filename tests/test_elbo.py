@@ -740,12 +740,12 @@ COMMON_ERRORS = [
     (
         {"kl": torch.tensor(1.0)},
         ValueError,
-        'kl must be the divergence of each sample, shape [2] (reduction="none"), got []',
+        "kl must be the divergence of each sample, shape [2] (reduction='none'), got []",
     ),
     (
         {"kl": torch.ones(3)},
         ValueError,
-        'kl must be the divergence of each sample, shape [2] (reduction="none"), got [3]',
+        "kl must be the divergence of each sample, shape [2] (reduction='none'), got [3]",
     ),
     ({"kl": torch.ones(2, device="meta")}, ValueError, "kl must be on the device of logits, {device}, got meta"),
     *scalar_errors("beta"),

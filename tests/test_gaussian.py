@@ -48,7 +48,7 @@ class Problem(NamedTuple):
 
     @classmethod
     def random(cls, shape, device, dtype=torch.float32, reduction: str = "none") -> Problem:
-        return cls.like(*(1.5 * torch.randn(2, *shape)).to(device, dtype), reduction)
+        return cls.like(*torch.randn(2, *shape).to(device, dtype), reduction)
 
     def of(self, operation: str) -> Problem:
         """Without the upstream gradient of what `operation` does not return."""
@@ -231,17 +231,21 @@ def test_rms_error_is_at_most_twice_that_of_the_reference(dtype, device, triton_
         torch.manual_seed(seed)
         problems.append(Problem.random((1, 96), device, dtype))
     problem = Problem(*(torch.cat(tensors) for tensors in zip(*problems, strict=True)))
+    expected = exact(problem)
     with fastvae.use_backend("reference"):
-        peer = fused(Problem(*(tensor.float() for tensor in problem)))
+        peers = fused(Problem(*(tensor.float() for tensor in problem)))
+
+    def rms(value: Tensor, name: str) -> float:
+        return (value.cpu().double() - expected[name].value).square().mean().sqrt().item()
+
+    ratios = {}
     for name, value in fused(problem).items():
-        expected = exact(problem)[name].value
-        truncated = INTERPRETED and value.dtype is torch.bfloat16
-        # Triton's interpreter cuts float32 to bfloat16 where a GPU rounds: there the reference is cut too.
-        rounded = (
-            (peer[name].view(torch.int32) & -65536).view(torch.float32) if truncated else peer[name].to(value.dtype)
-        )
-        rms, allowed = ((tensor.cpu().double() - expected).square().mean().sqrt() for tensor in (value, rounded))
-        assert rms <= 2 * allowed, f"{name}: {rms:.3g}, reference {allowed:.3g}"
+        peer = peers[name].to(value.dtype)
+        if INTERPRETED and value.dtype is torch.bfloat16:
+            # Triton's interpreter cuts float32 to bfloat16 where a GPU rounds: there the reference is cut too.
+            peer = (peers[name].view(torch.int32) & -65536).view(torch.float32)
+        ratios[name] = rms(value, name) / rms(peer, name)
+    assert max(ratios.values()) <= 2, ratios
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -297,6 +301,7 @@ DENSE = {
     "every second sample": lambda randn: (randn(6, 7)[::2], randn(6, 7)[::2]),
     "columns of a matrix": lambda randn: (randn(3, 9)[:, 1:8], randn(3, 9)[:, 2:]),
     "halves": lambda randn: randn(3, 14).chunk(2, 1),
+    "halves of many samples": lambda randn: randn(70, 40).chunk(2, 1),  # three programs
     "halves of the channels": lambda randn: randn(3, 8, 2, 2).chunk(2, 1),
     "one sample for all": lambda randn: (randn(1, 7).expand(3, 7), randn(1, 7).expand(3, 7)),
     "dimensions of size 1": lambda randn: (randn(3, 1, 5, 1), randn(3, 5, 1, 1).transpose(1, 2)),
@@ -407,6 +412,7 @@ PACKED = {
     "[B, 2K], dim -1": (lambda randn: randn(3, 12), -1),
     "[B, 2]": (lambda randn: randn(5, 2), 1),
     "some samples": (lambda randn: randn(7, 14)[1::2], 1),
+    "some of many samples": (lambda randn: randn(140, 40)[::2], 1),  # three programs
     "some columns": (lambda randn: randn(3, 19)[:, 2:16], 1),
     "[B, 2C, H, W]": (lambda randn: randn(3, 6, 2, 5), 1),
     "[B, 2C, H, W] channels_last": (lambda randn: randn(3, 2, 5, 6).permute(0, 3, 1, 2), 1),
@@ -423,13 +429,14 @@ PACKED = {
 
 @pytest.mark.parametrize("layout", PACKED)
 def test_packed_moments(layout, device, triton_backend) -> None:
-    """Bit for bit the result of the two halves, in two launches, without a copy, and with one gradient tensor."""
+    """The result of the two halves, in two launches, without a copy, and with one gradient tensor."""
     make, dim = PACKED[layout]
     packed = make(lambda *shape: torch.randn(shape).to(device)).requires_grad_()
-    problem = Problem.like(*packed.detach().chunk(2, dim))
     seed = torch.Generator(device)
+    noise, _ = F.gaussian_sample_kl_packed(torch.zeros_like(packed), dim=dim, generator=seed.manual_seed(5))
+    problem = Problem.like(*packed.detach().chunk(2, dim))._replace(eps=noise.detach())
     # A gradient as autograd hands it to the operation: with the strides of z.
-    z_grad = torch.empty_like(F.gaussian_sample_kl_packed(packed, dim=dim, eps=problem.eps)[0]).copy_(problem.z_grad)
+    z_grad = torch.empty_like(noise).copy_(problem.z_grad)
     before = Launches.count
     with Copies() as copies:
         z, kl = F.gaussian_sample_kl_packed(packed, dim=dim, generator=seed.manual_seed(5))
@@ -437,14 +444,18 @@ def test_packed_moments(layout, device, triton_backend) -> None:
     assert Launches.count == before + 2
     assert copies.count == 0
     assert not is_dense(packed) or lies_like(gradient, packed)
+    mu_grad, logvar_grad = gradient.chunk(2, dim)
+    actual = {"z": z, "kl": kl, "mu_grad": mu_grad, "logvar_grad": logvar_grad}
+    check(actual, exact(problem))
 
     halves = fused(problem, generator=seed.manual_seed(5))
-    assert torch.equal(z, halves["z"]) and torch.equal(kl, halves["kl"])
-    assert torch.equal(gradient, torch.cat((halves["mu_grad"], halves["logvar_grad"]), dim))
+    assert torch.equal(z, halves["z"]), "the same noise, whichever way the moments lie"
+    if INTERPRETED:  # a compiler may add in another order
+        assert all(torch.equal(actual[name], halves[name]) for name in actual)
 
-    given_z, given_kl = F.gaussian_sample_kl_packed(packed, dim=dim, eps=problem.eps)
-    check({"z": given_z, "kl": given_kl}, exact(problem))
-    assert given_z.stride() == z.stride()
+    z_given, kl_given = F.gaussian_sample_kl_packed(packed, dim=dim, eps=problem.eps)
+    check({"z": z_given, "kl": kl_given}, exact(problem))
+    assert z_given.stride() == z.stride()
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -585,7 +596,7 @@ def test_vmap_is_refused_in_a_sentence(operation, device, no_launch) -> None:
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize("shape", [(2, 26), (2, 28)], ids=str)
 def test_every_tile_gives_the_same(shape, reduction, device, triton_backend, monkeypatch) -> None:
-    """The same noise, samples and gradients in every bit; sums, whose order depends on the tile, within their bound."""
+    """The same noise and samples in every bit; the sums, whose order depends on the tile, within their bound."""
     seed = torch.Generator(device)
     problem = Problem.random(shape, device, reduction=reduction)
     problem = problem._replace(eps=drawn_noise(shape, seed.manual_seed(3)))
@@ -599,8 +610,8 @@ def test_every_tile_gives_the_same(shape, reduction, device, triton_backend, mon
 
         monkeypatch.setattr(moments, "cut", cut)
         actual = fused(problem, reduction, generator=seed.manual_seed(3))
-        check({"kl": actual.pop("kl")}, expected)
-        assert all(same_bits(value, first[name]) for name, value in actual.items())
+        check(actual, expected)
+        assert same_bits(actual["z"], first["z"])
 
 
 def test_the_ticket_of_a_reduction_returns_to_0(device, triton_backend) -> None:
@@ -693,7 +704,9 @@ def test_modules(training, device, triton_backend) -> None:
     expected_z, expected_kl = seeded(F.gaussian_sample_kl_packed, packed, dim=-1, reduction="mean")
     assert torch.equal(z, expected_z) and torch.equal(kl, expected_kl)
     z, kl = module(nn.GaussianSamplingKL, dim=-1, reduction="mean", deterministic=True)(packed)
-    assert torch.equal(z, mu) and torch.equal(kl, expected_kl)
+    assert torch.equal(z, mu) and torch.equal(kl, F.gaussian_kl(mu, logvar, reduction="mean"))
+    with torch.inference_mode():
+        assert torch.equal(seeded(module(nn.GaussianSampling), mu, logvar), seeded(F.gaussian_sample, mu, logvar))
     assert repr(module(nn.GaussianSamplingKL)) == "GaussianSamplingKL(dim=1, reduction='none', deterministic=False)"
 
 

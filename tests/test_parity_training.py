@@ -1,4 +1,4 @@
-"""Training on fused operations is training: the loss of 50 steps stays as close to a float64 run as float32 PyTorch's does."""
+"""Training on fused operations: the loss of 50 steps stays as close to a float64 run as float32 PyTorch's does."""
 
 from __future__ import annotations
 
@@ -70,8 +70,7 @@ def train(seed: int, dtype: torch.dtype, device: torch.device, value_and_grad: b
 @pytest.mark.parametrize("value_and_grad", [False, True], ids=["autograd", "value_and_grad"])
 def test_training_is_as_close_to_float64_as_the_float32_reference(triton_backend, device, value_and_grad) -> None:
     """The largest relative deviation of the loss over the steps, from the same parameters, images and noise."""
-    seed = 0
-    before = triton_backend.count
+    seed, before = 0, triton_backend.count
     fused = train(seed, torch.float32, device, value_and_grad)
     assert triton_backend.count == before + (3 if value_and_grad else 4) * STEPS
     with fastvae.use_backend("reference"):
