@@ -121,6 +121,8 @@ def gaussian_sample_kl_packed(
             `gaussian_sample_kl`.
     """
     check_batch("moments", moments)
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"dim must be an integer, got {type(dim).__name__}")
     if not -moments.ndim <= dim < moments.ndim or dim % moments.ndim == 0:
         raise ValueError(
             f"dim must name a dimension of moments other than the batch, 1 to {moments.ndim - 1}, got {dim}"
@@ -150,6 +152,8 @@ def _check(mu: Tensor, logvar: Tensor) -> None:
 
 def _check_noise(shape: torch.Size, like: Tensor, eps: Tensor | None, generator: torch.Generator | None) -> None:
     if generator is not None:
+        if not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
         if eps is not None:
             raise ValueError("eps and generator were both given: eps is the noise itself, so nothing would be drawn")
         if generator.device.type != like.device.type:
