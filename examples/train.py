@@ -23,13 +23,10 @@ import argparse
 import contextlib
 import itertools
 import math
-import os
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 import torch
@@ -39,7 +36,16 @@ from fastvae import plots
 from fastvae.data import DownloadError, ImageDataset, load_digits, load_mnist
 from fastvae.evaluation import reconstruction_errors
 from fastvae.models import ConvVAE
-from fastvae.training import EpochMetrics, make_display, train, versions, write_checkpoint, write_metrics, write_summary
+from fastvae.training import (
+    EpochMetrics,
+    make_display,
+    stop_on_interrupt,
+    train,
+    versions,
+    write_checkpoint,
+    write_metrics,
+    write_summary,
+)
 
 FILES = (
     "metrics.csv",
@@ -51,7 +57,7 @@ FILES = (
     "summary.json",
 )
 
-EPOCHS = {"mnist": 30, "digits": 40}
+EPOCHS = {"mnist": 30, "digits": 30}
 BATCH_SIZES = {"mnist": 128, "digits": 16}
 
 
@@ -166,25 +172,6 @@ def fit(
             on_progress=display.progress,
             on_epoch=record,
         )
-
-
-@contextlib.contextmanager
-def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C was pressed in the block; a second one raises ``KeyboardInterrupt`` as usual."""
-    pressed = False
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal pressed
-        pressed = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        # Not print: a handler may run in the middle of another print.
-        os.write(2, b"\nstopping after this step; Ctrl-C again aborts\n")
-
-    previous = signal.signal(signal.SIGINT, stop)
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def write_figures(

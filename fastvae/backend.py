@@ -53,10 +53,11 @@ class use_backend:
 
     def __init__(self, name: str) -> None:
         self.name = _checked(name, "name")
+        self.previous: list[str] = []  # a stack, so that one object can be entered again
 
     def __enter__(self) -> use_backend:
         global _requested
-        self.previous = _requested
+        self.previous.append(_requested)
         _requested = self.name
         return self
 
@@ -64,7 +65,7 @@ class use_backend:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         global _requested
-        _requested = self.previous
+        _requested = self.previous.pop()
 
 
 def _obstacle(tensor: torch.Tensor) -> str | None:

@@ -14,6 +14,7 @@ generator in one of three ways:
 
 from __future__ import annotations
 
+import threading
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,9 @@ from torch import Tensor
 # Torch's contract: whoever reserves an increment owns that many 32-bit words, a multiple of 4, of every Philox
 # subsequence.
 _INCREMENT = 4
+
+# Reading and moving the offset are two calls: without it, two threads could draw the same noise.
+_lock = threading.Lock()
 
 
 class PhiloxState(NamedTuple):
@@ -43,8 +47,9 @@ def reserve(device: torch.device, generator: torch.Generator | None) -> PhiloxSt
         generator = torch.cuda.default_generators[device.index]
     if _is_capturing(device):
         return _captured(device, generator)
-    offset = generator.get_offset()
-    generator.set_offset(offset + _INCREMENT)
+    with _lock:
+        offset = generator.get_offset()
+        generator.set_offset(offset + _INCREMENT)
     seed = generator.initial_seed()
     # A kernel argument is a signed integer; the generator's seed is not.
     return PhiloxState(None, None, seed - (1 << 64) if seed >= 1 << 63 else seed, offset)
@@ -68,5 +73,9 @@ def _captured(device: torch.device, generator: torch.Generator) -> PhiloxState:
 
 
 def _drawn(device: torch.device, generator: torch.Generator | None) -> PhiloxState:
+    if generator is not None and torch.compiler.is_compiling():
+        raise NotImplementedError(
+            "generator is not supported under torch.compile, which cannot trace a torch.Generator"
+        )
     pair = torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device, generator=generator)
     return PhiloxState(pair[0], pair[1], 0, 0)

@@ -13,7 +13,7 @@ from .launch import launch, ticket
 from .layout import dense_strides, gradient_strides, with_strides
 from .numerics import load_scalar
 from .reconstruction import cut_pair, load_target, read_pair, sigmoid_mse
-from .tiles import UNSPECIALIZED, drew_last_ticket, program_tile, sum_in_order
+from .tiles import UNSPECIALIZED, drew_last_ticket, program_tile, sum_in_order, tile_offsets
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def elbo_forward_kernel(
     Shapes: logits and target [rows, columns] at distance row_stride, logits_grad dense; kl [batch] at distance
     kl_stride; everything else []. beta, reconstruction_weight and grad_scale are numbers or pointers to one. Where
     there is more than one program, partial is float32 [programs] and ticket int32 [1], zero.
-    Bytes per float32 element: reads 8 (5 with a uint8 target), writes 4 if there is a gradient; 4 more per program
+    Bytes per float32 element: reads 8 (5 with a uint8 target), writes 4 if there is a gradient; 8 more per program
     for partial sums, 4 per sample for kl.
     Launches: 1. Roundings: a term 20, a gradient 28, the values 4 more and one per level of a sum.
     Deterministic: no floating-point atomics, partial sums are added in order.
@@ -59,7 +59,7 @@ def elbo_forward_kernel(
     row = tl.arange(0, ROWS)
     inside = (row < rows - first_row)[:, None] & (tl.arange(0, COLUMNS) < columns - first_column)[None, :]
     base = first_row * row_stride + first_column
-    offsets = row[:, None] * row_stride + tl.arange(0, COLUMNS)[None, :]
+    offsets = tile_offsets(row_stride, ROWS, COLUMNS)
     logits = tl.load(logits_ptr + base + offsets, mask=inside, other=0.0).to(tl.float32)
     error, slope = sigmoid_mse(logits, load_target(target_ptr + base + offsets, inside), FAST)
     total = tl.sum(tl.where(inside, error * error, 0.0))
@@ -68,7 +68,7 @@ def elbo_forward_kernel(
     if logits_grad_ptr is not None:
         grad = (2.0 * weight * load_scalar(grad_scale)) * (error * slope)
         result = first_row * columns + first_column
-        result_offsets = row[:, None] * columns + tl.arange(0, COLUMNS)[None, :]
+        result_offsets = tile_offsets(columns, ROWS, COLUMNS)
         tl.store(logits_grad_ptr + result + result_offsets, grad.to(logits_grad_ptr.dtype.element_ty), mask=inside)
 
     if partial_ptr is None:
@@ -121,9 +121,9 @@ def elbo_backward_kernel(
         row = tl.arange(0, ROWS)
         inside = (row < rows - first_row)[:, None] & (tl.arange(0, COLUMNS) < columns - first_column)[None, :]
         base = first_row * row_stride + first_column
-        offsets = row[:, None] * row_stride + tl.arange(0, COLUMNS)[None, :]
+        offsets = tile_offsets(row_stride, ROWS, COLUMNS)
         result = first_row * columns + first_column
-        result_offsets = row[:, None] * columns + tl.arange(0, COLUMNS)[None, :]
+        result_offsets = tile_offsets(columns, ROWS, COLUMNS)
         logits = tl.load(logits_ptr + base + offsets, mask=inside, other=0.0).to(tl.float32)
         error, slope = sigmoid_mse(logits, load_target(target_ptr + base + offsets, inside), FAST)
         error_grad = (2.0 * reconstruction_grad * load_scalar(reconstruction_weight) * inverse_batch) * error
@@ -245,7 +245,7 @@ def elbo_backward(
     kl_grads = [kl.new_empty([])] if needs_kl else []
     batch = logits.shape[0]
     if batch:
-        read_logits, read_target = read_pair(logits, target)
+        read_logits, read_target = read_pair(logits, target) if inputs else (logits, target)
         tiling = cut_pair(read_logits, per_row=False)
         launch(
             elbo_backward_kernel,

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch, ticket
-from .layout import dense_strides, gradient_strides, with_dense_rows, with_strides
+from .layout import dense_strides, gradient_strides, with_strides
 from .moments import Moments, read_moments
 from .noise import load_rng, normals_of_elements, normals_of_quads
 from .numerics import exp_half, expm1, expm1_minus
@@ -22,6 +22,7 @@ from .tiles import (
     reduction_scale,
     sum_blocks,
     sum_groups_in_order,
+    tile_offsets,
 )
 
 # (seed_ptr, offset_ptr, seed, offset): by value with null pointers, or read from the device, see `noise.load_rng`.
@@ -31,7 +32,7 @@ NO_RNG: Rng = (None, None, 0, 0)
 
 @triton.jit
 def moments_tile(first_column, INNER: tl.constexpr, COLUMNS: tl.constexpr):
-    """Where a row's elements lie, as (int64 base, int32 offsets [COLUMNS]), counted from the row's start.
+    """Where a row's elements lie, as (int64 base, offsets [COLUMNS]), counted from the row's start.
 
     INNER = 0: one after the other. Otherwise mu and logvar take turns, INNER elements each (a packed tensor split
     along an inner dimension).
@@ -39,7 +40,8 @@ def moments_tile(first_column, INNER: tl.constexpr, COLUMNS: tl.constexpr):
     column = tl.arange(0, COLUMNS)
     if INNER == 0:
         return first_column, column
-    column += (first_column % INNER).to(tl.int32)
+    # In 64 bits only where it must be: each element is divided.
+    column += (first_column % INNER).to(tl.int32 if INNER < 2**29 else tl.int64)
     offsets = column + column // INNER * INNER
     if INNER % 8 == 0:
         # INNER elements run on; the compiler does not see it through the division.
@@ -55,15 +57,14 @@ def noise_tile(
     """The noise [ROWS, COLUMNS] of the tile whose first element is `position`: read from eps, or made from (seed,
     offset).
     """
-    row = tl.arange(0, ROWS)[:, None]
     if eps_ptr is not None:
-        offsets = row * columns + tl.arange(0, COLUMNS)[None, :]
-        return tl.load(eps_ptr + position + offsets, mask=inside, other=0.0).to(tl.float32)
+        eps = tl.load(eps_ptr + position + tile_offsets(columns, ROWS, COLUMNS), mask=inside, other=0.0)
+        return eps.to(tl.float32)
     seed, offset = load_rng(seed_ptr, offset_ptr, seed, offset)
     if QUADS:
-        quad = (position >> 2) + (row * (columns >> 2) + tl.arange(0, COLUMNS // 4)[None, :])
+        quad = (position >> 2) + tile_offsets(columns >> 2, ROWS, COLUMNS // 4)
         return normals_of_quads(seed, offset, quad, ROWS, COLUMNS, FAST)
-    return normals_of_elements(seed, offset, position + (row * columns + tl.arange(0, COLUMNS)[None, :]), FAST)
+    return normals_of_elements(seed, offset, position + tile_offsets(columns, ROWS, COLUMNS), FAST)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -80,9 +81,9 @@ def gaussian_forward_kernel(
     Shapes: mu and logvar [rows, columns] at distance row_stride; eps (None: made from seed and offset) and z [rows,
     columns], dense; kl float32 [rows] if PER_ROW, else []. Where no program owns a whole sum, partial is float32
     [programs] and ticket int32 [1], zero.
-    Bytes per float32 element: reads 8, writes 4 for z (and reads 4 for a given eps); 4 more per program where there
+    Bytes per float32 element: reads 8, writes 4 for z (and reads 4 for a given eps); 8 more per program where there
     are partial sums.
-    Launches: 1. Roundings: z 6; a term of kl 13; and one per level of a sum (how they are counted: `numerics`).
+    Launches: 1. Roundings: z 6; a term of kl 14; and one per level of a sum (how they are counted: `numerics`).
     Deterministic: no floating-point atomics, partial sums are added in the order of their elements.
     """
     first_row, first_column = program_tile(chunks, FLAT, ROWS, COLUMNS)
@@ -91,7 +92,7 @@ def gaussian_forward_kernel(
     inside = inside_row[:, None] & (tl.arange(0, COLUMNS) < columns - first_column)[None, :]
     source, offsets = moments_tile(first_column, INNER, COLUMNS)
     source += first_row * row_stride
-    offsets = row[:, None] * row_stride + offsets[None, :]
+    offsets = row.to(tl.int64)[:, None] * row_stride + offsets[None, :]
     mu = tl.load(mu_ptr + source + offsets, mask=inside, other=0.0).to(tl.float32)
     logvar = tl.load(logvar_ptr + source + offsets, mask=inside, other=0.0).to(tl.float32)
     std = exp_half(logvar, FAST)
@@ -102,7 +103,7 @@ def gaussian_forward_kernel(
             eps_ptr, seed_ptr, offset_ptr, seed, offset, position, columns, inside, QUADS, ROWS, COLUMNS, FAST
         )
         z = tl.fma(std, eps, mu)
-        at = z_ptr + position + (row[:, None] * columns + tl.arange(0, COLUMNS)[None, :])
+        at = z_ptr + position + tile_offsets(columns, ROWS, COLUMNS)
         tl.store(at, z.to(z_ptr.dtype.element_ty), mask=inside)
 
     if kl_ptr is not None:
@@ -144,9 +145,9 @@ def gaussian_backward_kernel(
     inside = inside_row[:, None] & (tl.arange(0, COLUMNS) < columns - first_column)[None, :]
     base, offsets = moments_tile(first_column, INNER, COLUMNS)
     source = base + first_row * row_stride
-    source_offsets = row[:, None] * row_stride + offsets[None, :]
+    source_offsets = row.to(tl.int64)[:, None] * row_stride + offsets[None, :]
     result = base + first_row * grad_row_stride
-    result_offsets = row[:, None] * grad_row_stride + offsets[None, :]
+    result_offsets = row.to(tl.int64)[:, None] * grad_row_stride + offsets[None, :]
     position = first_row * columns + first_column
 
     mu_grad = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -155,7 +156,7 @@ def gaussian_backward_kernel(
         logvar = tl.load(logvar_ptr + source + source_offsets, mask=inside, other=0.0).to(tl.float32)
         std = exp_half(logvar, FAST)
     if z_grad_ptr is not None:
-        dense = row[:, None] * columns + tl.arange(0, COLUMNS)[None, :]
+        dense = tile_offsets(columns, ROWS, COLUMNS)
         z_grad = tl.load(z_grad_ptr + position + dense, mask=inside, other=0.0).to(tl.float32)
         mu_grad = z_grad
         if logvar_grad_ptr is not None:
@@ -271,7 +272,7 @@ def gaussian_backward(
     moments = read_moments(mu, logvar, dim)
     inputs = [mu] if logvar is None else [t for t, needed in ((mu, needs_mu), (logvar, needs_logvar)) if needed]
     # In the order that was read; only an input that was copied has a gradient of other strides.
-    strides = dense_strides(with_dense_rows(mu)) if logvar is None else moments.strides
+    strides = dense_strides(mu) if logvar is None else moments.strides
     gradients = [tensor.new_empty_strided(tensor.shape, strides) for tensor in inputs]
     if logvar is None:
         half = mu.shape[dim] // 2

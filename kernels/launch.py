@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +20,8 @@ INTERPRETED = not isinstance(exp, triton.JITFunction)
 # The kernels' FAST: NVIDIA's approximate instructions exist neither on the interpreter nor on AMD.
 FAST = not INTERPRETED and torch.version.hip is None
 
-_tickets: dict[tuple[int, int], Tensor] = {}
+_tickets: dict[tuple[str, int | None, int], Tensor] = {}
+_calling = threading.local()
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
@@ -43,16 +46,33 @@ def launch(kernel: Any, programs: int, num_warps: int, device: torch.device, *ar
 def ticket(device: torch.device) -> Tensor:
     """int32 [1], zero: the counter by which the last program of a launch knows itself (`tiles.drew_last_ticket`).
 
-    One per device and stream, because launches on one stream follow each other; under capture a new one, zeroed
-    inside the graph, because a graph may be replayed on any stream.
+    One per device and stream, because launches on one stream follow each other. Under capture a new one, zeroed inside
+    the graph, because a graph may be replayed on any stream; also inside `fresh_tickets`.
     """
-    if device.type != "cuda":
-        key = (-1, 0)
-    else:
+    stream = 0
+    if device.type == "cuda":
         with on_device(device):
             if torch.cuda.is_current_stream_capturing():
                 return torch.zeros(1, dtype=torch.int32, device=device)
-            key = (device.index, torch.cuda.current_stream().cuda_stream)
-    if key not in _tickets:
-        _tickets[key] = torch.zeros(1, dtype=torch.int32, device=device)
-    return _tickets[key]
+        stream = torch._C._cuda_getCurrentRawStream(device.index)
+    if getattr(_calling, "fresh_tickets", False):
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    key = (device.type, device.index, stream)
+    counter = _tickets.get(key)
+    if counter is None:
+        counter = _tickets[key] = torch.zeros(1, dtype=torch.int32, device=device)
+    return counter
+
+
+@contextmanager
+def fresh_tickets() -> Iterator[None]:
+    """Launches in this block get tickets of their own.
+
+    For calls out of torch.compile: its warm-up of CUDA graphs allocates from the pool of the graph, where nothing may
+    stay when the call is over.
+    """
+    _calling.fresh_tickets = True
+    try:
+        yield
+    finally:
+        _calling.fresh_tickets = False

@@ -51,6 +51,8 @@ def dense_strides(tensor: Tensor) -> Strides:
 
 def with_dense_rows(tensor: Tensor) -> Tensor:
     """`tensor` if it has dense rows, else a dense copy."""
+    if tensor.is_neg():  # as x.conj().imag is: the minus is not in memory yet
+        tensor = tensor.resolve_neg()
     return tensor if has_dense_rows(tensor) else with_strides(tensor, dense_strides(tensor))
 
 
@@ -63,7 +65,7 @@ def has_strides(tensor: Tensor, strides: Strides) -> bool:
 
 def with_strides(tensor: Tensor, strides: Strides) -> Tensor:
     """`tensor` if it has these strides, else a copy that has them."""
-    if has_strides(tensor, strides):
+    if has_strides(tensor, strides) and not tensor.is_neg():
         return tensor
     return tensor.new_empty_strided(tensor.shape, strides).copy_(tensor)
 

@@ -43,7 +43,7 @@ def read_moments(mu: Tensor, logvar: Tensor | None, dim: int) -> Moments:
     """
     mu = with_dense_rows(mu)
     if logvar is not None:
-        if not has_strides(logvar, mu.stride()):
+        if not has_strides(logvar, mu.stride()) or logvar.is_neg():
             mu, logvar = with_strides(mu, dense_strides(mu)), with_strides(logvar, dense_strides(mu))
         return Moments(mu, logvar, mu.stride(0), 0, dense_strides(mu))
     half = mu.shape[dim] // 2

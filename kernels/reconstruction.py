@@ -20,6 +20,7 @@ from .tiles import (
     reduction_scale,
     sum_blocks,
     sum_groups_in_order,
+    tile_offsets,
 )
 
 
@@ -52,7 +53,7 @@ def sigmoid_mse_forward_kernel(
 
     Shapes: logits and target [rows, columns] at distance row_stride; loss float32 [rows] if PER_ROW, else []. Where
     no program owns a whole sum, partial is float32 [programs] and ticket int32 [1], zero.
-    Bytes per float32 element: reads 8 (5 with a uint8 target), writes none; 4 more per program where there are
+    Bytes per float32 element: reads 8 (5 with a uint8 target), writes none; 8 more per program where there are
     partial sums.
     Launches: 1. Roundings: a term 20, and one per level of a sum. Deterministic: no floating-point atomics, partial
     sums are added in order.
@@ -62,7 +63,7 @@ def sigmoid_mse_forward_kernel(
     inside_row = row < rows - first_row
     inside = inside_row[:, None] & (tl.arange(0, COLUMNS) < columns - first_column)[None, :]
     base = first_row * row_stride + first_column
-    offsets = row[:, None] * row_stride + tl.arange(0, COLUMNS)[None, :]
+    offsets = tile_offsets(row_stride, ROWS, COLUMNS)
     logits = tl.load(logits_ptr + base + offsets, mask=inside, other=0.0).to(tl.float32)
     error, _ = sigmoid_mse(logits, load_target(target_ptr + base + offsets, inside), FAST)
     terms = tl.where(inside, error * error, 0.0)
@@ -97,9 +98,9 @@ def sigmoid_mse_backward_kernel(
     inside_row = row < rows - first_row
     inside = inside_row[:, None] & (tl.arange(0, COLUMNS) < columns - first_column)[None, :]
     base = first_row * row_stride + first_column
-    offsets = row[:, None] * row_stride + tl.arange(0, COLUMNS)[None, :]
+    offsets = tile_offsets(row_stride, ROWS, COLUMNS)
     result = first_row * columns + first_column
-    result_offsets = row[:, None] * columns + tl.arange(0, COLUMNS)[None, :]
+    result_offsets = tile_offsets(columns, ROWS, COLUMNS)
     loss_grad = tl.load(loss_grad_ptr + (first_row + row) * loss_grad_stride, mask=inside_row, other=0.0).to(tl.float32)
     logits = tl.load(logits_ptr + base + offsets, mask=inside, other=0.0).to(tl.float32)
     error, slope = sigmoid_mse(logits, load_target(target_ptr + base + offsets, inside), FAST)
@@ -115,7 +116,7 @@ def sigmoid_mse_backward_kernel(
 def read_pair(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """logits and target with dense rows and equal strides."""
     logits = with_dense_rows(logits)
-    if not has_strides(target, logits.stride()):
+    if not has_strides(target, logits.stride()) or target.is_neg():
         strides = dense_strides(logits)
         logits, target = with_strides(logits, strides), with_strides(target, strides)
     return logits, target
@@ -193,7 +194,7 @@ def sigmoid_mse_backward(
             read_logits.stride(0),
             tiling.chunks,
             loss_grad.stride(0) if per_row else 0,
-            reduction_scale(reduction, logits.shape[0], logits[0].numel()),
+            reduction_scale(reduction, logits.shape[0], event_size(logits)),
             FLAT=tiling.rows == 1,
             ROWS=tiling.tile_rows,
             COLUMNS=tiling.tile_columns,

@@ -27,7 +27,7 @@ class Tiling:
 
     @property
     def programs(self) -> int:
-        return self.chunks * -(-self.rows // self.tile_rows)
+        return max(1, self.chunks * -(-self.rows // self.tile_rows))
 
 
 def cut(rows: int, columns: int, itemsize: int) -> Tiling:
@@ -61,9 +61,9 @@ def power_of_2(n: int) -> int:
 
 def reduction_scale(reduction: str, batch: int, event: int) -> float:
     """What the sum over a sample ("none") or over everything is multiplied by."""
-    if reduction == "batchmean":
-        return 1.0 / batch
-    return 1.0 / (batch * event) if reduction == "mean" else 1.0
+    terms = {"batchmean": batch, "mean": batch * event}.get(reduction, 1)
+    # Over nothing there is nothing to scale: the gradients are empty, and the sums are `empty_sum`.
+    return 1.0 / terms if terms else 0.0
 
 
 def empty_sum(reduction: str, batch: int) -> float:
@@ -72,9 +72,10 @@ def empty_sum(reduction: str, batch: int) -> float:
 
 
 def sum_blocks(groups: int, count: int) -> dict[str, int]:
-    """The block in which `sum_groups_in_order` reads its terms: at most 1024 at a time."""
-    block = min(1024, power_of_2(count))
-    return {"GROUPS": min(1024 // block, power_of_2(groups)), "BLOCK": block}
+    """The block in which `sum_groups_in_order` reads its terms: two forms, so that few kernels are compiled."""
+    if groups * count == 1:
+        return {"GROUPS": 1, "BLOCK": 1}
+    return {"GROUPS": 1, "BLOCK": 1024} if count > 32 else {"GROUPS": 32, "BLOCK": 32}
 
 
 @triton.jit
@@ -90,6 +91,14 @@ def program_tile(chunks, FLAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.con
     if ROWS > 1:
         return program.to(tl.int64) * ROWS, tl.zeros([], tl.int64)
     return (program // chunks).to(tl.int64), (program % chunks).to(tl.int64) * COLUMNS
+
+
+@triton.jit
+def tile_offsets(row_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Offsets [ROWS, COLUMNS] from a tile's first element, in 64 bits: the rows of a slice may lie any distance
+    apart.
+    """
+    return tl.arange(0, ROWS).to(tl.int64)[:, None] * row_stride + tl.arange(0, COLUMNS)[None, :]
 
 
 @triton.jit

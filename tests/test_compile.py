@@ -205,6 +205,56 @@ def test_batch_size_and_scalars_recompile_once_each(name, backend, device):
     assert frames[2] <= 3
 
 
+@pytest.mark.parametrize("name", ["gaussian_kl", "gaussian_sample", "sigmoid_mse_loss"])
+def test_one_tensor_given_twice(name, backend, device):
+    function = {
+        "gaussian_kl": lambda x, eps: F.gaussian_kl(x, x),
+        "gaussian_sample": lambda x, eps: F.gaussian_sample(x, x, eps=eps),
+        "sigmoid_mse_loss": lambda x, eps: F.sigmoid_mse_loss(x, x),
+    }[name]
+    arguments = torch.randn(6, 4, device=device, requires_grad=True), torch.randn(6, 4, device=device)
+    expected = value_and_gradients(function, arguments)
+    actual = value_and_gradients(torch.compile(function, fullgraph=True, backend=PARTITIONED), arguments)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_transform_inside_a_compiled_function_is_no_silent_zero(device, triton_backend):
+    """torch.compile inlines a Function that torch.func transforms, and drops its backward: an error, not zero."""
+    logits, target = torch.randn(6, 4, device=device), torch.rand(6, 4, device=device)
+    gradient = torch.func.grad(lambda x: F.sigmoid_mse_loss(x, target))
+    expected = gradient(logits)
+    compiled = torch.compile(gradient, backend="aot_eager")
+    try:
+        torch.testing.assert_close(compiled(logits), expected)
+    except AssertionError:
+        raise
+    except Exception as error:
+        assert "without its autograd.Function" in str(error)
+
+
+def test_make_fx_sees_the_operation(device, triton_backend):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    graph = make_fx(lambda mu, logvar: F.gaussian_kl(mu, logvar))(*torch.randn(2, 6, 4, device=device))
+    assert any("fastvae" in str(node.target) for node in graph.graph.nodes)
+    F.gaussian_kl(*torch.randn(2, 6, 4, device=device))  # the launch that the fixture asks for
+
+
+def test_compiled_calls_keep_no_ticket(device, triton_backend):
+    """CUDA graphs of torch.compile allocate from a pool in which nothing may stay."""
+    from fastvae.kernels import launch
+
+    launch._tickets.clear()
+    logits = torch.randn(4, 3000, device=device)
+    compiled = torch.compile(lambda x: F.sigmoid_mse_loss(x, x), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(logits), F.sigmoid_mse_loss(logits, logits))
+    launch._tickets.clear()
+    compiled(logits)
+    assert not launch._tickets
+
+
 def test_modules_compile_whole(backend, device):
     moments, logits, target = inputs(device)
     model = torch.nn.ModuleList([nn.GaussianSamplingKL(), nn.ELBOLoss(beta=0.5)])

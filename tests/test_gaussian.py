@@ -70,7 +70,7 @@ def apply(operation: str, mu: Tensor, logvar: Tensor, reduction: str = "none", *
 
 
 def differentiate(problem: Problem, outputs, inputs, **options) -> tuple[Tensor, ...]:
-    """The gradients of the outputs that exist and were used, in the dtype of the outputs."""
+    """The gradients of the outputs that exist and were used."""
     pairs = zip(outputs, (problem.z_grad, problem.kl_grad), strict=True)
     used = [(output, grad) for output, grad in pairs if output is not None and grad is not None]
     outputs, upstream = zip(*used, strict=True)
@@ -100,20 +100,13 @@ def exact(problem: Problem, reduction: str = "none") -> dict[str, Exact]:
 
     The scale is the sum of the absolute terms of what is computed; an exponential counts 1 + |argument| times.
     """
-    mu, logvar, eps, z_grad, kl_grad = (None if t is None else t.detach().double().cpu() for t in problem)
-    x = logvar.clone()
-    eps = torch.zeros_like(mu) if eps is None else eps
-    mu.requires_grad_()
-    logvar.requires_grad_()
-    z, kl = reference.gaussian.gaussian_sample_kl(mu, logvar, eps=eps, reduction=reduction)
-    z_grad = torch.zeros_like(z) if z_grad is None else z_grad
-    kl_grad = torch.zeros_like(kl) if kl_grad is None else kl_grad
-    mu_grad, logvar_grad = torch.autograd.grad((z, kl), (mu, logvar), (z_grad, kl_grad))
-    mu, z, kl = mu.detach(), z.detach(), kl.detach()
+    problem = Problem(*(None if t is None else t.detach().double().cpu() for t in problem))
+    x, eps = problem.logvar.clone(), torch.zeros_like(problem.mu) if problem.eps is None else problem.eps
+    inputs = problem.mu.requires_grad_(), problem.logvar.requires_grad_()
+    z, kl = reference.gaussian.gaussian_sample_kl(*inputs, eps=eps, reduction=reduction)
+    mu_grad, logvar_grad = differentiate(problem, (z, kl), inputs, materialize_grads=True)
+    mu, z, kl = problem.mu.detach(), z.detach(), kl.detach()
 
-    # What one term of kl weighs in the loss.
-    terms = torch.ones_like(mu, requires_grad=True)
-    (weight,) = torch.autograd.grad(reduce_event(terms, reduction), terms, kl_grad)
     # Beyond 1e3 an exponential is 0 or infinite in every dtype, and 0 times an infinite condition would be NaN.
     condition = x.abs().clamp(max=1e3)
     std = torch.exp(x / 2) * (1 + condition / 2)
@@ -122,13 +115,24 @@ def exact(problem: Problem, reduction: str = "none") -> dict[str, Exact]:
     series, small = torch.expm1(x) - x, x.abs() < 0.5
     divergence = 0.5 * (mu.square() + torch.where(small, series, exponential + 1 + x.abs()))
     slope = torch.where(small, x.abs() + series, exponential + 1)
+
+    mu_scale, logvar_scale = torch.zeros_like(mu), torch.zeros_like(mu)
+    if problem.z_grad is not None:
+        mu_scale += problem.z_grad.abs()
+        logvar_scale += 0.5 * problem.z_grad.abs() * std * eps.abs()
+    if problem.kl_grad is not None:
+        # What one term of kl weighs in the loss.
+        terms = torch.ones_like(mu, requires_grad=True)
+        (weight,) = torch.autograd.grad(reduce_event(terms, reduction), terms, problem.kl_grad)
+        mu_scale += (weight * mu).abs()
+        logvar_scale += 0.5 * weight.abs() * slope
     summed = max(1, mu.numel() // (mu.shape[0] if reduction == "none" else 1))
     return {
         "z": Exact(z, mu.abs() + std * eps.abs(), 6),
         "kl": Exact(kl, reduce_event(divergence, reduction), 13 + math.ceil(math.log2(summed)) + 3),
         # One more for the upstream factor.
-        "mu_grad": Exact(mu_grad, z_grad.abs() + (weight * mu).abs(), 3 + 1),
-        "logvar_grad": Exact(logvar_grad, 0.5 * (z_grad.abs() * std * eps.abs() + weight.abs() * slope), 14),
+        "mu_grad": Exact(mu_grad, mu_scale, 3 + 1),
+        "logvar_grad": Exact(logvar_grad, logvar_scale, 14),
     }
 
 
@@ -227,12 +231,14 @@ def test_operations_and_reductions(operation, reduction, device, triton_backend)
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("operation", OPERATIONS[:3])
-def test_rms_error_is_at_most_twice_that_of_the_reference(operation, dtype, device, triton_backend) -> None:
+def test_rms_error_is_at_most_twice_the_references(operation, dtype, device, triton_backend, monkeypatch) -> None:
     """Over 32 seeds, one in each row, for each output; the reference computes in float32 and rounds once."""
+    if INTERPRETED:  # one program for all, because the interpreter pays for programs
+        monkeypatch.setattr(moments, "cut", lambda rows, columns, itemsize: Tiling(rows, columns, 32, 1024, 4))
     problems = []
     for seed in range(32):
         torch.manual_seed(seed)
-        problems.append(Problem.random((1, 96), device, dtype))
+        problems.append(Problem.random((1, 1024), device, dtype))
     problem = Problem(*(torch.cat(tensors) for tensors in zip(*problems, strict=True)))
     expected = exact(problem.of(operation))
     with fastvae.use_backend("reference"):
@@ -241,16 +247,13 @@ def test_rms_error_is_at_most_twice_that_of_the_reference(operation, dtype, devi
     def rms(value: Tensor, name: str) -> float:
         return (value.cpu().double() - expected[name].value).square().mean().sqrt().item()
 
-    ratios = {}
     for name, value in fused(problem, operation=operation).items():
-        if not expected[name].value.any():
-            continue  # the gradient of z alone in kl's place: zero in both
         peer = peers[name].to(value.dtype)
         if INTERPRETED and value.dtype is torch.bfloat16:
             # Triton's interpreter cuts float32 to bfloat16 where a GPU rounds: there the reference is cut too.
             peer = (peers[name].view(torch.int32) & -65536).view(torch.float32)
-        ratios[name] = rms(value, name) / rms(peer, name)
-    assert max(ratios.values()) <= 2, ratios
+        error, allowed = rms(value, name), 2 * rms(peer, name)
+        assert error <= allowed, f"{name}: {error:.3g}, twice the reference {allowed:.3g}"
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -269,14 +272,20 @@ def test_nothing_is_launched_for_no_elements(shape, reduction, device, no_launch
     torch.testing.assert_close(kl, expected["kl"], rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # numpy's, of the interpreter
+@pytest.mark.parametrize("unused", [None, "z_grad", "kl_grad"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_extreme_and_non_finite_values(dtype, device, triton_backend) -> None:
-    """Every pair of them is one row of one element, so that each has its own kl."""
+def test_extreme_and_non_finite_values(dtype, unused, device, triton_backend) -> None:
+    """Every pair of them is one row of one element, so that each has its own kl.
+
+    What was not used adds nothing to a gradient, where a zero times infinity would be NaN.
+    """
     infinity, nan = math.inf, math.nan
     logvars = torch.tensor([0.0, -0.0, 0.5, -0.5, 80, -80, 1e4, -1e4, infinity, -infinity, nan])
     mus = torch.tensor([0.0, -1.5, 1e30, -1e30, infinity, -infinity, nan])
     pairs = torch.cartesian_prod(mus, logvars).to(device, dtype)
     problem = Problem.like(pairs[:, :1].contiguous(), pairs[:, 1:].contiguous())
+    problem = problem if unused is None else problem._replace(**{unused: None})
     check(fused(problem), exact(problem))
 
 
@@ -428,7 +437,7 @@ PACKED = {
     "[B, C, 2H, W]": (lambda randn: randn(2, 3, 4, 5), 2),
     "[B, C, 2H, W] channels_last": (lambda randn: randn(2, 4, 5, 3).permute(0, 3, 1, 2), 2),
     "[B, 2C, 1, 1] channels_last": (lambda randn: randn(3, 1, 1, 6).permute(0, 3, 1, 2), 1),
-    "several programs, interleaved": (lambda randn: randn(2, 700, 6).transpose(1, 2), 1),
+    "interleaved in several programs": (lambda randn: randn(1, 1500, 6).transpose(1, 2), 1),
 }
 
 

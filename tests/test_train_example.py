@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
-import os
 import signal
 import struct
 import subprocess
@@ -187,17 +186,6 @@ def test_interrupt_ends_training_and_writes_everything(tmp_path):
     rows, _ = check_folder(tmp_path / "run", interrupted=True)
     assert 2 <= len(rows) < 1000
     assert "stopped early" in output
-
-
-def test_interrupts(example):
-    """The first sets a flag, the second interrupts, and afterwards the handler is the one from before."""
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), example.stop_on_interrupt() as should_stop:
-        assert not should_stop()
-        os.kill(os.getpid(), signal.SIGINT)
-        assert should_stop()
-        os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize(

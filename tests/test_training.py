@@ -1,8 +1,7 @@
-"""The training loop against one written out in plain PyTorch, its stop, its silence towards the device, its records."""
+"""The training loop against one written out in plain PyTorch, its stop, and its silence towards the device."""
 
 from __future__ import annotations
 
-import csv
 import sys
 from collections import Counter
 
@@ -14,9 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastvae
 from fastvae.evaluation import Evaluation, evaluate
 from fastvae.models import ConvVAE
-from fastvae.training import EpochMetrics, Progress, display, make_display, train, training_step
+from fastvae.training import Progress, train, training_step
 from fastvae.training import loop as training_loop
-from fastvae.training.records import versions, write_checkpoint, write_metrics
 
 SHAPE = (1, 8, 6)
 
@@ -259,6 +257,18 @@ def test_no_step_reads_from_the_device(device, reads):
     assert counts[0]["tolist"] == 2  # the means of the epoch, and of the test
 
 
+def test_a_step_takes_three_launches(device, triton_backend):
+    """Sample and divergence; loss with its gradient; the sampler's backward. And a loop runs on the fused path."""
+    model = small_model(device)
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    before = triton_backend.count
+    training_step(model, optimizer, images(4, device), beta=torch.tensor(1.0, device=device))
+    assert triton_backend.count - before == 3
+    (row,) = train(model, images(8, device), images(5, device), epochs=1, batch_size=4)
+    assert row.step == 2
+    assert row.loss == pytest.approx(row.reconstruction + row.kl, rel=1e-5)
+
+
 def test_a_step_needs_no_values():
     """It runs on tensors that have none, where a read is an error."""
     with FakeTensorMode():
@@ -304,92 +314,3 @@ def test_errors_name_argument_value_and_expectation(changes, message):
 
 def test_a_batch_of_all_images_is_allowed(device):
     assert train(small_model(device), images(5, device), images(5, device), epochs=1, batch_size=5)[0].step == 1
-
-
-# The files.
-
-ROW = EpochMetrics(1, 46, 20.5, 12.25, 8.25, 21.0, 0.0246, 1.5)
-
-
-def test_metrics_are_rewritten_whole(tmp_path):
-    path = tmp_path / "metrics.csv"
-    write_metrics(path, [])
-    header = "epoch,step,loss,reconstruction,kl,test_loss,test_mse,seconds"
-    assert path.read_text() == header + "\n"
-    write_metrics(path, [ROW, ROW._replace(epoch=2, step=92, loss=1 / 3)])
-    with path.open() as file:
-        rows = list(csv.DictReader(file))
-    assert ",".join(rows[0]) == header
-    assert {name: float(value) for name, value in rows[0].items()} == ROW._asdict()
-    assert rows[1]["epoch"] == "2"
-    assert float(rows[1]["loss"]) == pytest.approx(1 / 3, rel=1e-6)
-    assert [file.name for file in tmp_path.iterdir()] == ["metrics.csv"]
-
-
-def test_checkpoint_restores_the_model(tmp_path, device):
-    model = small_model(device, (3, 7, 5)).to(memory_format=torch.channels_last)
-    write_checkpoint(tmp_path / "checkpoint.pt", model, 7)
-    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert all(value.device.type == "cpu" for value in saved["model"].values())
-    restored = ConvVAE(**saved["settings"]).to(device)
-    restored.load_state_dict(saved["model"])
-    x = images(4, device, (3, 7, 5))
-    torch.testing.assert_close(restored.reconstruct(x, deterministic=True), model.reconstruct(x, deterministic=True))
-    assert saved["epoch"] == 7
-
-
-def test_versions_are_those_installed():
-    found = versions()
-    assert found["torch"] == torch.__version__
-    assert found["fastvae"] == fastvae.__version__
-    assert found["python"] == sys.version.split()[0]
-
-
-# The display.
-
-
-def test_lines_for_what_is_no_terminal(capsys, monkeypatch):
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
-    shown = make_display(2)
-    assert isinstance(shown, display.Lines)
-    shown.progress(Progress(1, 10, 92, 30.0, 25.0, 5.0))
-    assert capsys.readouterr().out == ""
-    shown.epoch(ROW)
-    line = capsys.readouterr().out
-    for part in ("epoch 1/2", "step 46", "loss 20.50", "reconstruction 12.25", "KL 8.25", "test loss 21.00", "0.0246"):
-        assert part in line
-    assert "steps/s" in line
-    assert "left" in line
-    assert line.count("\n") == 1
-    monkeypatch.setattr(display, "_LINE_SECONDS", 0.0)
-    shown.progress(Progress(2, 50, 92, 30.0, 25.0, 5.0))
-    assert "epoch 2/2, step 50: loss 30.00" in capsys.readouterr().out
-    shown.close()
-
-
-def test_a_bar_for_a_terminal(capsys, monkeypatch):
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    shown = make_display(2)
-    assert isinstance(shown, display.Bar)
-    shown.progress(Progress(1, 46, 92, 30.0, 25.0, 5.0))
-    shown.progress(Progress(2, 92, 92, 20.0, 15.0, 5.0))
-    shown.epoch(ROW)
-    shown.close()
-    text = capsys.readouterr().out
-    last = text.rstrip().split("\r")[-1]
-    for part in ("epoch 2/2", "100%", "steps/s", "left", "loss 20.0", "reconstruction 15.0", "KL 5.0"):
-        assert part in last
-
-
-def test_lines_where_tqdm_is_missing(monkeypatch):
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setitem(sys.modules, "tqdm", None)
-    assert isinstance(make_display(2), display.Lines)
-
-
-def test_silence_when_quiet(capsys):
-    shown = make_display(2, quiet=True)
-    shown.progress(Progress(1, 46, 92, 30.0, 25.0, 5.0))
-    shown.epoch(ROW)
-    shown.close()
-    assert capsys.readouterr().out == ""

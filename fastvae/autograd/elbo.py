@@ -50,6 +50,15 @@ register(
 )
 
 
+def added(first: Tensor | None, second: Tensor | None) -> Tensor:
+    """The sum of what is there; not both are missing."""
+    if first is None or second is None:
+        present = second if first is None else first
+        assert present is not None
+        return present
+    return first + second
+
+
 class ELBOLoss(torch.autograd.Function):
     """(loss, reconstruction, mean_kl) of (logits, target, kl, beta, reconstruction_weight)."""
 
@@ -77,24 +86,27 @@ class ELBOLoss(torch.autograd.Function):
         beta, weight = (
             number if tensor is None else tensor for number, tensor in zip(ctx.scalars, tensors, strict=True)
         )
-        needs_logits, needs_target, needs_kl = ctx.needs_input_grad[:3]
-        if all(grad is None for grad in value_grads):
-            return None, None, None, None, None
-        if is_differentiated():
-            loss_grad, reconstruction_grad, mean_kl_grad = (0.0 if grad is None else grad for grad in value_grads)
-            batch = logits.shape[0]
-            term_grad = (loss_grad + reconstruction_grad) * weight / batch
-            kl_grad = torch.as_tensor((beta * loss_grad + mean_kl_grad) / batch).to(kl.dtype)
-            return *differentiable_gradients(logits, target, term_grad), kl_grad.expand(kl.shape), None, None
-        launcher = (_operations if is_traced(logits) else kernels).elbo_backward
-        gradients = launcher(logits, target, kl, *value_grads, beta, weight, needs_logits, needs_target, needs_kl)
-        return (
-            gradients[0] if needs_logits else None,
-            gradients[int(needs_logits)] if needs_target else None,
-            gradients[-1].expand(kl.shape) if needs_kl else None,
-            None,
-            None,
-        )
+        loss_grad, reconstruction_grad, mean_kl_grad = value_grads
+        # What no upstream gradient reaches has none, and is neither read nor written.
+        reaches_terms = loss_grad is not None or reconstruction_grad is not None
+        needs_logits, needs_target = (needed and reaches_terms for needed in ctx.needs_input_grad[:2])
+        needs_kl = ctx.needs_input_grad[2] and (loss_grad is not None or mean_kl_grad is not None)
+        logits_grad = target_grad = kl_grad = None
+        if is_differentiated(*value_grads):
+            batch = max(1, logits.shape[0])  # the gradients of an empty batch are empty
+            if needs_logits or needs_target:
+                term_grad = added(loss_grad, reconstruction_grad) * weight / batch
+                logits_grad, target_grad = differentiable_gradients(logits, target, term_grad)
+            if needs_kl:
+                kl_grad = added(None if loss_grad is None else beta * loss_grad, mean_kl_grad) / batch
+                kl_grad = kl_grad.to(kl.dtype).expand(kl.shape)
+        elif needs_logits or needs_target or needs_kl:
+            launcher = (_operations if is_traced(logits) else kernels).elbo_backward
+            gradients = launcher(logits, target, kl, *value_grads, beta, weight, needs_logits, needs_target, needs_kl)
+            logits_grad = gradients[0] if needs_logits else None
+            target_grad = gradients[int(needs_logits)] if needs_target else None
+            kl_grad = gradients[-1].expand(kl.shape) if needs_kl else None
+        return logits_grad, target_grad, kl_grad, None, None
 
     vmap = refuse_vmap("elbo_loss")
 
@@ -121,6 +133,11 @@ def elbo_value_and_grad(
     reconstruction_weight: Scalar,
     grad_scale: Scalar | None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
+        raise NotImplementedError(
+            "fastvae.functional.elbo_value_and_grad does not run under torch.func transforms: it has the gradient "
+            "already. Transform fastvae.functional.elbo_loss instead."
+        )
     operations = _operations if is_traced(logits) else kernels
     scale = None if grad_scale is None else _scalar(grad_scale, logits)
     weights = _scalar(beta, logits), _scalar(reconstruction_weight, logits)

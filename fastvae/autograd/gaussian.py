@@ -80,7 +80,7 @@ def _gradients(ctx: Any, z_grad: Tensor | None, kl_grad: Tensor | None) -> tuple
         return None, None
     mu, logvar, eps, seed_tensor, offset_tensor = ctx.saved_tensors
     rng = seed_tensor, offset_tensor, ctx.seed, ctx.offset
-    if is_differentiated():
+    if is_differentiated(z_grad, kl_grad):
         return _differentiable_gradients(mu, logvar, ctx.dim, ctx.reduction, z_grad, kl_grad, eps, *rng)
     needs_mu, needs_logvar = ctx.needs_input_grad[:2]
     launcher = _operations.gaussian_backward if is_traced(mu) else kernels.gaussian_backward

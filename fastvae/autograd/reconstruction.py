@@ -55,14 +55,16 @@ class SigmoidMSE(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         logits, target, ctx.reduction = inputs
         ctx.save_for_backward(logits, target)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, loss_grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, loss_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if loss_grad is None:
+            return None, None, None
         logits, target = ctx.saved_tensors
         needs_logits, needs_target = ctx.needs_input_grad[:2]
-        if is_differentiated():
-            batch = logits.shape[0]
-            term_grad = loss_grad * kernels.reduction_scale(ctx.reduction, batch, logits[:1].numel())
+        if is_differentiated(loss_grad):
+            term_grad = loss_grad * kernels.reduction_scale(ctx.reduction, logits.shape[0], kernels.event_size(logits))
             if ctx.reduction == "none":
                 term_grad = term_grad.view(-1, *[1] * (logits.ndim - 1))
             return *differentiable_gradients(logits, target, term_grad), None

@@ -24,6 +24,8 @@ def check_batch(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in FLOATING:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
     if tensor.ndim < 2:
         raise ValueError(f"{name} must have shape [B, ...] with at least 2 dimensions, got {list(tensor.shape)}")
 

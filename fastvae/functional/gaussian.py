@@ -156,7 +156,7 @@ def _check_noise(shape: torch.Size, like: Tensor, eps: Tensor | None, generator:
             raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
         if eps is not None:
             raise ValueError("eps and generator were both given: eps is the noise itself, so nothing would be drawn")
-        if generator.device.type != like.device.type:
+        if generator.device != like.device:
             raise ValueError(f"generator must be of the tensor's device, {like.device}, got {generator.device}")
     if eps is not None:
         if not isinstance(eps, Tensor) or eps.dtype not in FLOATING:

@@ -1,6 +1,7 @@
 """Training: the loop of the reference example, what it shows, and what it leaves on disk."""
 
 from fastvae.training.display import Display, make_display
+from fastvae.training.interrupt import stop_on_interrupt
 from fastvae.training.loop import EpochMetrics, Progress, train, training_step
 from fastvae.training.records import versions, write_checkpoint, write_metrics, write_summary
 
@@ -9,6 +10,7 @@ __all__ = [
     "EpochMetrics",
     "Progress",
     "make_display",
+    "stop_on_interrupt",
     "train",
     "training_step",
     "versions",

@@ -97,11 +97,11 @@ def train(
     """
     _check(model, train_images, test_images, epochs, batch_size, learning_rate, beta)
     device = train_images.device
-    # Weights and images in channels_last take 7 to 23 % off a step on a CPU (batch 128, 2 threads and 1, as in
-    # models/same_padding.py), and spare cuDNN its own conversions.
+    # channels_last takes 11 to 25 % off a step on a CPU (batches of 128 and 32, one and two threads, the machine of
+    # models/same_padding.py), and on a GPU it spares cuDNN its own conversions.
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     train_images = train_images.contiguous(memory_format=torch.channels_last)
-    # One fused update of all parameters: a single launch on a GPU, where a loop takes nine per parameter.
+    # Fused: 4 dispatched operations per update; the foreach form takes 39, a loop over the parameters 128.
     optimizer = Adam(model.parameters(), lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True)
     beta_on_device = torch.tensor(beta, device=device)
     steps_per_epoch = len(train_images) // batch_size

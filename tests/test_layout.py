@@ -1,0 +1,125 @@
+"""Layouts that are easy to read wrongly: a batch of one, nothing at all, minus signs not yet in memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastvae
+import fastvae.functional as F
+
+
+def both(function, *tensors):
+    """The values and gradients of a fused call and of the reference on the same tensors."""
+    results = []
+    for backend in ("triton", "reference"):
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        with fastvae.use_backend(backend):
+            outputs = function(*leaves)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            gradients = torch.autograd.grad(sum(o.sum() for o in outputs), leaves, allow_unused=True)
+        results.append([*outputs, *gradients])
+    return zip(*results, strict=True)
+
+
+def check(function, *tensors):
+    for fused, reference in both(function, *tensors):
+        assert (fused is None) == (reference is None)
+        if fused is not None:
+            torch.testing.assert_close(fused, reference, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(1, 6), (1, 8, 3, 5)])
+def test_halves_of_a_batch_of_one(shape, device, triton_backend):
+    """Contiguous to torch, although stride(0) is that of the whole."""
+    mu, logvar = torch.randn(shape, device=device).chunk(2, 1)
+    assert mu.is_contiguous()
+    eps = torch.randn(mu.shape, device=device)
+    check(lambda m, v: F.gaussian_sample(m, v, eps=eps), mu, logvar)
+    check(lambda m, v: F.gaussian_kl(m, v, reduction="none"), mu, logvar)
+    check(lambda m, v: F.gaussian_sample_kl(m, v, eps=eps), mu, logvar)
+    check(lambda m, v: F.sigmoid_mse_loss(m, v, reduction="none"), mu, logvar)
+    kl = torch.rand(1, device=device)
+    check(lambda m, v: F.elbo_loss(m, v, kl).loss, mu, logvar)
+
+
+def test_samples_without_elements(device, triton_backend):
+    nothing, kl = torch.empty(3, 0, device=device), torch.rand(3, device=device)
+    check(lambda l, k: tuple(F.elbo_loss(l, nothing, k, beta=2.0)), nothing, kl)
+    values, (logits_grad, kl_grad) = F.elbo_value_and_grad(nothing, nothing, kl, beta=2.0)
+    torch.testing.assert_close(values.loss, 2.0 * kl.mean())
+    assert logits_grad.shape == (3, 0)
+    torch.testing.assert_close(kl_grad, torch.full_like(kl, 2.0 / 3))
+
+
+@pytest.mark.parametrize("reduction", ["none", "batchmean", "sum", "mean"])
+def test_double_backward_of_nothing(reduction, device, triton_backend):
+    x = torch.zeros(0, 4, device=device, requires_grad=True)
+    for loss in (F.sigmoid_mse_loss(x, x.detach(), reduction=reduction), F.gaussian_kl(x, x, reduction=reduction)):
+        (gradient,) = torch.autograd.grad(loss.sum(), x, create_graph=True)
+        assert gradient.shape == (0, 4)
+    F.gaussian_kl(*torch.randn(2, 2, 3, device=device))  # the launch that the fixture asks for
+
+
+def test_a_gradient_that_does_not_reach_the_logits(device, triton_backend):
+    logits = torch.full((2, 3), torch.nan, device=device, requires_grad=True)
+    kl = torch.rand(2, device=device, requires_grad=True)
+    out = F.elbo_loss(logits, torch.zeros(2, 3, device=device), kl)
+    logits_grad, kl_grad = torch.autograd.grad(out.kl, (logits, kl), allow_unused=True)
+    assert logits_grad is None
+    torch.testing.assert_close(kl_grad, torch.full_like(kl, 0.5))
+
+
+@pytest.mark.parametrize("output", [0, 1, 2])
+def test_double_backward_of_each_value_alone(output, device, triton_backend):
+    target = torch.rand(3, 4, device=device)
+
+    def slope(logits, kl):
+        loss = F.elbo_loss(logits, target, kl, beta=0.7)[output]
+        gradients = torch.autograd.grad(loss, (logits, kl), create_graph=True, allow_unused=True)
+        return sum(g.square().sum() for g in gradients if g is not None)
+
+    logits, kl = torch.randn(3, 4, device=device), torch.rand(3, device=device)
+    values = []
+    for backend in ("triton", "reference"):
+        with fastvae.use_backend(backend):
+            leaves = logits.clone().requires_grad_(), kl.clone().requires_grad_()
+            penalty = slope(*leaves)
+            values.append(
+                [penalty, *(g for g in torch.autograd.grad(penalty, leaves, allow_unused=True) if g is not None)]
+                if penalty.requires_grad
+                else [penalty]
+            )
+    for fused, reference in zip(*values, strict=False):
+        torch.testing.assert_close(fused, reference)
+
+
+def test_numbers_with_a_minus_not_yet_in_memory(device, triton_backend):
+    x = torch.randn(3, 4, device=device, dtype=torch.complex64).conj().imag
+    assert x.is_neg()
+    with fastvae.use_backend("reference"):
+        expected = F.gaussian_kl(x, x), F.sigmoid_mse_loss(x, x + 1)
+    torch.testing.assert_close((F.gaussian_kl(x, x), F.sigmoid_mse_loss(x, x + 1)), expected)
+
+
+def test_batched_gradients(device, triton_backend):
+    x = torch.randn(3, 4, device=device, requires_grad=True)
+    loss = F.sigmoid_mse_loss(x, torch.zeros_like(x), reduction="none")
+    batched = torch.autograd.grad(loss, x, torch.eye(3, device=device), is_grads_batched=True, retain_graph=True)[0]
+    one_by_one = torch.stack(
+        [torch.autograd.grad(loss, x, row, retain_graph=True)[0] for row in torch.eye(3, device=device)]
+    )
+    torch.testing.assert_close(batched, one_by_one)
+
+
+def test_value_and_grad_refuses_transforms(device):
+    with fastvae.use_backend("triton"), pytest.raises(NotImplementedError, match="elbo_value_and_grad"):
+        torch.func.grad(lambda x: F.elbo_value_and_grad(x, x, x[:, 0])[0].loss)(torch.randn(3, 4, device=device))
+
+
+def test_the_same_choice_of_backend_can_be_entered_twice():
+    before = fastvae.backend_for(torch.empty(1))
+    choice = fastvae.use_backend("reference")
+    with choice, choice:
+        assert fastvae.backend_for(torch.empty(1)).reason == "asked for"
+    assert fastvae.backend_for(torch.empty(1)) == before
