@@ -224,14 +224,9 @@ def test_a_transform_inside_a_compiled_function_is_no_silent_zero(device, triton
     """torch.compile inlines a Function that torch.func transforms, and drops its backward: an error, not zero."""
     logits, target = torch.randn(6, 4, device=device), torch.rand(6, 4, device=device)
     gradient = torch.func.grad(lambda x: F.sigmoid_mse_loss(x, target))
-    expected = gradient(logits)
-    compiled = torch.compile(gradient, backend="aot_eager")
-    try:
-        torch.testing.assert_close(compiled(logits), expected)
-    except AssertionError:
-        raise
-    except Exception as error:
-        assert "without its autograd.Function" in str(error)
+    assert gradient(logits).abs().sum() > 0
+    with pytest.raises(RuntimeError, match=r"autograd\.Function"):
+        torch.compile(gradient, backend="aot_eager")(logits)
 
 
 def test_make_fx_sees_the_operation(device, triton_backend):

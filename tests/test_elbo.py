@@ -302,6 +302,17 @@ def test_gradients_of_some_of_the_values(triton_backend, device, used) -> None:
     check(*make_all((3, 5), device), beta=torch.tensor(0.4, device=device), upstream=upstream)
 
 
+@pytest.mark.parametrize(
+    ("i", "reached"), [(0, (True, True, True)), (1, (True, True, False)), (2, (False, False, True))]
+)
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_what_no_upstream_gradient_reaches_has_none(triton_backend, device, i, reached, create_graph) -> None:
+    inputs = [x.requires_grad_() for x in make_all((3, 5), device)]
+    value = F.elbo_loss(*inputs)[i]
+    gradients = torch.autograd.grad(value, inputs, create_graph=create_graph, allow_unused=True)
+    assert tuple(g is not None for g in gradients) == reached
+
+
 @pytest.mark.parametrize("needs", [n for n in itertools.product((True, False), repeat=3) if any(n)], ids=str)
 def test_one_launch_forward_and_one_backward_for_what_is_needed(triton_backend, device, needs) -> None:
     inputs = make_all((3, 1400), device)  # more than one program
@@ -658,6 +669,21 @@ def test_func_grad(triton_backend, device, dtype) -> None:
         expected.check_gradient(i, gradient, (logits, target, kl)[i])
 
 
+def test_batched_gradients(triton_backend, device) -> None:
+    inputs = [x.requires_grad_() for x in make_all((4, 9), device)]
+    loss, upstream = F.elbo_loss(*inputs).loss, torch.tensor([1.0, -2.0], device=device)
+    one_by_one = [torch.autograd.grad(loss, inputs, g, create_graph=True) for g in upstream]
+    batched = torch.autograd.grad(loss, inputs, upstream, is_grads_batched=True)
+    assert_equal(batched, tuple(torch.stack(gradients) for gradients in zip(*one_by_one, strict=True)))
+
+
+def test_value_and_grad_is_not_transformed(device) -> None:
+    logits, target, kl = make_all((2, 3), device)
+    message = r"elbo_value_and_grad does not run under torch\.func transforms"
+    with launching_nothing(), pytest.raises(NotImplementedError, match=message):
+        torch.func.grad(lambda x: F.elbo_value_and_grad(x, target, kl)[0].loss)(logits)
+
+
 def test_vmap_is_refused(device) -> None:
     logits, target = make((2, 3, 4), device)
     with launching_nothing(), pytest.raises(NotImplementedError, match=r"elbo_loss does not run under torch\.vmap"):
@@ -721,6 +747,11 @@ COMMON_ERRORS = [
         {"logits": torch.zeros(2, 3, dtype=torch.uint8)},
         TypeError,
         "logits must be float16, bfloat16, float32 or float64, got torch.uint8",
+    ),
+    (
+        {"logits": torch.zeros(2, 3).to_sparse()},
+        TypeError,
+        "logits must be a dense tensor, got layout torch.sparse_coo",
     ),
     ({"logits": torch.zeros(2)}, ValueError, "logits must have shape [B, ...] with at least 2 dimensions, got [2]"),
     ({"target": [0.0]}, TypeError, "target must be a torch.Tensor, got list"),

@@ -234,7 +234,7 @@ def test_operations_and_reductions(operation, reduction, device, triton_backend)
 def test_rms_error_is_at_most_twice_the_references(operation, dtype, device, triton_backend, monkeypatch) -> None:
     """Over 32 seeds, one in each row, for each output; the reference computes in float32 and rounds once."""
     if INTERPRETED:  # one program for all, because the interpreter pays for programs
-        monkeypatch.setattr(moments, "cut", lambda rows, columns, itemsize: Tiling(rows, columns, 32, 1024, 4))
+        monkeypatch.setattr(moments, "cut", lambda rows, columns, itemsize: Tiling(rows, columns, rows, columns, 4))
     problems = []
     for seed in range(32):
         torch.manual_seed(seed)
@@ -617,7 +617,7 @@ def test_every_tile_gives_the_same(shape, reduction, device, triton_backend, mon
     expected = exact(problem, reduction)
     first = fused(problem, reduction, generator=seed.manual_seed(3))
     check(first, expected)
-    for rows, columns in ((1, 8), (1, 16), (1, 64), (4, 32)):
+    for rows, columns in ((1, 8), (1, 64), (4, 32)):
 
         def cut(all_rows: int, all_columns: int, itemsize: int, rows: int = rows, columns: int = columns) -> Tiling:
             return Tiling(all_rows, all_columns, rows if all_columns <= columns else 1, columns, 4)
@@ -876,7 +876,7 @@ def laid_out(shape, order, steps, expanded, seed: int, device, dtype) -> Tensor:
     return tensor[tuple(slice(None, None, 1 if expanded[d] else steps[d]) for d in range(len(shape)))].expand(shape)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(drawn=problems())
 def test_any_shape_and_strides(drawn, device, triton_backend) -> None:
     shape, layouts, dtype, reduction = drawn
@@ -887,7 +887,7 @@ def test_any_shape_and_strides(drawn, device, triton_backend) -> None:
     assert not is_dense(mu) or lies_like(actual["mu_grad"], mu)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(drawn=problems(), data=st.data())
 def test_any_packed_moments(drawn, data, device, triton_backend) -> None:
     shape, layouts, dtype, reduction = drawn

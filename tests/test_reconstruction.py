@@ -298,6 +298,17 @@ def test_strides_of_the_upstream_gradient(triton_backend, device, shape) -> None
         check(*inputs, "none", loss_grad)
 
 
+@pytest.mark.parametrize("which", [(True, False), (False, True), (True, True)], ids=str)
+def test_a_minus_that_is_not_yet_in_memory(triton_backend, device, which) -> None:
+    def negated(x: Tensor) -> Tensor:
+        x = torch.complex(torch.zeros_like(x), -x).conj().imag
+        assert x.is_neg()
+        return x
+
+    tensors = make((3, 5), device)
+    check(*(negated(x) if lazy else x for x, lazy in zip(tensors, which, strict=True)))
+
+
 class CopyCount(TorchDispatchMode):
     """Counts what is dispatched and moves elements, but for what the interpreter does during a launch."""
 
@@ -495,6 +506,13 @@ def test_one_launch_forward_and_one_backward_for_what_is_needed(triton_backend, 
     assert_equal(gradients, tuple(g for g, need in zip(both, needs, strict=True) if need))
 
 
+def test_one_tensor_as_logits_and_target(triton_backend, device) -> None:
+    x, _ = make((3, 20), device)
+    both = run(x, x)
+    (gradient,) = torch.autograd.grad(F.sigmoid_mse_loss(x.requires_grad_(), x, reduction="sum"), x)
+    assert torch.equal(gradient, both[1] + both[2])
+
+
 def test_without_gradients_there_is_no_graph(triton_backend, device) -> None:
     logits, target = make((2, 3), device)
     assert F.sigmoid_mse_loss(logits, target).grad_fn is None
@@ -552,6 +570,18 @@ def test_func_grad(triton_backend, device, dtype) -> None:
     assert_within(gradients[1], expected.target_grad, expected.target_grad_scale, GRADIENT)
 
 
+def test_batched_gradients(triton_backend, device) -> None:
+    """Several upstream gradients at once, and the Jacobian, which is made in this way."""
+    logits, target = make((4, 9), device)
+    logits.requires_grad_()
+    loss = F.sigmoid_mse_loss(logits, target, reduction="none")
+    upstream = torch.eye(4, device=device)
+    one_by_one = [torch.autograd.grad(loss, logits, g, create_graph=True)[0] for g in upstream]
+    (batched,) = torch.autograd.grad(loss, logits, upstream, is_grads_batched=True, retain_graph=True)
+    jacobian = torch.func.jacrev(lambda x: F.sigmoid_mse_loss(x, target, reduction="none"))(logits.detach())
+    assert torch.equal(batched, torch.stack(one_by_one)) and torch.equal(batched, jacobian)
+
+
 def test_vmap_is_refused(device) -> None:
     logits, target = make((2, 3, 4), device)
     with (
@@ -596,6 +626,11 @@ def test_module(triton_backend, device, reduction) -> None:
             {"logits": torch.zeros(2, 3, dtype=torch.int64)},
             TypeError,
             "logits must be float16, bfloat16, float32 or float64, got torch.int64",
+        ),
+        (
+            {"logits": torch.zeros(2, 3).to_sparse()},
+            TypeError,
+            "logits must be a dense tensor, got layout torch.sparse_coo",
         ),
         ({"logits": torch.zeros(3)}, ValueError, "logits must have shape [B, ...] with at least 2 dimensions, got [3]"),
         ({"target": None}, TypeError, "target must be a torch.Tensor, got NoneType"),
