@@ -9,11 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch, ticket
+from .launch import launch, ticket, zero
 from .layout import dense_strides, gradient_strides, with_strides
 from .moments import Moments, read_moments
 from .noise import load_rng, normals_of_elements, normals_of_quads
-from .numerics import exp_half, expm1, expm1_minus
+from .numerics import exp, exp_half, expm1, expm1_minus
 from .tiles import (
     UNSPECIALIZED,
     drew_last_ticket,
@@ -25,7 +25,7 @@ from .tiles import (
     tile_offsets,
 )
 
-# (seed_ptr, offset_ptr, seed, offset): by value with null pointers, or read from the device, see `noise.load_rng`.
+# (seed_tensor, offset_tensor, seed, offset): by value where the tensors are None, see `noise.load_rng`.
 Rng = tuple[Tensor | None, Tensor | None, int, int]
 NO_RNG: Rng = (None, None, 0, 0)
 
@@ -67,7 +67,7 @@ def noise_tile(
     return normals_of_elements(seed, offset, position + tile_offsets(columns, ROWS, COLUMNS), FAST)
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=("seed_ptr", "offset_ptr"))
 def gaussian_forward_kernel(
     mu_ptr, logvar_ptr, eps_ptr, z_ptr, kl_ptr, partial_ptr, ticket_ptr,
     seed_ptr, offset_ptr, seed: tl.int64, offset: tl.int64,
@@ -83,7 +83,7 @@ def gaussian_forward_kernel(
     [programs] and ticket int32 [1], zero.
     Bytes per float32 element: reads 8, writes 4 for z (and reads 4 for a given eps); 8 more per program where there
     are partial sums.
-    Launches: 1. Roundings: z 6; a term of kl 14; and one per level of a sum (how they are counted: `numerics`).
+    Launches: 1. Roundings: z 6; a term of kl 10; and one per level of a sum (how they are counted: `numerics`).
     Deterministic: no floating-point atomics, partial sums are added in the order of their elements.
     """
     first_row, first_column = program_tile(chunks, FLAT, ROWS, COLUMNS)
@@ -95,20 +95,19 @@ def gaussian_forward_kernel(
     offsets = row.to(tl.int64)[:, None] * row_stride + offsets[None, :]
     mu = tl.load(mu_ptr + source + offsets, mask=inside, other=0.0).to(tl.float32)
     logvar = tl.load(logvar_ptr + source + offsets, mask=inside, other=0.0).to(tl.float32)
-    std = exp_half(logvar, FAST)
 
     if z_ptr is not None:
         position = first_row * columns + first_column
         eps = noise_tile(
             eps_ptr, seed_ptr, offset_ptr, seed, offset, position, columns, inside, QUADS, ROWS, COLUMNS, FAST
         )
-        z = tl.fma(std, eps, mu)
+        z = tl.fma(exp_half(logvar, FAST), eps, mu)
         at = z_ptr + position + tile_offsets(columns, ROWS, COLUMNS)
         tl.store(at, z.to(z_ptr.dtype.element_ty), mask=inside)
 
     if kl_ptr is not None:
-        # std^2 instead of a second exponential. Outside of the tensor mu = logvar = 0, where the term is 0.
-        terms = tl.fma(mu, mu, expm1_minus(logvar, std * std))
+        # A second exponential: the square of the first would have twice its error. Outside of the tensor the term is 0.
+        terms = tl.fma(mu, mu, expm1_minus(logvar, exp(logvar, FAST)))
         if partial_ptr is None:
             if PER_ROW:
                 tl.store(kl_ptr + first_row + row, tl.sum(terms, axis=1) * kl_scale, mask=inside_row)
@@ -121,7 +120,7 @@ def gaussian_forward_kernel(
                 sum_groups_in_order(partial_ptr, kl_ptr, groups, tl.num_programs(0) // groups, kl_scale, GROUPS, BLOCK)
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=("seed_ptr", "offset_ptr"))
 def gaussian_backward_kernel(
     mu_ptr, logvar_ptr, eps_ptr, z_grad_ptr, kl_grad_ptr, mu_grad_ptr, logvar_grad_ptr,
     seed_ptr, offset_ptr, seed: tl.int64, offset: tl.int64,
@@ -137,7 +136,7 @@ def gaussian_backward_kernel(
     kl_grad_stride, or [] with stride 0. A missing upstream gradient is None and counts as 0; a gradient nobody needs
     is None and is not computed.
     Bytes per float32 element: reads 12, writes 8 (and reads 4 for a given eps). Launches: 1. Deterministic.
-    Roundings: mu_grad 3; logvar_grad 14.
+    Roundings: mu_grad 3; logvar_grad 10.
     """
     first_row, first_column = program_tile(chunks, FLAT, ROWS, COLUMNS)
     row = tl.arange(0, ROWS)
@@ -154,7 +153,6 @@ def gaussian_backward_kernel(
     logvar_grad = tl.zeros([ROWS, COLUMNS], tl.float32)
     if logvar_grad_ptr is not None:
         logvar = tl.load(logvar_ptr + source + source_offsets, mask=inside, other=0.0).to(tl.float32)
-        std = exp_half(logvar, FAST)
     if z_grad_ptr is not None:
         dense = tile_offsets(columns, ROWS, COLUMNS)
         z_grad = tl.load(z_grad_ptr + position + dense, mask=inside, other=0.0).to(tl.float32)
@@ -163,7 +161,7 @@ def gaussian_backward_kernel(
             eps = noise_tile(
                 eps_ptr, seed_ptr, offset_ptr, seed, offset, position, columns, inside, QUADS, ROWS, COLUMNS, FAST
             )
-            logvar_grad = z_grad * (std * eps)
+            logvar_grad = z_grad * (exp_half(logvar, FAST) * eps)
     if kl_grad_ptr is not None:
         kl_grad = (
             tl.load(kl_grad_ptr + (first_row + row) * kl_grad_stride, mask=inside_row, other=0.0)[:, None] * kl_scale
@@ -172,7 +170,7 @@ def gaussian_backward_kernel(
             mu = tl.load(mu_ptr + source + source_offsets, mask=inside, other=0.0).to(tl.float32)
             mu_grad = tl.fma(kl_grad, mu, mu_grad)
         if logvar_grad_ptr is not None:
-            logvar_grad = tl.fma(kl_grad, expm1(logvar, std * std), logvar_grad)
+            logvar_grad = tl.fma(kl_grad, expm1(logvar, exp(logvar, FAST)), logvar_grad)
     if mu_grad_ptr is not None:
         tl.store(mu_grad_ptr + result + result_offsets, mu_grad.to(mu_grad_ptr.dtype.element_ty), mask=inside)
     if logvar_grad_ptr is not None:
@@ -181,6 +179,18 @@ def gaussian_backward_kernel(
             (0.5 * logvar_grad).to(logvar_grad_ptr.dtype.element_ty),
             mask=inside,
         )
+
+
+def on_pointers(rng: Rng, device: torch.device) -> Rng:
+    """The pair as the kernels take it: a pair by value is added to a zero on the device.
+
+    So eager calls and captured graphs run the same compiled kernel. A second one, first met under capture, would have
+    to be loaded there, which CUDA forbids.
+    """
+    seed_tensor, offset_tensor, seed, offset = rng
+    if seed_tensor is None:
+        seed_tensor = offset_tensor = zero(device)
+    return seed_tensor, offset_tensor, seed, offset
 
 
 def allocate_z(moments: Moments) -> Tensor:
@@ -217,7 +227,7 @@ def gaussian_forward(
         kl,
         partial,
         None if partial is None else ticket(partial.device),
-        *rng,
+        *(NO_RNG if z is None or eps is not None else on_pointers(rng, moments.mu.device)),
         tiling.rows,
         tiling.columns,
         moments.row_stride,
@@ -294,7 +304,7 @@ def gaussian_backward(
             kl_grad,
             mu_grad,
             logvar_grad,
-            *rng,
+            *(NO_RNG if z_grad is None or eps is not None else on_pointers(rng, mu.device)),
             tiling.rows,
             tiling.columns,
             moments.row_stride,

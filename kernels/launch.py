@@ -20,7 +20,9 @@ INTERPRETED = not isinstance(exp, triton.JITFunction)
 # The kernels' FAST: NVIDIA's approximate instructions exist neither on the interpreter nor on AMD.
 FAST = not INTERPRETED and torch.version.hip is None
 
+# By device and stream.
 _tickets: dict[tuple[str, int | None, int], Tensor] = {}
+_zeros: dict[tuple[str, int | None, int], Tensor] = {}
 _calling = threading.local()
 
 
@@ -49,19 +51,28 @@ def ticket(device: torch.device) -> Tensor:
     One per device and stream, because launches on one stream follow each other. Under capture a new one, zeroed inside
     the graph, because a graph may be replayed on any stream; also inside `fresh_tickets`.
     """
+    return _kept_zero(_tickets, device, torch.int32)
+
+
+def zero(device: torch.device) -> Tensor:
+    """int64 [1], zero, which no kernel writes; kept like a ticket."""
+    return _kept_zero(_zeros, device, torch.int64)
+
+
+def _kept_zero(kept: dict[tuple[str, int | None, int], Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
     stream = 0
     if device.type == "cuda":
         with on_device(device):
             if torch.cuda.is_current_stream_capturing():
-                return torch.zeros(1, dtype=torch.int32, device=device)
+                return torch.zeros(1, dtype=dtype, device=device)
         stream = torch._C._cuda_getCurrentRawStream(device.index)
     if getattr(_calling, "fresh_tickets", False):
-        return torch.zeros(1, dtype=torch.int32, device=device)
+        return torch.zeros(1, dtype=dtype, device=device)
     key = (device.type, device.index, stream)
-    counter = _tickets.get(key)
-    if counter is None:
-        counter = _tickets[key] = torch.zeros(1, dtype=torch.int32, device=device)
-    return counter
+    tensor = kept.get(key)
+    if tensor is None:
+        tensor = kept[key] = torch.zeros(1, dtype=dtype, device=device)
+    return tensor
 
 
 @contextmanager

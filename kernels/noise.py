@@ -15,13 +15,8 @@ import triton.language as tl
 
 @triton.jit
 def load_rng(seed_ptr, offset_ptr, seed, offset):
-    """The pair (seed, offset): by value, or, where pointers are given, from the device, with `offset` added to what
-    is read there.
-    """
-    if seed_ptr is not None:
-        seed = tl.load(seed_ptr)
-        offset = tl.load(offset_ptr) + offset
-    return seed, offset
+    """The pair (seed, offset): what is read plus what is given; a pair by value is added to zeros."""
+    return tl.load(seed_ptr) + seed, tl.load(offset_ptr) + offset
 
 
 @triton.jit

@@ -129,10 +129,10 @@ def exact(problem: Problem, reduction: str = "none") -> dict[str, Exact]:
     summed = max(1, mu.numel() // (mu.shape[0] if reduction == "none" else 1))
     return {
         "z": Exact(z, mu.abs() + std * eps.abs(), 6),
-        "kl": Exact(kl, reduce_event(divergence, reduction), 13 + math.ceil(math.log2(summed)) + 3),
+        "kl": Exact(kl, reduce_event(divergence, reduction), 10 + math.ceil(math.log2(summed)) + 3),
         # One more for the upstream factor.
         "mu_grad": Exact(mu_grad, mu_scale, 3 + 1),
-        "logvar_grad": Exact(logvar_grad, logvar_scale, 14),
+        "logvar_grad": Exact(logvar_grad, logvar_scale, 10),
     }
 
 

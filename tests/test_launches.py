@@ -58,10 +58,13 @@ class Counted(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def existing_ticket(device):
-    """The counter of long sums is made once per device and stream, zeroed by one fill; every later launch finds it."""
-    from fastvae.kernels.launch import ticket
+    """The counter of long sums and the zero under by-value noise are made once per device and stream, by one fill each;
+    every later launch finds them.
+    """
+    from fastvae.kernels.launch import ticket, zero
 
     ticket(device)
+    zero(device)
 
 
 def leaf(*shape, device, memory_format=torch.contiguous_format):

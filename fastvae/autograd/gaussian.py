@@ -198,7 +198,7 @@ class GaussianSampleKL(torch.autograd.Function):
     def backward(ctx: Any, z_grad: Tensor | None, kl_grad: Tensor | None) -> tuple[Tensor | None, ...]:
         return *_gradients(ctx, z_grad, kl_grad), None, None, None, None, None, None, None
 
-    vmap = refuse_vmap("gaussian_sample_kl")
+    vmap = refuse_vmap("gaussian_sample_kl(_packed)")
 
 
 def _noise(tensor: Tensor, eps: Tensor | None, generator: torch.Generator | None) -> tuple[Any, ...]:

@@ -40,7 +40,7 @@ def gaussian_sample(
         ValueError: shapes or devices that differ, fewer than 2 dimensions, or both eps and generator.
     """
     _check(mu, logvar)
-    _check_noise(mu.shape, mu, eps, generator)
+    _check_noise(mu.shape, "mu", mu, eps, generator)
     if takes_triton(mu, eps):
         from fastvae.autograd import gaussian as fused
 
@@ -86,7 +86,7 @@ def gaussian_sample_kl(
     says otherwise.
     """
     _check(mu, logvar)
-    _check_noise(mu.shape, mu, eps, generator)
+    _check_noise(mu.shape, "mu", mu, eps, generator)
     check_reduction(reduction)
     if takes_triton(mu, eps):
         from fastvae.autograd import gaussian as fused
@@ -132,7 +132,7 @@ def gaussian_sample_kl_packed(
         raise ValueError(f"moments must have an even size along dim {dim}, got {list(moments.shape)}")
     half = list(moments.shape)
     half[dim] //= 2
-    _check_noise(torch.Size(half), moments, eps, generator)
+    _check_noise(torch.Size(half), "moments", moments, eps, generator)
     check_reduction(reduction)
     if takes_triton(moments, eps):
         from fastvae.autograd import gaussian as fused
@@ -150,7 +150,9 @@ def _check(mu: Tensor, logvar: Tensor) -> None:
         raise TypeError(f"logvar must have the dtype of mu, {mu.dtype}, got {logvar.dtype}")
 
 
-def _check_noise(shape: torch.Size, like: Tensor, eps: Tensor | None, generator: torch.Generator | None) -> None:
+def _check_noise(
+    shape: torch.Size, name: str, like: Tensor, eps: Tensor | None, generator: torch.Generator | None
+) -> None:
     if generator is not None:
         if not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
@@ -163,6 +165,6 @@ def _check_noise(shape: torch.Size, like: Tensor, eps: Tensor | None, generator:
             raise TypeError(f"eps must be a floating-point tensor, got {getattr(eps, 'dtype', type(eps).__name__)}")
         if eps.shape != shape:
             raise ValueError(f"eps must have the shape of z, {list(shape)}, got {list(eps.shape)}")
-        check_device("eps", eps, "mu", like)
+        check_device("eps", eps, name, like)
         if eps.requires_grad:
             raise ValueError("eps must not require grad: it is noise, not a parameter; pass eps.detach()")
