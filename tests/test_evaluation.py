@@ -14,7 +14,9 @@ COUNT = 700  # more than one batch, and no multiple of it
 
 
 @pytest.fixture(autouse=True)
-def reference_backend():
+def exact(monkeypatch):
+    """Plain PyTorch in full float32, to compare with plain PyTorch in full float32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     with fastvae.use_backend("reference"):
         yield
 
@@ -49,8 +51,8 @@ def test_evaluate(model, images):
     error = squared_errors(model, images, mu)
     for beta in (1.0, 0.25):
         result = evaluate(model, images, beta=beta)
-        assert result.loss == pytest.approx((0.5 * error + beta * kl).mean().item(), rel=1e-6)
-        assert result.mse == pytest.approx(error.mean().item() / 105, rel=1e-6)
+        assert result.loss == pytest.approx((0.5 * error + beta * kl).mean().item(), rel=1e-5)
+        assert result.mse == pytest.approx(error.mean().item() / 105, rel=1e-5)
 
 
 def test_loss_is_sampled_and_mse_is_not(model, images):
@@ -85,13 +87,13 @@ def test_reconstruction_errors(model, images):
     fix_posterior(model, 3.0)
     mean = reconstruction_errors(model, images, deterministic=True)
     expected = squared_errors(model, images, model.encode(images)[:, :3]) / 105
-    torch.testing.assert_close(mean.double(), expected, rtol=1e-6, atol=0)
-    assert mean.mean().item() == pytest.approx(evaluate(model, images).mse, rel=1e-6)
+    torch.testing.assert_close(mean.double(), expected, rtol=1e-5, atol=0)
+    assert mean.mean().item() == pytest.approx(evaluate(model, images).mse, rel=1e-5)
     sampled = reconstruction_errors(model, images)
     assert sampled.shape == (COUNT,)
     assert sampled.mean() > mean.mean()
     # The loss with beta 0 is half the sum of what is averaged here.
-    assert 105 / 2 * sampled.mean().item() == pytest.approx(evaluate(model, images, beta=0.0).loss, rel=1e-6)
+    assert 105 / 2 * sampled.mean().item() == pytest.approx(evaluate(model, images, beta=0.0).loss, rel=1e-5)
 
 
 def test_nothing_is_left_attached(model, images):

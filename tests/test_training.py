@@ -20,8 +20,9 @@ SHAPE = (1, 8, 6)
 
 
 @pytest.fixture(autouse=True)
-def reference_backend():
-    """The loop is the same on both paths; the kernels have tests of their own, and this one runs on every machine."""
+def exact(monkeypatch):
+    """Plain PyTorch in full float32, to compare with the same; the loop does not depend on the path."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     with fastvae.use_backend("reference"):
         yield
 

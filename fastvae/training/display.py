@@ -62,7 +62,8 @@ class Bar:
                 total=progress.total_steps,
                 file=sys.stdout,
                 dynamic_ncols=True,
-                bar_format="{desc} {percentage:3.0f}%|{bar}| {rate_noinv_fmt}, {remaining} left{postfix}",
+                # The bar comes last: in a narrow terminal it is what is cut.
+                bar_format="{desc}, {rate_noinv_fmt}, {remaining} left{postfix} |{bar}|",
                 unit=" steps",
             )
         self.bar.set_description_str(f"epoch {progress.epoch}/{self.epochs}", refresh=False)
