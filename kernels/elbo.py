@@ -163,6 +163,7 @@ def elbo_forward(
             value.fill_(float("nan"))
         return values
     logits, target = read_pair(logits, target)
+    kl = kl.resolve_neg()
     tiling = cut_pair(logits, per_row=False)
     partial = values[0].new_empty(tiling.programs) if tiling.programs > 1 else None
     launch(
@@ -198,7 +199,7 @@ def elbo_forward(
 
 def as_argument(scalar: Scalar) -> Scalar:
     """A kernel argument: an integer would be compiled into the kernel, a float is not."""
-    return scalar if isinstance(scalar, Tensor) else float(scalar)
+    return scalar.resolve_neg() if isinstance(scalar, Tensor) else float(scalar)
 
 
 def elbo_loss(
@@ -254,9 +255,7 @@ def elbo_backward(
             logits.device,
             read_logits,
             read_target,
-            loss_grad,
-            reconstruction_grad,
-            mean_kl_grad,
+            *[None if grad is None else grad.resolve_neg() for grad in (loss_grad, reconstruction_grad, mean_kl_grad)],
             gradients[0] if needs_logits else None,
             gradients[-1] if needs_target else None,
             kl_grads[0] if needs_kl else None,

@@ -289,6 +289,7 @@ def gaussian_backward(
         mu_grad, logvar_grad = gradients[0].narrow(dim, 0, half), gradients[0].narrow(dim, half, half)
     else:
         mu_grad, logvar_grad = gradients[0] if needs_mu else None, gradients[-1] if needs_logvar else None
+    kl_grad = None if kl_grad is None else kl_grad.resolve_neg()
     per_row = kl_grad is not None and reduction == "none" and kl_grad.stride(0) != 0
     tiling = moments.cut(per_row)
     if tiling.rows * tiling.columns:

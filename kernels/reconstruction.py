@@ -175,6 +175,7 @@ def sigmoid_mse_backward(
     inputs = [tensor for tensor, needed in ((logits, needs_logits), (target, needs_target)) if needed]
     # In the order that is read; only an input that has to be copied gets a gradient of other strides.
     gradients = [tensor.new_empty_strided(tensor.shape, dense_strides(logits)) for tensor in inputs]
+    loss_grad = loss_grad.resolve_neg()
     if logits.numel():
         read_logits, read_target = read_pair(logits, target)
         per_row = reduction == "none" and loss_grad.stride(0) != 0

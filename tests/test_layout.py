@@ -102,6 +102,29 @@ def test_numbers_with_a_minus_not_yet_in_memory(device, triton_backend):
     torch.testing.assert_close((F.gaussian_kl(x, x), F.sigmoid_mse_loss(x, x + 1)), expected)
 
 
+def test_a_minus_not_yet_in_memory_elsewhere(device, triton_backend):
+    def minus(x):
+        return torch._neg_view(-x)
+
+    logits, target = torch.randn(3, 5, device=device, requires_grad=True), torch.rand(3, 5, device=device)
+    moments, eps = torch.randn(3, 4, device=device, requires_grad=True), torch.randn(3, 2, device=device)
+    kl, beta, grad = torch.rand(3, device=device), torch.tensor(0.5, device=device), torch.rand(3, device=device)
+    for hidden in (lambda x: x, minus):
+        values = F.elbo_loss(logits, target, hidden(kl), beta=hidden(beta))
+        loss = F.sigmoid_mse_loss(logits, target, reduction="none")
+        z, divergence = F.gaussian_sample_kl_packed(moments, eps=hidden(eps))
+        results = [
+            *values,
+            *torch.autograd.grad(values.loss, logits, hidden(beta)),
+            *torch.autograd.grad(loss, logits, hidden(grad)),
+            *torch.autograd.grad((z, divergence), moments, (hidden(eps), hidden(grad))),
+        ]
+        if hidden is not minus:
+            expected = results
+    for actual, wanted in zip(results, expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
 def test_batched_gradients(device, triton_backend):
     x = torch.randn(3, 4, device=device, requires_grad=True)
     loss = F.sigmoid_mse_loss(x, torch.zeros_like(x), reduction="none")
@@ -115,6 +138,17 @@ def test_batched_gradients(device, triton_backend):
 def test_value_and_grad_refuses_transforms(device):
     with fastvae.use_backend("triton"), pytest.raises(NotImplementedError, match="elbo_value_and_grad"):
         torch.func.grad(lambda x: F.elbo_value_and_grad(x, x, x[:, 0])[0].loss)(torch.randn(3, 4, device=device))
+
+
+def test_sparse_tensors_are_refused(device):
+    x, kl = torch.rand(3, 4, device=device), torch.rand(3, device=device)
+    for name, arguments in {
+        "logits": (x.to_sparse(), x, kl),
+        "target": (x, x.to_sparse(), kl),
+        "kl": (x, x, kl.to_sparse()),
+    }.items():
+        with pytest.raises(TypeError, match=f"{name} must be a dense tensor, got layout torch.sparse_coo"):
+            F.elbo_loss(*arguments)
 
 
 def test_the_same_choice_of_backend_can_be_entered_twice():

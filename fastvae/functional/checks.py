@@ -24,16 +24,21 @@ def check_batch(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in FLOATING:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
-    if tensor.layout is not torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+    check_dense(name, tensor)
     if tensor.ndim < 2:
         raise ValueError(f"{name} must have shape [B, ...] with at least 2 dimensions, got {list(tensor.shape)}")
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
 
 
 def check_like(name: str, tensor: Tensor, first_name: str, first: Tensor) -> None:
     """The same shape and device as another argument: nothing is broadcast, nothing is copied between devices."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    check_dense(name, tensor)
     if tensor.shape != first.shape:
         raise ValueError(f"{name} must have the shape of {first_name}, {list(first.shape)}, got {list(tensor.shape)}")
     check_device(name, tensor, first_name, first)

@@ -9,7 +9,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastvae import reference
-from fastvae.functional.checks import FLOATING, check_batch, check_device, check_scalar, check_target, takes_triton
+from fastvae.functional.checks import (
+    FLOATING,
+    check_batch,
+    check_dense,
+    check_device,
+    check_scalar,
+    check_target,
+    takes_triton,
+)
 from fastvae.reference.elbo import ELBO
 
 
@@ -94,6 +102,7 @@ def _check(
     check_target(target, logits)
     if not isinstance(kl, Tensor) or kl.dtype not in FLOATING:
         raise TypeError(f"kl must be a floating-point tensor, got {getattr(kl, 'dtype', type(kl).__name__)}")
+    check_dense("kl", kl)
     if kl.ndim != 1 or kl.shape[0] != logits.shape[0]:
         raise ValueError(
             f"kl must be the divergence of each sample, shape [{logits.shape[0]}] (reduction='none'), "
