@@ -518,17 +518,18 @@ def cubic_enlargement(size: int, enlarged: int) -> np.ndarray:
     return np.where(distance <= 1, near, np.where(distance < 2, far, 0.0))
 
 
-def test_digits_are_the_originals_with_a_margin() -> None:
-    originals = pytest.importorskip("sklearn.datasets").load_digits().images
+def test_digits_are_the_originals_enlarged_and_sharpened() -> None:
+    originals = pytest.importorskip("sklearn.datasets").load_digits().images / 16
     dataset = load_digits()
     images = torch.cat((dataset.train_images, dataset.test_images)).double().squeeze(1)
-    matrix = cubic_enlargement(12, 28)
-    padded = np.pad(originals, ((0, 0), (2, 2), (2, 2))) * (255 / 16)
-    expected = (matrix @ padded @ matrix.T).clip(0, 255)
-    assert np.abs(images.numpy() - expected).max() <= 0.5 + 1e-9  # rounded to nearest
-    # The outermost two pixels are empty, as MNIST's border is; the digit's middle lies in the middle of the frame.
+    # From a 10x10 frame whose outermost pixels are zero, so their columns drop out, to 30x30.
+    matrix = cubic_enlargement(10, 30)[:, 1:-1]
+    expected = 255 * (0.5 + 3 * (matrix @ originals @ matrix.T - 0.5)).clip(0, 1)
+    assert expected[:, [0, -1]].max() == expected[:, :, [0, -1]].max() == 0  # nothing is lost with the outermost pixels
+    assert np.abs(images.numpy() - expected[:, 1:-1, 1:-1]).max() <= 0.5 + 1e-9  # rounded to nearest
+    # The outermost pixels are empty, and the digits' middle lies in the middle of the frame.
     border = images.clone()
-    border[:, 2:-2, 2:-2] = 0
+    border[:, 1:-1, 1:-1] = 0
     assert border.max() == 0
     rows = images.sum(dim=(0, 2))
     assert (rows * torch.arange(28.0)).sum() / rows.sum() == pytest.approx(13.5, abs=1.0)
