@@ -57,7 +57,7 @@ FILES = (
     "summary.json",
 )
 
-EPOCHS = {"mnist": 30, "digits": 40}
+EPOCHS = {"mnist": 30, "digits": 30}
 BATCH_SIZES = {"mnist": 128, "digits": 16}
 
 
