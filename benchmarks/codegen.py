@@ -1,10 +1,26 @@
-"""What the compiler makes of every kernel: registers, spills, shared memory, width of loads and stores, instructions
-per element.
+"""What the compiler makes of every kernel: registers, spills, shared memory, width of loads and stores, instructions.
 
-    python benchmarks/codegen.py [--target sm_80 sm_90 sm_100 gfx942]
+    python benchmarks/codegen.py [--target sm_80 sm_90 sm_100 gfx942]    print the table
+    python benchmarks/codegen.py --write       write it to benchmarks/codegen/triton-<version>.json, to be committed
+    python benchmarks/codegen.py --check       compare with that file: what `tests/test_codegen.py` does
+    python benchmarks/codegen.py --markdown    print the columns a person reads, as Markdown (sm_90 unless --target)
 
 Needs no GPU: the launches are recorded instead of made, and compiled ahead of time with the ptxas that Triton
 carries. Must run where TRITON_INTERPRET is not set, because the mode is fixed when a kernel is decorated.
+
+Instructions are counted in SASS (NVIDIA only), as they stand in the code of one thread: a loop counts once. Each is
+counted in one of five parts. Which one, follows from the source line that the compiler noted beside the instruction,
+and from what Triton's intermediate code makes on that line:
+
+- body: lines that work on tensors of a whole tile; per element.
+- tails: lines that make the masks of those loads and stores; per element. (The zeros that masked loads start from
+  stand on the load's line, so they count in the body.)
+- row sums: the reductions of `tl.sum`, before any ticket is drawn; per thread.
+- fixed: all other lines, which work on numbers and on one value per row: addresses, seeds, scales; per thread.
+- finishing: the ticket, and everything after it, which only the last program runs: the sum over programs; per thread.
+
+Comparing two tile sizes instead, slope and intercept, would measure code that is never run: another tile has other
+layouts, other vectors and other registers.
 """
 
 from __future__ import annotations
@@ -14,21 +30,31 @@ import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
-import torch
 import triton
-from torch import Tensor
+from disassembly import (
+    PARTS,
+    bits_moved,
+    classify,
+    gcn_accesses,
+    narrow_arithmetic,
+    read_sass,
+    sass_access,
+    source_lines,
+    widest,
+)
+from launches import Launch, exact_lines, launches
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from fastvae.kernels import elbo, gaussian, reconstruction
+from fastvae.files import replacing
+from fastvae.kernels.tiles import drew_last_ticket
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -36,149 +62,34 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-TYPES = {
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.uint8: "u8",
-    torch.int32: "i32",
-    torch.int64: "i64",
-}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 @dataclass(frozen=True)
-class Launch:
-    """A launch as fastvae would have made it."""
-
-    kernel: Any
-    arguments: dict[str, Any]
-    constants: dict[str, Any]
-    num_warps: int
-
-    @property
-    def elements_per_thread(self) -> float:
-        return self.constants["ROWS"] * self.constants["COLUMNS"] / (32 * self.num_warps)
-
-    def compile(self, target: GPUTarget) -> Any:
-        """The kernel compiled as Triton's launcher would specialise it: null pointers and ones folded, 16-byte
-        alignment known.
-        """
-        signature: dict[str, str] = {}
-        constants: dict[Any, Any] = dict(self.constants, FAST=target.backend == "cuda")
-        attributes = {}
-        for index, parameter in enumerate(self.kernel.params):
-            name = parameter.name
-            if name in constants:
-                signature[name] = "constexpr"
-                continue
-            value = self.arguments[name]
-            if value is None or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize):
-                constants[name] = value
-                signature[name] = "constexpr"
-            elif isinstance(value, Tensor):
-                signature[name] = "*" + TYPES[value.dtype]
-                # Every allocation of torch starts on such an address.
-                attributes[(index,)] = [["tt.divisibility", 16]]
-            elif isinstance(value, int):
-                signature[name] = parameter.annotation_type or ("i32" if -(2**31) <= value < 2**31 else "i64")
-                if value % 16 == 0 and not parameter.do_not_specialize:
-                    attributes[(index,)] = [["tt.divisibility", 16]]
-            else:
-                signature[name] = "fp32"
-        positions = {(self.kernel.arg_names.index(name),): value for name, value in constants.items()}
-        source = ASTSource(self.kernel, signature, constexprs=positions, attrs=attributes)
-        return triton.compile(source, target=target, options={"num_warps": self.num_warps, "enable_fp_fusion": True})
-
-
-def record(call: Callable[[], Any]) -> Launch:
-    """The one launch that `call` makes."""
-    launches: list[Launch] = []
-
-    def launch(kernel: Any, programs: int, num_warps: int, device: Any, *arguments: Any, **constants: Any) -> None:
-        names = [name for name in kernel.arg_names if name not in constants and name != "FAST"]
-        launches.append(Launch(kernel, dict(zip(names, arguments, strict=True)), constants, num_warps))
-
-    with (
-        patch.object(gaussian, "launch", launch),
-        patch.object(reconstruction, "launch", launch),
-        patch.object(elbo, "launch", launch),
-    ):
-        call()
-    (only,) = launches
-    return only
-
-
-def launches() -> Iterator[tuple[str, Launch]]:
-    """Each kernel in the configurations that fastvae uses, by name.
-
-    "rows" are samples of which a program has several, "long" samples or batches are shared by many programs. float16
-    compiles to the code of bfloat16.
-    """
-    by_value, by_pointer = (None, None, 1, 4), (torch.tensor(1), torch.tensor(4), 0, 0)
-    one, kl = torch.empty(()), torch.empty(512)
-    for dtype, name in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
-        small, long = torch.empty(512, 32, dtype=dtype), torch.empty(512, 2 * 16384, dtype=dtype)
-        dense = torch.empty(512, 16384, dtype=dtype)
-        image = torch.empty(512, 32, 32, 32, dtype=dtype).to(memory_format=torch.channels_last)
-        calls: dict[str, Callable[[], Any]] = {
-            "gaussian_sample long": lambda d=dense: gaussian.gaussian_sample(d, d, None, *by_value),
-            "gaussian_kl long": lambda d=dense: gaussian.gaussian_kl(d, d, "batchmean"),
-        }
-        for size, moments in (("rows", small), ("long", long), ("channels_last", image)):
-            z = torch.empty_like(moments.narrow(1, 0, moments.shape[1] // 2))
-            calls |= {
-                f"gaussian_sample_kl packed {size}": lambda m=moments: gaussian.gaussian_sample_kl(
-                    m, None, 1, "none", None, *by_value
-                ),
-                f"gaussian_backward packed {size}": lambda m=moments, z=z: gaussian.gaussian_backward(
-                    m, None, 1, "none", z, kl, True, True, None, *by_value
-                ),
-            }
-        calls["gaussian_sample_kl captured rows"] = lambda m=small: gaussian.gaussian_sample_kl(
-            m, None, 1, "none", None, *by_pointer
-        )
-        calls["gaussian_backward dense long"] = lambda d=dense: gaussian.gaussian_backward(
-            d, d, 1, "none", d, kl[:1].expand(512), True, True, None, *by_value
-        )
-        targets = {"": dense, " uint8 target": dense.to(torch.uint8)} if dtype is torch.float32 else {"": dense}
-        for target_name, target in targets.items():
-            calls |= {
-                f"sigmoid_mse_forward{target_name}": lambda d=dense, t=target: reconstruction.sigmoid_mse_forward(
-                    d, t, "none"
-                ),
-                f"sigmoid_mse_backward{target_name}": lambda d=dense, t=target: reconstruction.sigmoid_mse_backward(
-                    d, t, one, "mean", True, False
-                ),
-                f"elbo_loss{target_name}": lambda d=dense, t=target: elbo.elbo_loss(d, t, kl, one, 0.5),
-                f"elbo_value_and_grad{target_name}": lambda d=dense, t=target: elbo.elbo_value_and_grad(
-                    d, t, kl, one, 0.5, None
-                ),
-                f"elbo_backward{target_name}": lambda d=dense, t=target: elbo.elbo_backward(
-                    d, t, kl, one, None, None, one, 0.5, True, False, True
-                ),
-            }
-        for call_name, call in calls.items():
-            yield f"{call_name} {name}", record(call)
-
-
-@dataclass(frozen=True)
 class Code:
-    """What the compiler made. `instructions` counts the whole kernel once, tails and sums over programs included, per
-    element of a tile.
+    """What the compiler made. Widths are in bits; "bulk" are the accesses of a whole tile. Instructions and what is
+    after them: NVIDIA only.
     """
 
     registers: int
     spilled_bytes: int
     shared_bytes: int
+    widest_load: int
+    widest_store: int
     elements_per_thread: float
-    instructions: float | None = None  # NVIDIA only
-    widths: tuple[int, ...] = ()  # bits of each plain load and store of global memory; NVIDIA only
     overflows: tuple[str, ...] = ()  # arithmetic on a program's number that 32 bits may not hold
+    body: float | None = None  # per element
+    tails: float | None = None  # per element
+    row_sums: int | None = None
+    fixed: int | None = None
+    finishing: int | None = None
+    instructions: float | None = None  # per element, all but the finishing
+    bulk: dict[str, int] | None = None  # how many accesses there are of each width
+    others: int | None = None  # accesses of single numbers, the finishing apart
 
 
-def inspect(launch: Launch, target: GPUTarget) -> Code:
-    compiled = launch.compile(target)
+def inspect(launch: Launch, target: GPUTarget, **options: Any) -> Code:
+    compiled = launch.compile(target, **options)
     overflows = tuple(narrow_arithmetic(compiled.asm["ttir"]))
     elements = launch.elements_per_thread
     if target.backend == "hip":
@@ -186,81 +97,186 @@ def inspect(launch: Launch, target: GPUTarget) -> Code:
         registers, spills = (
             int(re.search(rf"\.{key}:\s*(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count")
         )
-        return Code(registers, 4 * spills, compiled.metadata.shared, elements, overflows=overflows)
+        accesses = list(gcn_accesses(text))
+        return Code(
+            registers,
+            4 * spills,
+            compiled.metadata.shared,
+            widest(accesses, "load"),
+            widest(accesses, "store"),
+            elements / 2,  # twice the threads in a warp
+            overflows,
+        )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
-        usage = subprocess.run(
-            [TOOLS / "cuobjdump", "-res-usage", path], capture_output=True, text=True, check=True
-        ).stdout
-        sass = subprocess.run([TOOLS / "nvdisasm", "-c", path], capture_output=True, text=True, check=True).stdout
+        usage, sass = (
+            subprocess.run([TOOLS / tool, *flags, path], capture_output=True, text=True, check=True).stdout
+            for tool, *flags in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c", "-gi"))
+        )
     registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
-    operations = [
-        line.split("*/", 1)[1].strip() for line in sass.splitlines() if re.match(r"\s*/\*[0-9a-f]{4,}\*/", line)
-    ]
-    operations = [operation for operation in operations if not operation.startswith("NOP")]
-    widths = [
-        {"128": 128, "64": 64, "U16": 16, "U8": 8}.get(match[1], 32)
-        for operation in operations
-        # STRONG are the accesses to partial sums and tickets.
-        if "STRONG" not in operation and (match := re.search(r"\b(?:LDG|STG)\.E(?:\.(128|64|U16|U8))?", operation))
+    tile = launch.constants["ROWS"] * launch.constants["COLUMNS"]
+    parts: dict[str, list[str]] = {part: [] for part in PARTS}
+    for instruction, part in classify(read_sass(sass), compiled.asm["ttgir"], tile, source_lines(drew_last_ticket)):
+        parts[part].append(instruction.operation)
+    count = {part: len(operations) for part, operations in parts.items()}
+    bulk = [access for operation in parts["body"] if (access := sass_access(operation))]
+    others = [
+        access
+        for part in ("tails", "row sums", "fixed")
+        for operation in parts[part]
+        if (access := sass_access(operation))
     ]
     return Code(
         registers,
         stack + local,
         compiled.metadata.shared,
+        widest(bulk, "load"),
+        widest(bulk, "store"),
         elements,
-        len(operations) / elements,
-        tuple(widths),
         overflows,
+        body=round(count["body"] / elements, 2),
+        tails=round(count["tails"] / elements, 2),
+        row_sums=count["row sums"],
+        fixed=count["fixed"],
+        finishing=count["finishing"],
+        instructions=round(sum(count[part] for part in PARTS if part != "finishing") / elements, 2),
+        bulk=bits_moved(bulk),
+        others=len(others),
     )
 
 
-def narrow_arithmetic(ttir: str) -> Iterator[str]:
-    """Lines of Triton's intermediate code that add to, multiply or shift a program's number before it is widened to
-    64 bits.
+Table = dict[str, dict[str, Any]]
 
-    A bulk tensor may have more than 2^31 elements, so no offset may be made from the program's number in 32 bits.
-    Dividing it is harmless.
-    """
-    tainted: set[str] = set()
-    for line in ttir.splitlines():
-        match = re.match(r"\s*(%[\w#]+)(?::\d+)? = (\S+) (.*)", line)
-        if not match:
+
+def compile_all(targets: list[str]) -> Table:
+    jobs = [(name, launch, target) for name, launch in launches() for target in targets]
+    # Threads suffice: much of the time goes to ptxas and the disassembler, outside of Python.
+    with exact_lines(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        codes = list(pool.map(lambda job: inspect(job[1], TARGETS[job[2]]), jobs))
+    return {f"{target} {name}": asdict(code) for (name, _, target), code in zip(jobs, codes, strict=True)}
+
+
+# What is committed: what a change of a kernel should show in a diff.
+COMMITTED = (
+    "registers", "spilled_bytes", "shared_bytes", "widest_load", "widest_store",
+    "instructions", "body", "tails", "row_sums", "fixed", "finishing",
+)  # fmt: skip
+# More instructions than committed are a complaint from this factor on.
+TOLERANCE = 1.1
+WRITE = "python benchmarks/codegen.py --write"
+
+
+def committed_path(version: str) -> Path:
+    """Of triton's minor version: its compiler, and with it the table, changes with that."""
+    return Path(__file__).parent / "codegen" / f"triton-{'.'.join(version.split('.')[:2])}.json"
+
+
+def read_committed(version: str) -> Table:
+    path = committed_path(version)
+    if not path.exists():
+        raise FileNotFoundError(f"no figures are committed for triton {version}: write and commit them with\n  {WRITE}")
+    return json.loads(path.read_text())["kernels"]
+
+
+def write_table(path: Path, version: str, table: Table) -> None:
+    """One line per kernel, so that a diff reads well."""
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(figures)}" for name, figures in table.items())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(f'{{"triton": {json.dumps(version)}, "kernels": {{\n{lines}\n}}}}\n'.encode())
+
+
+def complaints(table: Table, committed: Table) -> Iterator[str]:
+    """Everything that is wrong with the kernels of `table`, given the committed figures."""
+    for name, code in table.items():
+        if code["spilled_bytes"]:
+            yield f"{name}: {code['spilled_bytes']} bytes of registers are spilled"
+        narrow = {int(bits): count for bits, count in (code["bulk"] or {}).items() if int(bits) < 128}
+        if narrow:
+            what = ", ".join(f"{count} of {bits} bits" for bits, count in narrow.items())
+            yield f"{name}: bulk tensors are accessed in pieces narrower than 128 bits: {what}"
+        for line in code["overflows"]:
+            yield f"{name}: an offset is made in 32 bits: {line}"
+        if name not in committed:
+            yield f"{name}: not in the committed table: {WRITE}"
             continue
-        result, operation, rest = match.groups()
-        if operation == "tt.get_program_id":
-            tainted.add(result)
-        elif tainted & set(re.findall(r"%[\w#]+", rest)) and operation not in (
-            "arith.extsi",
-            "arith.cmpi",
-            "tt.addptr",
-        ):
-            tainted.add(result)
-            if operation in ("arith.addi", "arith.subi", "arith.muli", "arith.shli"):
-                yield line.strip()
+        for figure in ("widest_load", "widest_store"):
+            if code[figure] < committed[name][figure]:
+                yield f"{name}: {figure} {code[figure]} bits, committed {committed[name][figure]}"
+        for figure in ("body", "instructions", "finishing"):
+            if code[figure] is not None and code[figure] > TOLERANCE * committed[name][figure]:
+                yield (
+                    f"{name}: {figure} {code[figure]} instructions, committed {committed[name][figure]}; "
+                    f"if that is what is wanted: {WRITE}"
+                )
+    targets = {name.split()[0] for name in table}
+    for name in committed:
+        if name not in table and name.split()[0] in targets:
+            yield f"{name}: in the committed table, but no longer a kernel: {WRITE}"
+
+
+def report(table: Table) -> Iterator[str]:
+    yield f"{'instructions: per element | per thread':>137}"
+    yield (f"{'kernel':59} registers spilled shared  load store bits |   body  tails | row sums fixed finishing")
+    for name, code in table.items():
+        line = (
+            f"{name:59} {code['registers']:9} {code['spilled_bytes']:7} {code['shared_bytes']:6} "
+            f"{code['widest_load']:5} {code['widest_store']:5}"
+        )
+        if code["body"] is not None:
+            line += (
+                f"      | {code['body']:6.1f} {code['tails']:6.2f} | "
+                f"{code['row_sums']:8} {code['fixed']:5} {code['finishing']:9}"
+            )
+        yield line
+
+
+def markdown(table: Table) -> Iterator[str]:
+    yield (
+        "| kernel | dtype | registers | spilled | shared | widest load, store | body per element | tails per element "
+        "| row sums | fixed | finishing |"
+    )
+    yield "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|"
+    for name, code in table.items():
+        kernel, dtype = name.split(" ", 1)[1].rsplit(" ", 1)
+        cells = [kernel, dtype, code["registers"], f"{code['spilled_bytes']} B", f"{code['shared_bytes']} B"]
+        cells += [f"{code['widest_load']}, {code['widest_store']}"]
+        if code["body"] is None:
+            cells += ["", "", "", "", ""]
+        else:
+            cells += [f"{code['body']:.1f}", f"{code['tails']:.2f}", code["row_sums"], code["fixed"], code["finishing"]]
+        yield "| " + " | ".join(map(str, cells)) + " |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--json", type=Path, help="also write the table to this file")
+    parser.add_argument("--target", nargs="+", choices=TARGETS, help="default: all, with --markdown sm_90")
+    parser.add_argument("--write", action="store_true", help="write the table of this triton version")
+    parser.add_argument("--check", action="store_true", help="compare with the table of this triton version")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown")
+    parser.add_argument("--json", type=Path, help="also write everything that was found to this file")
     settings = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         parser.error("unset TRITON_INTERPRET: interpreted functions cannot be compiled")
-    jobs = [(name, launch, target) for name, launch in launches() for target in settings.target]
-    # Threads suffice: the time goes to the compiler and the disassembler, outside of Python.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        codes = list(pool.map(lambda job: inspect(job[1], TARGETS[job[2]]), jobs))
-    table = {f"{target} {name}": asdict(code) for (name, _, target), code in zip(jobs, codes, strict=True)}
-    for name, code in table.items():
-        memory = f"{code['spilled_bytes']:3} B spilled {code['shared_bytes']:5} B shared"
-        instructions = "" if code["instructions"] is None else f"{code['instructions']:6.1f} instructions/element"
-        print(f"{name:60} {code['registers']:4} registers {memory} {instructions}")
+    if os.environ.get("TRITON_DISABLE_LINE_INFO", "0") == "1":
+        parser.error("unset TRITON_DISABLE_LINE_INFO: instructions are told apart by their source lines")
+    if settings.write and settings.target:
+        parser.error("--write needs all targets")
+    table = compile_all(settings.target or (["sm_90"] if settings.markdown else list(TARGETS)))
+    print(*(markdown if settings.markdown else report)(table), sep="\n")
     if settings.json:
-        temporary = settings.json.with_suffix(".part")
-        temporary.write_text(json.dumps({"triton": triton.__version__, "kernels": table}, indent=1))
-        temporary.replace(settings.json)
+        write_table(settings.json, triton.__version__, table)
+    if settings.write:
+        figures = {
+            name: {figure: code[figure] for figure in COMMITTED if code[figure] is not None}
+            for name, code in table.items()
+        }
+        write_table(committed_path(triton.__version__), triton.__version__, figures)
+    if settings.check:
+        found = list(complaints(table, read_committed(triton.__version__)))
+        if found:
+            sys.exit("\n".join(found))
 
 
 if __name__ == "__main__":

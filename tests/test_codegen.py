@@ -1,11 +1,12 @@
-"""The kernels compiled ahead of time, which needs no GPU: no spills, whole vectors, and no offset that could overflow.
+"""The kernels compiled ahead of time, which needs no GPU: no spills, whole vectors, no more instructions than
+committed, and no offset that could overflow.
 
-Compilation needs functions that were decorated for it, so it runs in a process of its own, without TRITON_INTERPRET.
+Compilation needs functions that were decorated for it, so it runs in processes of its own, without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import copy
 import json
 import os
 import subprocess
@@ -13,12 +14,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton
 
-CODEGEN = Path(__file__).parents[1] / "benchmarks" / "codegen.py"
-if not CODEGEN.exists():
-    pytest.skip("needs benchmarks/codegen.py of the source tree", allow_module_level=True)
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import codegen
+import disassembly
 
-# Bulk tensors of a whole tile that an operation loads or stores; those of uint8 targets apart.
+# Bulk tensors of a whole tile that an operation loads or stores.
 BULK_TENSORS = {
     "gaussian_sample": 3,
     "gaussian_kl": 2,
@@ -32,12 +34,21 @@ BULK_TENSORS = {
 }
 
 
+def compiling(*command):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, *command], env=environment, check=True, stdout=subprocess.PIPE).stdout
+
+
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
     path = tmp_path_factory.mktemp("codegen") / "table.json"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, CODEGEN, "--json", path], env=environment, check=True, stdout=subprocess.DEVNULL)
+    compiling(codegen.__file__, "--json", path)
     return json.loads(path.read_text())["kernels"]
+
+
+@pytest.fixture(scope="module")
+def planted():
+    return json.loads(compiling(Path(__file__).parent / "planted_kernels.py"))
 
 
 @pytest.mark.slow
@@ -47,35 +58,148 @@ def test_every_kernel_is_compiled_for_every_target(table):
 
 
 @pytest.mark.slow
-def test_nothing_is_spilled(table):
-    assert not [name for name, code in table.items() if code["spilled_bytes"]]
+def test_the_kernels_are_as_good_as_committed(table):
+    found = list(codegen.complaints(table, codegen.read_committed(triton.__version__)))
+    assert not found, "\n".join(found)
 
 
 @pytest.mark.slow
 def test_bulk_tensors_move_in_vectors_of_128_bits(table):
+    """None is missing among the accesses that are judged: their number is known."""
     for name, code in table.items():
         if name.startswith("gfx"):
             continue
         itemsize = 4 if name.endswith("float32") else 2
         per_tensor = code["elements_per_thread"] * itemsize / 16
-        tensors = BULK_TENSORS[name.split()[1]]
-        bytes_target = code["elements_per_thread"] / 16 if "uint8" in name else per_tensor
-        vectors = code["widths"].count(128)
-        assert vectors == (tensors - 1) * per_tensor + bytes_target, f"{name}: {vectors} accesses of 128 bits"
-        # What is left are scalars: upstream gradients, weights, the pair of the noise, and the finished sums.
-        assert len(code["widths"]) - vectors <= 7, f"{name}: {code['widths']}"
+        target = code["elements_per_thread"] / 16 if "uint8" in name else per_tensor
+        expected = (BULK_TENSORS[name.split()[1]] - 1) * per_tensor + target
+        assert code["bulk"] == {"128": expected}, name
+        # What is left are scalars: upstream gradients, weights, the pair of the noise, and sums.
+        assert code["others"] <= 4, name
 
 
 @pytest.mark.slow
-def test_no_offset_is_made_in_32_bits(table):
-    assert not {name: code["overflows"] for name, code in table.items() if code["overflows"]}
+def test_the_parts_of_a_kernel_are_what_they_are_called(table):
+    """Row sums are where there are sums, and tickets where those are shared by programs."""
+    for name, code in table.items():
+        if name.startswith("gfx"):
+            continue
+        kernel = name.split(" ", 1)[1]
+        sums = not kernel.startswith("gaussian_sample ") and "backward" not in kernel
+        assert (code["row_sums"] > 0) == sums, name
+        # The rows of "rows", and images whose sums are asked for one by one, fit one program each.
+        alone = " rows " in kernel or kernel.startswith("sigmoid_mse_forward images")
+        assert (code["finishing"] > 0) == (sums and not alone), name
+        assert 0 < code["tails"] < 2 < code["body"], name
+        assert code["fixed"] > 0, name
+
+
+# What follows shows that each check can fail: first on figures, then on kernels.
+
+SOUND = {
+    "sm_90 kernel float32": {
+        "spilled_bytes": 0, "bulk": {"128": 12}, "overflows": [], "body": 20.0, "instructions": 30.0, "finishing": 300,
+        "widest_load": 128, "widest_store": 128,
+    },
+    "gfx942 kernel float32": {
+        "spilled_bytes": 0, "bulk": None, "overflows": [], "body": None, "instructions": None, "finishing": None,
+        "widest_load": 128, "widest_store": 0,
+    },
+}  # fmt: skip
+
+
+def test_a_sound_table_has_no_complaint():
+    assert not list(codegen.complaints(SOUND, SOUND))
+
+
+@pytest.mark.parametrize(
+    ("figure", "value", "complaint"),
+    [
+        ("spilled_bytes", 8, "8 bytes of registers are spilled"),
+        ("bulk", {"64": 2, "128": 11}, "narrower than 128 bits: 2 of 64 bits"),
+        ("overflows", ["%start = arith.muli %pid, %c1024_i32 : i32"], "an offset is made in 32 bits: %start"),
+        ("widest_load", 64, "widest_load 64 bits, committed 128"),
+        ("body", 22.2, "body 22.2 instructions, committed 20.0"),
+        ("instructions", 33.3, "instructions 33.3 instructions, committed 30.0"),
+        ("finishing", 333, "finishing 333 instructions, committed 300"),
+    ],
+)
+def test_a_kernel_that_got_worse_is_a_complaint(figure, value, complaint):
+    worse = copy.deepcopy(SOUND)
+    worse["sm_90 kernel float32"][figure] = value
+    (found,) = codegen.complaints(worse, SOUND)
+    assert found.startswith("sm_90 kernel float32: ") and complaint in found
+
+
+@pytest.mark.parametrize("figure", ["body", "instructions", "finishing"])
+def test_ten_percent_more_are_no_complaint(figure):
+    worse = copy.deepcopy(SOUND)
+    worse["sm_90 kernel float32"][figure] *= 1.09
+    assert not list(codegen.complaints(worse, SOUND))
+
+
+def test_a_kernel_that_was_not_committed_is_a_complaint():
+    (found,) = codegen.complaints(SOUND, {"gfx942 kernel float32": SOUND["gfx942 kernel float32"]})
+    assert found == "sm_90 kernel float32: not in the committed table: python benchmarks/codegen.py --write"
+
+
+def test_a_committed_kernel_that_is_gone_is_a_complaint():
+    (found,) = codegen.complaints({"gfx942 kernel float32": SOUND["gfx942 kernel float32"]}, SOUND | {"gfx942 old": {}})
+    assert found.startswith("gfx942 old: in the committed table, but no longer a kernel")
+
+
+def test_an_unknown_triton_names_the_command_that_adds_its_table():
+    with pytest.raises(FileNotFoundError, match=r"triton 99\.1\.0: .*\n  python benchmarks/codegen.py --write$"):
+        codegen.read_committed("99.1.0")
+
+
+def test_a_table_is_written_whole_and_read_back(tmp_path, monkeypatch):
+    path = tmp_path / "codegen" / "triton-9.9.json"
+    monkeypatch.setattr(codegen, "committed_path", lambda version: path)
+    codegen.write_table(path, "9.9.0", SOUND)
+    assert codegen.read_committed("9.9.0") == SOUND
+    assert len(path.read_text().splitlines()) == len(SOUND) + 2
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_committed_tables_hold_the_same_kernels():
+    tables = [json.loads(path.read_text())["kernels"] for path in codegen.committed_path("0").parent.glob("*.json")]
+    assert len(tables) >= 2
+    assert all(list(table) == list(tables[0]) for table in tables)
+
+
+@pytest.mark.slow
+def test_a_planted_kernel_without_fault_has_no_complaint(planted):
+    sound = planted["sound"]
+    assert not list(codegen.complaints({"sm_90 sound": sound}, {"sm_90 sound": sound}))
+    # 32 elements per thread, read and written in vectors of four, and one partial sum.
+    assert sound["bulk"] == {"128": 16} and sound["others"] == 1
+    assert sound["row_sums"] > 0 and sound["finishing"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "complaint"),
+    [
+        ("strided", "narrower than 128 bits: 32 of 32 bits"),
+        ("reads twice", "body 10"),
+        ("without registers", "bytes of registers are spilled"),
+    ],
+)
+def test_a_planted_fault_is_a_complaint(fault, complaint, planted):
+    found = codegen.complaints({"sm_90 planted": planted[fault]}, {"sm_90 planted": planted["sound"]})
+    assert any(complaint in text for text in found)
+
+
+@pytest.mark.slow
+def test_a_planted_second_read_is_seen_in_the_body_alone(planted):
+    sound, wasteful = planted["sound"], planted["reads twice"]
+    assert wasteful["bulk"] == {"128": 24}
+    assert wasteful["body"] > 1.1 * sound["body"]
+    assert wasteful["row_sums"] == sound["row_sums"] and wasteful["finishing"] == sound["finishing"]
 
 
 def test_the_overflow_check_can_fail():
-    specification = importlib.util.spec_from_file_location("codegen", CODEGEN)
-    codegen = importlib.util.module_from_spec(specification)
-    sys.modules["codegen"] = codegen
-    specification.loader.exec_module(codegen)
     wrong = """
     %pid = tt.get_program_id x : i32
     %start = arith.muli %pid, %c1024_i32 : i32
@@ -87,5 +211,29 @@ def test_the_overflow_check_can_fail():
     %wide = arith.extsi %row : i32 to i64
     %start = arith.muli %wide, %c1024_i64 : i64
     """
-    assert len(list(codegen.narrow_arithmetic(wrong))) == 1
-    assert not list(codegen.narrow_arithmetic(right))
+    assert len(list(disassembly.narrow_arithmetic(wrong))) == 1
+    assert not list(disassembly.narrow_arithmetic(right))
+
+
+@pytest.mark.parametrize(
+    ("operation", "access"),
+    [
+        ("@P0 LDG.E.128 R16, desc[UR14][R36.64] ;", ("load", 128)),
+        ("LDG.E.EF.64.CONSTANT R2, desc[UR4][R2.64] ;", ("load", 64)),
+        ("LDG.E R2, desc[UR4][R2.64] ;", ("load", 32)),
+        ("@!P1 STG.E.U16 desc[UR4][R2.64], R5 ;", ("store", 16)),
+        ("STG.E.U8 desc[UR4][R2.64], R5 ;", ("store", 8)),
+        ("STS.128 [R4], R8 ;", None),
+    ],
+)
+def test_the_width_of_an_access_is_read_from_its_instruction(operation, access):
+    assert disassembly.sass_access(operation) == access
+
+
+def test_the_width_of_accesses_on_amd():
+    text = """
+        global_load_dwordx4 v[2:5], v0, s[2:3]
+        s_load_dwordx2 s[0:1], s[4:5], 0x0
+        buffer_store_short v1, v2, s[4:7], 0 offen
+    """
+    assert list(disassembly.gcn_accesses(text)) == [("load", 128), ("store", 16)]
