@@ -50,8 +50,8 @@ def elbo_forward_kernel(
     Shapes: logits and target [rows, columns] at distance row_stride, logits_grad dense; kl [batch] at distance
     kl_stride; everything else []. beta, reconstruction_weight and grad_scale are numbers or pointers to one. Where
     there is more than one program, partial is float32 [programs] and ticket int32 [1], zero.
-    Bytes per float32 element: reads 8 (5 with a uint8 target), writes 4 if there is a gradient; 8 more per program
-    for partial sums, 4 per sample for kl.
+    Bytes per float32 element: reads 8 (5 with a uint8 target), writes 4 (0 without gradients); 8 more per program for
+    partial sums, 4 per sample for kl.
     Launches: 1. Roundings: a term 20, a gradient 28, the values 4 more and one per level of a sum.
     Deterministic: no floating-point atomics, partial sums are added in order.
     """
@@ -99,8 +99,8 @@ def elbo_backward_kernel(
 
     Shapes: logits and target [rows, columns] at distance row_stride, their gradients dense; everything else []. A
     missing upstream gradient is None and counts as 0; a gradient nobody needs is None and is not computed.
-    Bytes per float32 element: reads 8 (5 with a uint8 target), writes 4 for each gradient. Launches: 1. Roundings:
-    28. Deterministic.
+    Bytes per float32 element: reads 8 (5 with a uint8 target), writes 4 (8 with both gradients). Launches: 1.
+    Roundings: 28. Deterministic.
     """
     if kl_grad_ptr is not None:
         if tl.program_id(0) == 0:

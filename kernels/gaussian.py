@@ -81,8 +81,8 @@ def gaussian_forward_kernel(
     Shapes: mu and logvar [rows, columns] at distance row_stride; eps (None: made from seed and offset) and z [rows,
     columns], dense; kl float32 [rows] if PER_ROW, else []. Where no program owns a whole sum, partial is float32
     [programs] and ticket int32 [1], zero.
-    Bytes per float32 element: reads 8, writes 4 for z (and reads 4 for a given eps); 8 more per program where there
-    are partial sums.
+    Bytes per float32 element: reads 8 (12 with eps), writes 4 (0 without z); 8 more per program where there are
+    partial sums.
     Launches: 1. Roundings: z 6; a term of kl 10; and one per level of a sum (how they are counted: `numerics`).
     Deterministic: no floating-point atomics, partial sums are added in the order of their elements.
     """
@@ -135,8 +135,8 @@ def gaussian_backward_kernel(
     and eps (None: made again from seed and offset) [rows, columns], dense; kl_grad float32 [rows] at distance
     kl_grad_stride, or [] with stride 0. A missing upstream gradient is None and counts as 0; a gradient nobody needs
     is None and is not computed.
-    Bytes per float32 element: reads 12, writes 8 (and reads 4 for a given eps). Launches: 1. Deterministic.
-    Roundings: mu_grad 3; logvar_grad 10.
+    Bytes per float32 element: reads 12 (16 with eps, 8 without z_grad, 8 without kl_grad), writes 8. Launches: 1.
+    Deterministic. Roundings: mu_grad 3; logvar_grad 10.
     """
     first_row, first_column = program_tile(chunks, FLAT, ROWS, COLUMNS)
     row = tl.arange(0, ROWS)

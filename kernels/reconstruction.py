@@ -53,8 +53,8 @@ def sigmoid_mse_forward_kernel(
 
     Shapes: logits and target [rows, columns] at distance row_stride; loss float32 [rows] if PER_ROW, else []. Where
     no program owns a whole sum, partial is float32 [programs] and ticket int32 [1], zero.
-    Bytes per float32 element: reads 8 (5 with a uint8 target), writes none; 8 more per program where there are
-    partial sums.
+    Bytes per float32 element: reads 8 (5 with a uint8 target), writes 0; 8 more per program where there are partial
+    sums.
     Launches: 1. Roundings: a term 20, and one per level of a sum. Deterministic: no floating-point atomics, partial
     sums are added in order.
     """
@@ -90,8 +90,8 @@ def sigmoid_mse_backward_kernel(
 
     Shapes: logits and target [rows, columns] at distance row_stride, their gradients dense; loss_grad float32 [rows]
     at distance loss_grad_stride, or [] with stride 0. A gradient nobody needs is None and is not computed.
-    Bytes per float32 element: reads 8 (5 with a uint8 target), writes 4 for each gradient. Launches: 1. Roundings:
-    28. Deterministic.
+    Bytes per float32 element: reads 8 (5 with a uint8 target), writes 4 (8 with both gradients). Launches: 1.
+    Roundings: 28. Deterministic.
     """
     first_row, first_column = program_tile(chunks, FLAT, ROWS, COLUMNS)
     row = tl.arange(0, ROWS)
