@@ -39,6 +39,8 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from triton.backends.compiler import GPUTarget
+
 from disassembly import (
     PARTS,
     bits_moved,
@@ -50,11 +52,9 @@ from disassembly import (
     source_lines,
     widest,
 )
-from launches import Launch, exact_lines, launches
-from triton.backends.compiler import GPUTarget
-
 from fastvae.files import replacing
 from fastvae.kernels.tiles import drew_last_ticket
+from launches import Launch, exact_lines, launches
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

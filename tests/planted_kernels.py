@@ -18,9 +18,8 @@ import triton.language as tl
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from codegen import TARGETS, inspect
-from launches import Launch, exact_lines
-
 from fastvae.kernels.tiles import drew_last_ticket, sum_in_order
+from launches import Launch, exact_lines
 
 
 @triton.jit

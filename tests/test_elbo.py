@@ -11,9 +11,19 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from bounds import assert_within, ulp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
+import fastvae
+import fastvae.functional as F
+from bounds import assert_within, ulp
+from fastvae.functional import ELBO
+from fastvae.kernels import INTERPRETED
+from fastvae.kernels import elbo as kernels
+from fastvae.kernels import launch as launching
+from fastvae.nn import ELBOLoss
+from fastvae.reference import elbo as reference
 from test_reconstruction import (
     EVENT_4D,
     FLOATS,
@@ -35,16 +45,6 @@ from test_reconstruction import (
     truncated,
     use_small_tiles,
 )
-from torch import Tensor
-
-import fastvae
-import fastvae.functional as F
-from fastvae.functional import ELBO
-from fastvae.kernels import INTERPRETED
-from fastvae.kernels import elbo as kernels
-from fastvae.kernels import launch as launching
-from fastvae.nn import ELBOLoss
-from fastvae.reference import elbo as reference
 
 # Roundings of a value, from the kernel's docstring: those of its terms, these, and one per level of its sum.
 MORE = 4

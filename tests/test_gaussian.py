@@ -10,8 +10,6 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from bounds import assert_within
-from conftest import Launches
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -19,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastvae
 import fastvae.functional as F
+from bounds import assert_within
+from conftest import Launches
 from fastvae import nn, reference
 from fastvae.kernels import INTERPRETED, gaussian, moments
 from fastvae.kernels import launch as launching

@@ -14,11 +14,11 @@ import scipy.stats
 import torch
 import triton
 import triton.language as tl
-from bounds import ulp
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fastvae.functional as F
+from bounds import ulp
 from fastvae import random
 from fastvae.kernels import INTERPRETED, moments
 from fastvae.kernels.launch import FAST

@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from bounds import assert_within
-from conftest import Launches
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -22,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastvae
 import fastvae.functional as F
+from bounds import assert_within
+from conftest import Launches
 from fastvae.kernels import INTERPRETED, tiles
 from fastvae.kernels import launch as launching
 from fastvae.kernels import reconstruction as kernels

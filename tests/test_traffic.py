@@ -12,8 +12,6 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from traffic import Traffic, documented_bytes, formula_bytes, metered, operations
-
 import fastvae
 import fastvae.autograd.reconstruction
 import fastvae.functional as F
@@ -21,6 +19,7 @@ from fastvae import kernels
 from fastvae.kernels.elbo import elbo_backward_kernel, elbo_forward_kernel
 from fastvae.kernels.gaussian import gaussian_backward_kernel, gaussian_forward_kernel
 from fastvae.kernels.reconstruction import sigmoid_mse_backward_kernel, sigmoid_mse_forward_kernel
+from traffic import Traffic, documented_bytes, formula_bytes, metered, operations
 
 pytestmark = pytest.mark.skipif(not kernels.INTERPRETED, reason="bytes are counted on Triton's interpreter")
 

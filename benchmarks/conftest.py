@@ -1,0 +1,206 @@
+"""`pytest benchmarks/ --benchmark`: times every provider of every case, and writes a page, a figure and JSON.
+
+Without --benchmark each case runs once, small, and is judged against float64: a test of the benchmarks themselves.
+
+pytest-benchmark times one test to its end before it starts the next; here all providers of a case are timed in turns,
+at the first of the case's tests, and each test hands its provider's times to pytest-benchmark. So its own options
+(--benchmark-json, --benchmark-compare, --benchmark-histogram, --benchmark-columns, ...) work as ever.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX would take three quarters of the card
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # for the smoke test; before anything imports Triton
+
+from cases import Case, headline, matrix
+from devices import CPU, CUDA
+from measure import Measurement, measure
+from providers import PROVIDERS, OperationSubject
+from report import describe_run, markdown, write
+from training_step import TrainingSubject
+
+CASES_PER_PART = 24
+# Seconds of timing per case: 16 cases, with 10 to 15 s of compilation each, stay under 8 minutes.
+BUDGET = 6.0
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fastvae")
+    group.addoption("--benchmark", action="store_true", help="measure; without it each benchmark runs once, small")
+    group.addoption(
+        "--part", type=int, metavar="N", help=f"measure part N, from 1, of the full matrix: {CASES_PER_PART} cases each"
+    )
+    group.addoption(
+        "--report", type=Path, default=Path("benchmark-results"), metavar="DIR", help="default: benchmark-results"
+    )
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-benchmark reads its options
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("--benchmark"):
+        if config.getoption("--part") is not None:
+            raise pytest.UsageError("--part needs --benchmark")
+        config.option.benchmark_disable = True
+        return
+    config.option.benchmark_disable = False
+    # The time to the first result is that of a user who compiles for the first time.
+    caches = Path(tempfile.mkdtemp(prefix="fastvae-benchmark-"))
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(caches / "inductor")
+    os.environ["TRITON_CACHE_DIR"] = str(caches / "triton")
+
+
+class Session:
+    """The device, and what has been measured on it: every case once, however many tests ask."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.device = CUDA() if torch.cuda.is_available() else CPU()
+        self.run = describe_run(self.device, self.device.copy_bandwidth())
+        self._measured: dict[str, dict[str, Measurement]] = {}
+
+    def measured(self, subject: Any) -> dict[str, Measurement]:
+        name = str(subject)
+        if name not in self._measured:
+            names = [it for it in subject.providers if self.device.name == "cuda" or PROVIDERS[it].on_cpu]
+            self._measured[name] = measure(subject, self.device, names, BUDGET)
+            self.run["cells"].append(
+                {
+                    "case": name,
+                    **(subject.case.as_dict() if isinstance(subject, OperationSubject) else {}),
+                    "compulsory_bytes": subject.compulsory_bytes,
+                    "providers": {it: found.as_dict() for it, found in self._measured[name].items()},
+                }
+            )
+            write(self.folder, self.run)  # after every case, so that a run that is cut short leaves what it has
+        return self._measured[name]
+
+    def not_measured(self) -> str | None:
+        """What this machine cannot do."""
+        if self.device.name == "cuda":
+            return None
+        missing = ", ".join(name for name, provider in PROVIDERS.items() if not provider.on_cpu)
+        return f"No CUDA device, so not measured: {missing}; GPU times, host times, launches, memory."
+
+
+SESSION = pytest.StashKey[Session]()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test for each provider of each case, those of a case together."""
+    if "subject" not in metafunc.fixturenames:
+        return
+    timed, on_gpu = metafunc.config.getoption("--benchmark"), torch.cuda.is_available()
+    pairs = [
+        (subject, name)
+        for subject in _subjects(metafunc.module, metafunc.config)
+        for name in subject.providers
+        if on_gpu or PROVIDERS[name].on_cpu or (not timed and name == "fused")  # on the interpreter
+    ]
+    if not timed:
+        # One compiled case of each operation is enough to run the code; a graph is made by timing alone.
+        pairs = [pair for pair in pairs if not PROVIDERS[pair[1]].base and _smoke_compiles(*pair)]
+    metafunc.parametrize(
+        ("subject", "provider"),
+        [pytest.param(*pair, marks=pytest.mark.benchmark(group=str(pair[0]), timer=_recorded)) for pair in pairs],
+        ids=[f"{subject}-{name}" for subject, name in pairs],
+    )
+
+
+def _subjects(module: Any, config: pytest.Config) -> list[Any]:
+    """The cases of the module's FAMILY; the training step where it has none."""
+    timed, part = config.getoption("--benchmark"), config.getoption("--part")
+    sizes = "smoke" if not timed else "cuda" if torch.cuda.is_available() else "cpu"
+    if not hasattr(module, "FAMILY"):
+        if not timed:
+            return [TrainingSubject(batch_size=16, judged_steps=10)]
+        return [] if part and part != 1 else [TrainingSubject()]
+    chosen: list[Case] = headline(sizes)
+    if part is not None:
+        every = list(matrix(sizes))
+        parts = -(-len(every) // CASES_PER_PART)
+        if not 1 <= part <= parts:
+            raise pytest.UsageError(f"--part must be 1 to {parts}, got {part}")
+        chosen = every[(part - 1) * CASES_PER_PART : part * CASES_PER_PART]
+    return [OperationSubject(case) for case in chosen if case.operation in module.FAMILY]
+
+
+def _smoke_compiles(subject: Any, name: str) -> bool:
+    if not name.startswith("compile"):
+        return True
+    return name == "compile" and isinstance(subject, OperationSubject) and subject.case.regime == "launch"
+
+
+class _Recorded:
+    """A clock for pytest-benchmark that shows times that were taken before."""
+
+    def __init__(self) -> None:
+        self.now, self._durations, self._running = 0.0, iter(()), False
+
+    def load(self, durations: list[float]) -> None:
+        self._durations, self._running = iter(durations), False
+
+    def __call__(self) -> float:
+        if self._running:
+            self.now += next(self._durations)
+        self._running = not self._running
+        return self.now
+
+
+_recorded = _Recorded()
+
+
+@pytest.fixture
+def run(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Any, str], None]:
+    """What each benchmark does: hand its measurement to pytest-benchmark; without --benchmark, run once."""
+
+    def once(subject: Any, provider: str) -> None:
+        device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+        subject.prepare(device, lambda _: 1)
+        call = subject.build(provider)
+        call(0)
+        complaint = subject.complaint(provider, call)
+        subject.release()
+        assert complaint is None, complaint
+
+    def feed(subject: Any, provider: str) -> None:
+        session = request.config.stash.get(SESSION, None)
+        if session is None:
+            session = request.config.stash[SESSION] = Session(request.config.getoption("--report"))
+        measurement = session.measured(subject)[provider]
+        if measurement.failure:
+            benchmark.skipped = True
+            pytest.fail(f"FAIL: {measurement.failure}", pytrace=False)
+        benchmark.extra_info.update(measurement.as_dict())
+        _recorded.load(measurement.call)
+        benchmark.pedantic(lambda: None, rounds=len(measurement.call))
+
+    def choose(subject: Any, provider: str) -> None:
+        if benchmark.enabled:
+            feed(subject, provider)
+        else:
+            benchmark.pedantic(once, args=(subject, provider))
+
+    return choose
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    session = config.stash.get(SESSION, None)
+    if session is None:
+        return
+    missing = session.not_measured()
+    if missing:
+        terminalreporter.write_line(missing)
+    terminalreporter.section("fastvae benchmarks")
+    terminalreporter.write_line(markdown(session.run))
+    terminalreporter.write_line(f"written to {session.folder}: benchmarks.json, benchmarks.md, benchmarks.png")

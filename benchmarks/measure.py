@@ -1,0 +1,156 @@
+"""One subject, all providers: judged first, then timed in turns, so that a change of clock or load meets all alike."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from devices import CPU, CUDA, quartiles
+from providers import PROVIDERS
+
+MIN_ROUNDS, MAX_ROUNDS = 5, 25
+
+
+class Subject(Protocol):
+    """An operation on certain inputs, or the training step."""
+
+    compulsory_bytes: int | None
+    providers: tuple[str, ...]
+    steps_per_call: dict[str, int]  # by provider, 1 unless it is there
+
+    def prepare(self, device: torch.device, input_sets: Callable[[int], int]) -> int:
+        """Make the input sets, as many as `input_sets(bytes)` says. Returns their number."""
+
+    def build(self, name: str) -> Callable[[int], Any]:
+        """The provider's step, as a function of the input set's number. Not called for graph providers."""
+
+    def complaint(self, name: str, call: Callable[[int], Any]) -> str | None:
+        """What is wrong with what it computes after its first call, or None."""
+
+    def release(self) -> None: ...
+
+
+@dataclass
+class Measurement:
+    """Of one provider. Times in seconds, one per round; empty or None where there is none.
+
+    call: of a call in a loop of calls: the larger of the host's and the device's. For a graph provider, of a call
+    inside the graph. gpu: the device's, in a replayed graph. host: the host's, to launch. first: until the first result,
+    compilation included. failure: why there are no times: a wrong result, or what it raised.
+    """
+
+    provider: str
+    compulsory_bytes: int | None = None
+    failure: str | None = None
+    first: float | None = None
+    call: list[float] = field(default_factory=list)
+    gpu: list[float] = field(default_factory=list)
+    host: list[float] = field(default_factory=list)
+    launches: int | None = None
+    extra_bytes: int | None = None
+    uncaptured: str | None = None  # why there is no graph
+
+    def as_dict(self) -> dict[str, Any]:
+        times = {"call": self.call, "gpu": self.gpu, "host": self.host}
+        best = self.gpu or self.call
+        rate = self.compulsory_bytes / quartiles(best)[1] if best and self.compulsory_bytes else None
+        return {
+            "provider": self.provider,
+            "failure": self.failure,
+            "uncaptured": self.uncaptured,
+            "first_seconds": self.first,
+            **{f"{name}_seconds": quartiles(samples) if samples else None for name, samples in times.items()},
+            "launches": self.launches,
+            "extra_bytes": self.extra_bytes,
+            "compulsory_bytes": self.compulsory_bytes,
+            "bytes_per_second": rate,
+        }
+
+
+def measure(subject: Subject, device: CPU, names: Sequence[str], budget: float) -> dict[str, Measurement]:
+    """Measure the providers of these names, for about `budget` seconds after compilation."""
+    # Dynamo keeps compiled code by source line, which all cases share, and gives up after eight.
+    torch.compiler.reset()
+    sets = subject.prepare(device.device, device.input_sets)
+    measurements = {name: Measurement(name, subject.compulsory_bytes) for name in names}
+    own = [name for name in names if PROVIDERS[name].base is None]
+    runners = [runner for name in own if (runner := _start(subject, device, sets, measurements[name]))]
+    try:
+        _time_in_turns(runners, device, budget)
+    finally:
+        # Graphs own memory, which the next subject needs.
+        runners.clear()
+        subject.release()
+        gc.collect()
+    for name in names:
+        if PROVIDERS[name].base:
+            _derive_graph(measurements[name], measurements[PROVIDERS[name].base])
+    return measurements
+
+
+@dataclass
+class _Runner:
+    """A provider that computes the right thing, ready to be timed."""
+
+    measurement: Measurement
+    call: Callable[[int], Any]
+    calls: int  # per round
+    sets: int
+    steps: int  # per call
+    replay: Callable[[], None] | None = None
+
+    def time(self, device: CPU) -> None:
+        measurement = self.measurement
+        measurement.call.append(device.call_seconds(self.call, self.calls, self.sets) / self.steps)
+        if isinstance(device, CUDA) and PROVIDERS[measurement.provider].is_torch:
+            measurement.host.append(device.host_seconds(self.call, self.sets))
+            if self.replay is not None:
+                measurement.gpu.append(device.graph_seconds(self.replay, self.sets))
+
+
+def _start(subject: Subject, device: CPU, sets: int, measurement: Measurement) -> _Runner | None:
+    try:
+        call = subject.build(measurement.provider)
+        measurement.first = device.first_call_seconds(call)
+        measurement.failure = subject.complaint(measurement.provider, call)
+        if measurement.failure:
+            return None
+        steps = subject.steps_per_call.get(measurement.provider, 1)
+        runner = _Runner(measurement, call, device.calls_per_round(call), sets, steps)
+        if isinstance(device, CUDA) and PROVIDERS[measurement.provider].is_torch:
+            measurement.launches = device.launches(call)
+            measurement.extra_bytes = device.extra_bytes(call)
+            if PROVIDERS[measurement.provider].capturable:
+                try:
+                    runner.replay = device.capture(call, sets)
+                except Exception as error:
+                    measurement.uncaptured = _one_line(error)
+        return runner
+    except Exception as error:  # whatever a provider raises is its result; the others go on
+        measurement.failure = _one_line(error)
+        return None
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _time_in_turns(runners: Sequence[_Runner], device: CPU, budget: float) -> None:
+    began = time.perf_counter()
+    for round in range(MAX_ROUNDS):
+        if round >= MIN_ROUNDS and time.perf_counter() - began > budget:
+            break
+        for runner in runners:
+            runner.time(device)
+
+
+def _derive_graph(measurement: Measurement, base: Measurement) -> None:
+    """A graph provider runs its base's kernels, so the base's replay is what it takes."""
+    measurement.failure = base.failure or base.uncaptured
+    measurement.first, measurement.launches = base.first, base.launches
+    measurement.call = measurement.gpu = base.gpu
