@@ -40,8 +40,8 @@ class Measurement:
     """Of one provider. Times in seconds, one per round; empty or None where there is none.
 
     call: of a call in a loop of calls: the larger of the host's and the device's. For a graph provider, of a call
-    inside the graph. gpu: the device's, in a replayed graph. host: the host's, to launch. first: until the first result,
-    compilation included. failure: why there are no times: a wrong result, or what it raised.
+    inside the graph. gpu: the device's, in a replayed graph. host: the host's, to launch. first: until the first
+    result, compilation included. failure: why there are no times: a wrong result, or what it raised.
     """
 
     provider: str

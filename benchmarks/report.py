@@ -78,7 +78,7 @@ def markdown(run: Run) -> str:
         "# Benchmarks",
         "",
         f"{run['device']}; torch {found['torch']}, triton {found['triton']}, fastvae {found['fastvae']}, "
-        f"commit {run['commit']}. Copying memory moves {run['copy_bandwidth'] / 1e9:,.0f} GB/s here, "
+        f"commit {run['commit'] or 'unknown'}. Copying memory moves {run['copy_bandwidth'] / 1e9:,.0f} GB/s here, "
         "bytes read and written.",
         "",
         *_call_table(run),

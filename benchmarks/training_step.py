@@ -8,7 +8,8 @@ compiled as a whole, its backward with it, and the fused update after it.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from fastvae.models import ConvVAE
 from fastvae.training import training_step
 from providers import PROVIDERS
 
+BATCH_SIZE = 128
 LEARNING_RATE = 1e-3
 # The loss after this many steps on one batch of 128 was 40.1 to 41.0 over four seeds of the noise and 39.3 to 40.3 over
 # three of the weights; without the divergence it was 34.4, with half the learning rate 67.0 (CPU, torch 2.13).
@@ -30,10 +32,61 @@ ALLOWED_SPREAD = 0.05
 JAX_STEPS = 10  # in one lax.scan
 
 
+@contextmanager
+def fast_arithmetic() -> Iterator[None]:
+    """TF32 in matrix products, as cuDNN has it in convolutions, and cuDNN's search for the fastest algorithm."""
+    before = (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark)
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.benchmark = before[1]
+
+
+def make_model(device: torch.device) -> tuple[ConvVAE, Adam]:
+    """The same weights at every call."""
+    torch.manual_seed(0)
+    model = ConvVAE().to(device)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model, Adam(model.parameters(), lr=LEARNING_RATE, fused=True, capturable=device.type == "cuda")
+
+
+def make_step(provider: str, model: ConvVAE, optimizer: Adam) -> Callable[[Tensor], Tensor]:
+    """The provider's step: an update on a batch of images, which returns the loss before it."""
+    if provider in ("eager", "fused"):
+        backend = "triton" if provider == "fused" else "reference"
+
+        def step(batch: Tensor) -> Tensor:
+            with fastvae.use_backend(backend):
+                return training_step(model, optimizer, batch).loss
+
+        return step
+
+    def negative_elbo(batch: Tensor) -> Tensor:
+        output = model(batch)
+        return F.elbo_loss(output.logits, batch, output.kl).loss
+
+    mode = "max-autotune" if provider == "compile-max-autotune" else "default"
+    compiled = torch.compile(negative_elbo, fullgraph=True, dynamic=False, mode=mode)
+
+    def compiled_step(batch: Tensor) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        with fastvae.use_backend("reference"):
+            loss: Tensor = compiled(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return compiled_step
+
+
 class TrainingSubject:
     """The step as `measure` takes it."""
 
-    def __init__(self, batch_size: int = 128, judged_steps: int = JUDGED_STEPS) -> None:
+    def __init__(self, batch_size: int = BATCH_SIZE, judged_steps: int = JUDGED_STEPS) -> None:
         self.compulsory_bytes = None  # the convolutions' traffic is cuDNN's affair
         self.steps_per_call = {"jax": JAX_STEPS}
         self.batch_size = batch_size
@@ -47,17 +100,15 @@ class TrainingSubject:
 
     def prepare(self, device: torch.device, input_sets: Callable[[int], int]) -> int:
         self._device = device
-        self._before = (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark)
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.benchmark = True
+        self._arithmetic = fast_arithmetic()
+        self._arithmetic.__enter__()
         # Weights and activations fill the cache, whatever the images.
         self._batches = load_digits().train_images[: 4 * self.batch_size].to(device).split(self.batch_size)
         self._expected = self._loss_after(self.build("eager"), 0, 1)
         return len(self._batches)
 
     def release(self) -> None:
-        precision, torch.backends.cudnn.benchmark = self._before
-        torch.set_float32_matmul_precision(precision)
+        self._arithmetic.__exit__(None, None, None)
         del self._batches
 
     def build(self, name: str) -> Callable[[int], Any]:
@@ -65,39 +116,8 @@ class TrainingSubject:
             from jax_step import build
 
             return build([batch.cpu().numpy() for batch in self._batches], LEARNING_RATE, JAX_STEPS)
-        torch.manual_seed(0)
-        model = ConvVAE().to(self._device)
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        capturable = self._device.type == "cuda"
-        optimizer = Adam(model.parameters(), lr=LEARNING_RATE, fused=True, capturable=capturable)
-        if name.startswith("compile"):
-            return self._compiled(name, model, optimizer)
-        backend = "triton" if name == "fused" else "reference"
-
-        def step(index: int) -> Tensor:
-            with fastvae.use_backend(backend):
-                return training_step(model, optimizer, self._batches[index]).loss
-
-        return step
-
-    def _compiled(self, name: str, model: ConvVAE, optimizer: Adam) -> Callable[[int], Any]:
-        def negative_elbo(batch: Tensor) -> Tensor:
-            output = model(batch)
-            return F.elbo_loss(output.logits, batch, output.kl).loss
-
-        mode = "max-autotune" if name == "compile-max-autotune" else "default"
-        compiled = torch.compile(negative_elbo, fullgraph=True, dynamic=False, mode=mode)
-
-        def step(index: int) -> Tensor:
-            torch.compiler.cudagraph_mark_step_begin()
-            with fastvae.use_backend("reference"):
-                loss = compiled(self._batches[index])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            return loss.detach()
-
-        return step
+        step = make_step(name, *make_model(self._device))
+        return lambda index: step(self._batches[index])
 
     def complaint(self, name: str, call: Callable[[int], Any]) -> str | None:
         steps = self.steps_per_call.get(name, 1)
