@@ -212,22 +212,22 @@ def matrix(sizes: str) -> Iterator[Case]:
 
 
 def headline(sizes: str) -> list[Case]:
-    """The 15 cells that say most; with the training step they are the 16 that run by default."""
+    """The 15 cells that say most, most telling first; with the training step they are the 16 that run by default."""
     packed, loss, both = "gaussian_sample_kl_packed", "sigmoid_mse_loss", "elbo_value_and_grad"
     return [
         Case(packed, "launch", True, sizes=sizes),
-        Case(packed, "medium", True, sizes=sizes),
-        Case(packed, "medium", True, channels_last=True, sizes=sizes),
-        Case(packed, "bandwidth", True, sizes=sizes),
-        Case(packed, "bandwidth", True, "bfloat16", sizes=sizes),
-        Case("gaussian_sample", "bandwidth", False, sizes=sizes),
-        Case("gaussian_kl", "bandwidth", True, sizes=sizes),
-        Case(loss, "launch", True, sizes=sizes),
-        Case(loss, "bandwidth", True, sizes=sizes),
-        Case(loss, "bandwidth", True, "bfloat16", unit_gradient=False, sizes=sizes),
-        Case("elbo_loss", "bandwidth", True, sizes=sizes),
         Case(both, "launch", False, sizes=sizes),
-        Case(both, "medium", False, sizes=sizes),
+        Case(packed, "bandwidth", True, sizes=sizes),
         Case(both, "bandwidth", False, sizes=sizes),
+        Case(packed, "medium", True, sizes=sizes),
+        Case(both, "medium", False, sizes=sizes),
+        Case(loss, "bandwidth", True, sizes=sizes),
+        Case(packed, "bandwidth", True, "bfloat16", sizes=sizes),
         Case(both, "bandwidth", False, "bfloat16", sizes=sizes),
+        Case("gaussian_kl", "bandwidth", True, sizes=sizes),
+        Case("elbo_loss", "bandwidth", True, sizes=sizes),
+        Case("gaussian_sample", "bandwidth", False, sizes=sizes),
+        Case(packed, "medium", True, channels_last=True, sizes=sizes),
+        Case(loss, "launch", True, sizes=sizes),
+        Case(loss, "bandwidth", True, "bfloat16", unit_gradient=False, sizes=sizes),
     ]

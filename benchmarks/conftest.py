@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,17 @@ if not torch.cuda.is_available():
 
 from cases import Case, headline, matrix
 from devices import CPU, CUDA
-from measure import Measurement, measure
+from measure import Measurement, count_launches, measure
 from providers import PROVIDERS, OperationSubject
 from report import describe_run, markdown, write
 from training_step import TrainingSubject
 
 CASES_PER_PART = 24
-# Seconds of timing per case: 16 cases, with 10 to 15 s of compilation each, stay under 8 minutes.
-BUDGET = 6.0
+BUDGET = 4.0  # seconds of timing per case
+# Seconds that a case takes beside its timing, estimated for an H200 machine of 16 cores: to compile, and what
+# max-autotune's search adds. They decide only what is left out when time runs short.
+COMPILATION, SEARCH = 6.0, 20.0
+LAUNCH_COUNT = 2.0
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,6 +44,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--benchmark", action="store_true", help="measure; without it each benchmark runs once, small")
     group.addoption(
         "--part", type=int, metavar="N", help=f"measure part N, from 1, of the full matrix: {CASES_PER_PART} cases each"
+    )
+    group.addoption(
+        "--limit",
+        type=float,
+        default=420.0,
+        metavar="SECONDS",
+        help="be done in about this time: where it runs short, cases go without compile-max-autotune (default: 420)",
     )
     group.addoption(
         "--report", type=Path, default=Path("benchmark-results"), metavar="DIR", help="default: benchmark-results"
@@ -63,16 +74,24 @@ def pytest_configure(config: pytest.Config) -> None:
 class Session:
     """The device, and what has been measured on it: every case once, however many tests ask."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, planned: int, limit: float) -> None:
+        self.began = time.monotonic()
         self.folder = folder
+        self.planned = planned  # cases
+        self.limit = limit
         self.device = CUDA() if torch.cuda.is_available() else CPU()
         self.run = describe_run(self.device, self.device.copy_bandwidth())
         self._measured: dict[str, dict[str, Measurement]] = {}
+        self._subjects: list[Any] = []
 
     def measured(self, subject: Any) -> dict[str, Measurement]:
         name = str(subject)
         if name not in self._measured:
             names = [it for it in subject.providers if self.device.name == "cuda" or PROVIDERS[it].on_cpu]
+            left = self.planned - len(self._measured)
+            if not self._has_time(left * (BUDGET + COMPILATION + LAUNCH_COUNT) + SEARCH):
+                names = [it for it in names if it != "compile-max-autotune"]
+            self._subjects.append(subject)
             self._measured[name] = measure(subject, self.device, names, BUDGET)
             self.run["cells"].append(
                 {
@@ -85,6 +104,23 @@ class Session:
             write(self.folder, self.run)  # after every case, so that a run that is cut short leaves what it has
         return self._measured[name]
 
+    def count_launches(self) -> None:
+        """Of all that has been timed; at the end, see `CUDA.launches`."""
+        if not isinstance(self.device, CUDA):
+            return
+        for subject, cell in zip(self._subjects, self.run["cells"], strict=True):
+            if not self._has_time(LAUNCH_COUNT):
+                break
+            found = cell["providers"]
+            names = [it for it in found if PROVIDERS[it].is_torch and not PROVIDERS[it].base]
+            names = [it for it in names if not found[it]["failure"]]
+            for name, count in count_launches(subject, self.device, names).items():
+                found[name]["launches"] = count
+        write(self.folder, self.run)
+
+    def _has_time(self, seconds: float) -> bool:
+        return time.monotonic() - self.began + seconds < self.limit
+
     def not_measured(self) -> str | None:
         """What this machine cannot do."""
         if self.device.name == "cuda":
@@ -94,6 +130,29 @@ class Session:
 
 
 SESSION = pytest.StashKey[Session]()
+PLANNED = pytest.StashKey[int]()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What says most comes first, in case time runs short; the training step, which takes longest, comes last."""
+    if config.getoption("--benchmark") and config.getoption("--part") is None:
+        ranks = {str(case): rank for rank, case in enumerate(headline(_sizes(config)))}
+        items.sort(key=lambda item: ranks.get(_case_of(item), len(ranks)))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    session.config.stash[PLANNED] = len({_case_of(item) for item in session.items})
+
+
+def _case_of(item: pytest.Item) -> str:
+    callspec = getattr(item, "callspec", None)  # none: a test of something else in the same run
+    return str(callspec.params.get("subject")) if callspec else ""
+
+
+def _sizes(config: pytest.Config) -> str:
+    if not config.getoption("--benchmark"):
+        return "smoke"
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -120,7 +179,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def _subjects(module: Any, config: pytest.Config) -> list[Any]:
     """The cases of the module's FAMILY; the training step where it has none."""
     timed, part = config.getoption("--benchmark"), config.getoption("--part")
-    sizes = "smoke" if not timed else "cuda" if torch.cuda.is_available() else "cpu"
+    sizes = _sizes(config)
     if not hasattr(module, "FAMILY"):
         if not timed:
             return [TrainingSubject(batch_size=16, judged_steps=10)]
@@ -142,19 +201,18 @@ def _smoke_compiles(subject: Any, name: str) -> bool:
 
 
 class _Recorded:
-    """A clock for pytest-benchmark that shows times that were taken before."""
+    """A clock for pytest-benchmark that shows times taken before: 0 when a round starts, its time when it ends."""
 
     def __init__(self) -> None:
-        self.now, self._durations, self._running = 0.0, iter(()), False
+        self._durations: Iterator[float] = iter(())
+        self._running = False
 
     def load(self, durations: list[float]) -> None:
         self._durations, self._running = iter(durations), False
 
     def __call__(self) -> float:
-        if self._running:
-            self.now += next(self._durations)
         self._running = not self._running
-        return self.now
+        return 0.0 if self._running else next(self._durations)
 
 
 _recorded = _Recorded()
@@ -176,8 +234,13 @@ def run(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Any, str], 
     def feed(subject: Any, provider: str) -> None:
         session = request.config.stash.get(SESSION, None)
         if session is None:
-            session = request.config.stash[SESSION] = Session(request.config.getoption("--report"))
-        measurement = session.measured(subject)[provider]
+            config = request.config
+            session = Session(config.getoption("--report"), config.stash[PLANNED], config.getoption("--limit"))
+            config.stash[SESSION] = session
+        measurement = session.measured(subject).get(provider)
+        if measurement is None:
+            benchmark.skipped = True
+            pytest.skip(f"left out, to be done within --limit {session.limit:g}")
         if measurement.failure:
             benchmark.skipped = True
             pytest.fail(f"FAIL: {measurement.failure}", pytrace=False)
@@ -192,6 +255,12 @@ def run(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Any, str], 
             benchmark.pedantic(once, args=(subject, provider))
 
     return choose
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    measured = session.config.stash.get(SESSION, None)
+    if measured is not None:
+        measured.count_launches()
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -24,6 +24,9 @@ ROUND_SECONDS = 4e-3
 # the host never waits for the device, and what is measured is the host alone.
 HOST_CALLS = 20
 GIBIBYTE = 1 << 30
+# A timed graph is queued behind so many fills of the flush buffer: while the device is busy with them (600 MB where the
+# cache has 60) the host has the time to launch the graph, and no gap between the two is timed.
+FLUSHES = 5
 
 
 class CPU:
@@ -103,15 +106,23 @@ class CUDA(CPU):
         self.synchronize()
         graph = self.api.CUDAGraph()
         gc.collect()  # nothing may be freed into the graph's pool, or out of it, by a collection during capture
-        with self.api.graph(graph):
+        # A capture that fails leaves its stream current; the outer block puts back the one that was. thread_local: what
+        # the threads of other libraries do is no part of this capture.
+        with (
+            self.api.stream(self.api.current_stream(self.device)),
+            self.api.graph(graph, capture_error_mode="thread_local"),
+        ):
             for index in range(sets):
                 call(index)
+        graph.replay()  # the first one uploads the graph
+        self.synchronize()
         replay: Callable[[], None] = graph.replay
         return replay
 
     def graph_seconds(self, replay: Callable[[], None], sets: int) -> float:
         """The device's time per captured call, its input not in the cache."""
-        self._flush.zero_()
+        for _ in range(FLUSHES):
+            self._flush.zero_()
         begin, end = self.api.Event(enable_timing=True), self.api.Event(enable_timing=True)
         begin.record()
         replay()
@@ -140,8 +151,12 @@ class CUDA(CPU):
         del results
         return int(peak)
 
-    def launches(self, call: Call, profile: Callable[..., AbstractContextManager[Any]] | None = None) -> int:
-        """Kernels, fills and copies that a call runs on the device, as torch's profiler sees them."""
+    def launches(self, call: Call, profile: Callable[..., AbstractContextManager[Any]] | None = None) -> int | None:
+        """Kernels, fills and copies that a call runs on the device, as torch's profiler sees them.
+
+        None where it sees nothing. Profile after everything has been timed: CUDA's profiling library stays in the
+        process and slows every later launch (pytorch issue 144455).
+        """
         from torch.autograd import DeviceType
         from torch.profiler import ProfilerActivity
         from torch.profiler import profile as torch_profile
@@ -150,7 +165,9 @@ class CUDA(CPU):
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
             call(0)
             self.synchronize()
-        return sum(event.device_type == DeviceType.CUDA for event in recorded.events())
+        on_device = [event for event in recorded.events() if event.device_type == DeviceType.CUDA]
+        # The ranges that optimizers and compiled functions mark appear on the device as well, and launch nothing.
+        return sum(not event.is_user_annotation for event in on_device) or None
 
     def copy_bandwidth(self) -> float:
         source = torch.empty(2 * GIBIBYTE, dtype=torch.uint8, device=self.device).random_()

@@ -15,6 +15,10 @@ LATENT = 16
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
+def runs_on_gpu() -> bool:
+    return bool(jax.default_backend() == "gpu")
+
+
 def _initial_parameters(key: Any) -> dict[str, Any]:
     shapes = {
         "conv1": (3, 3, 1, 32),

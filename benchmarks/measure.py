@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -32,7 +33,8 @@ class Subject(Protocol):
     def complaint(self, name: str, call: Callable[[int], Any]) -> str | None:
         """What is wrong with what it computes after its first call, or None."""
 
-    def release(self) -> None: ...
+    def release(self) -> None:
+        """Let go of what `prepare` made, also where it was cut short."""
 
 
 @dataclass
@@ -55,6 +57,10 @@ class Measurement:
     extra_bytes: int | None = None
     uncaptured: str | None = None  # why there is no graph
 
+    def fail(self, reason: str) -> None:
+        self.failure = reason
+        self.call, self.gpu, self.host = [], [], []
+
     def as_dict(self) -> dict[str, Any]:
         times = {"call": self.call, "gpu": self.gpu, "host": self.host}
         best = self.gpu or self.call
@@ -76,12 +82,16 @@ def measure(subject: Subject, device: CPU, names: Sequence[str], budget: float) 
     """Measure the providers of these names, for about `budget` seconds after compilation."""
     # Dynamo keeps compiled code by source line, which all cases share, and gives up after eight.
     torch.compiler.reset()
-    sets = subject.prepare(device.device, device.input_sets)
     measurements = {name: Measurement(name, subject.compulsory_bytes) for name in names}
     own = [name for name in names if PROVIDERS[name].base is None]
-    runners = [runner for name in own if (runner := _start(subject, device, sets, measurements[name]))]
+    runners: list[_Runner] = []
     try:
+        sets = subject.prepare(device.device, device.input_sets)
+        runners += [runner for name in own if (runner := _start(subject, device, sets, measurements[name]))]
         _time_in_turns(runners, device, budget)
+    except Exception as error:  # no memory for the inputs, say: the next subject may fit
+        for measurement in measurements.values():
+            measurement.fail(_one_line(error))
     finally:
         # Graphs own memory, which the next subject needs.
         runners.clear()
@@ -91,6 +101,23 @@ def measure(subject: Subject, device: CPU, names: Sequence[str], budget: float) 
         if PROVIDERS[name].base:
             _derive_graph(measurements[name], measurements[PROVIDERS[name].base])
     return measurements
+
+
+def count_launches(subject: Subject, device: CUDA, names: Sequence[str]) -> dict[str, int | None]:
+    """By provider; None where it cannot be counted. Compiles anew, out of the caches that `measure` filled."""
+    torch.compiler.reset()
+    counts: dict[str, int | None] = dict.fromkeys(names)
+    with suppress(Exception):  # the times, which matter more, have been taken
+        subject.prepare(device.device, lambda _: 1)
+        for name in names:
+            with suppress(Exception):
+                call = subject.build(name)
+                for _ in range(3):  # compile; record, where the compiler makes CUDA graphs; run
+                    call(0)
+                counts[name] = device.launches(call)
+    subject.release()
+    gc.collect()
+    return counts
 
 
 @dataclass
@@ -122,14 +149,14 @@ def _start(subject: Subject, device: CPU, sets: int, measurement: Measurement) -
             return None
         steps = subject.steps_per_call.get(measurement.provider, 1)
         runner = _Runner(measurement, call, device.calls_per_round(call), sets, steps)
-        if isinstance(device, CUDA) and PROVIDERS[measurement.provider].is_torch:
-            measurement.launches = device.launches(call)
+        provider = PROVIDERS[measurement.provider]
+        # A provider that makes CUDA graphs itself owns its memory between calls, which no peak shows.
+        if isinstance(device, CUDA) and provider.is_torch and provider.capturable:
             measurement.extra_bytes = device.extra_bytes(call)
-            if PROVIDERS[measurement.provider].capturable:
-                try:
-                    runner.replay = device.capture(call, sets)
-                except Exception as error:
-                    measurement.uncaptured = _one_line(error)
+            try:
+                runner.replay = device.capture(call, sets)
+            except Exception as error:
+                measurement.uncaptured = _one_line(error)
         return runner
     except Exception as error:  # whatever a provider raises is its result; the others go on
         measurement.failure = _one_line(error)
@@ -146,11 +173,16 @@ def _time_in_turns(runners: Sequence[_Runner], device: CPU, budget: float) -> No
         if round >= MIN_ROUNDS and time.perf_counter() - began > budget:
             break
         for runner in runners:
-            runner.time(device)
+            if runner.measurement.failure:
+                continue
+            try:
+                runner.time(device)
+            except Exception as error:  # of memory, say, which another provider holds
+                runner.measurement.fail(_one_line(error))
 
 
 def _derive_graph(measurement: Measurement, base: Measurement) -> None:
     """A graph provider runs its base's kernels, so the base's replay is what it takes."""
     measurement.failure = base.failure or base.uncaptured
-    measurement.first, measurement.launches = base.first, base.launches
+    measurement.first = base.first
     measurement.call = measurement.gpu = base.gpu

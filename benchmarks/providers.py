@@ -59,8 +59,12 @@ def _compiled_max_autotune(case: Case) -> Step:
 
 def _fused(case: Case) -> Step:
     function = case.function(FUSED)
-    # The default on a CUDA device; on the interpreter it must be asked for.
-    context = nullcontext() if torch.cuda.is_available() else fastvae.use_backend("triton")
+    # The default on a CUDA device, checked because the environment can change it; on the interpreter it must be asked
+    # for.
+    on_gpu = torch.cuda.is_available()
+    if on_gpu and (backend := fastvae.backend_for(torch.empty(0, device="cuda"))).name != "triton":
+        raise RuntimeError(f"fastvae would run {backend}")
+    context = nullcontext() if on_gpu else fastvae.use_backend("triton")
 
     def step(inputs: Inputs) -> tuple[Tensor, ...]:
         with context:
@@ -85,6 +89,7 @@ class OperationSubject:
         return str(self.case)
 
     def prepare(self, device: torch.device, input_sets: Callable[[int], int]) -> int:
+        self._inputs: list[Inputs] = []
         first = self.case.inputs(device, seed=0)
         sets = input_sets(first.bytes)
         self._inputs = [first, *(self.case.inputs(device, seed=seed) for seed in range(1, sets))]
@@ -98,4 +103,4 @@ class OperationSubject:
         return complaint(self.case, self._inputs[0], call(0))
 
     def release(self) -> None:
-        del self._inputs
+        self._inputs = []

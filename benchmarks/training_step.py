@@ -72,10 +72,11 @@ def make_step(provider: str, model: ConvVAE, optimizer: Adam) -> Callable[[Tenso
     compiled = torch.compile(negative_elbo, fullgraph=True, dynamic=False, mode=mode)
 
     def compiled_step(batch: Tensor) -> Tensor:
+        # First, because under max-autotune the last step's gradients lie where this step's graphs write.
+        optimizer.zero_grad()
         torch.compiler.cudagraph_mark_step_begin()
         with fastvae.use_backend("reference"):
             loss: Tensor = compiled(batch)
-        optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         return loss.detach()
@@ -109,12 +110,14 @@ class TrainingSubject:
 
     def release(self) -> None:
         self._arithmetic.__exit__(None, None, None)
-        del self._batches
+        self._batches: tuple[Tensor, ...] = ()
 
     def build(self, name: str) -> Callable[[int], Any]:
         if name == "jax":
-            from jax_step import build
+            from jax_step import build, runs_on_gpu
 
+            if self._device.type == "cuda" and not runs_on_gpu():
+                raise RuntimeError("this JAX has no GPU")
             return build([batch.cpu().numpy() for batch in self._batches], LEARNING_RATE, JAX_STEPS)
         step = make_step(name, *make_model(self._device))
         return lambda index: step(self._batches[index])
