@@ -29,12 +29,13 @@ PLOTTED = {
     "gaussian_sample_kl_packed": "sample + KL, forward and backward",
     "elbo_value_and_grad": "loss with its gradient",
 }
+# In the order of the tables. A provider and its graph have one color; the graph is dashed.
 COLORS = {
     "eager": "C7",
     "compile": "C0",
     "compile-max-autotune": "C9",
-    "compile-graph": "C2",
-    "fused": "C1",
+    "compile-graph": "C0",
+    "fused": "C3",
     "fused-graph": "C3",
     "jax": "C4",
 }
@@ -90,8 +91,7 @@ def markdown(run: Run) -> str:
 
 
 def _providers(run: Run) -> list[str]:
-    """In the order of the first cell that has all of them."""
-    return max((list(cell["providers"]) for cell in run["cells"]), key=len, default=[])
+    return [name for name in COLORS if any(name in cell["providers"] for cell in run["cells"])]
 
 
 def _call_table(run: Run) -> Iterable[str]:
@@ -212,12 +212,13 @@ def plot(path: Path, run: Run) -> None:
     """Time against size, for each provider; the memory's floor; where launches and where bytes decide."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11.0, 4.6), dpi=150, layout="constrained")
+    figure = Figure(figsize=(11.0, 5.0), dpi=150, layout="constrained")
     panels = figure.subplots(1, 2)
     for axes, (operation, title) in zip(panels, PLOTTED.items(), strict=True):
         _plot_operation(axes, run, operation, title)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    # One legend for both panels, either of which may lack some.
+    handles = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(f"{run['device']}, float32, torch {run['versions']['torch']}")
     with replacing(path) as file:
         figure.savefig(file, format="png")
@@ -236,7 +237,7 @@ def _plot_operation(axes: Axes, run: Run, operation: str, title: str) -> None:
     cells.sort(key=lambda cell: cell["elements"])
     axes.set_title(title)
     axes.set_xlabel("elements of the logits" if "elbo" in operation else "elements of z")
-    axes.set_ylabel("time per call")
+    axes.set_ylabel("time per call (less is better)")
     if not cells:
         axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes)
         return
@@ -250,8 +251,9 @@ def _plot_operation(axes: Axes, run: Run, operation: str, title: str) -> None:
         if points:
             sizes, measured = zip(*points, strict=True)
             times += measured
-            bold = name.startswith("fused")
-            axes.plot(sizes, measured, marker="o", color=COLORS[name], label=name, linewidth=2.5 if bold else 1.5)
+            width = 2.5 if name.startswith("fused") else 1.5
+            style = "--" if name.endswith("-graph") else "-"
+            axes.plot(sizes, measured, style, marker="o", color=COLORS[name], label=name, linewidth=width)
     if not times:
         return
     bytes_per_element = cells[0]["compulsory_bytes"] / cells[0]["elements"]
@@ -260,7 +262,8 @@ def _plot_operation(axes: Axes, run: Run, operation: str, title: str) -> None:
     def floor(size: float) -> float:
         return size * bytes_per_element / run["copy_bandwidth"]
 
-    axes.plot([low, high], [floor(low), floor(high)], "k--", linewidth=1.2, label="floor: bytes / copy bandwidth")
+    ends = [low, high], [floor(low), floor(high)]
+    axes.plot(*ends, ":", color="black", linewidth=1.5, label="floor: bytes / copy bandwidth")
     # Where the bytes alone take as long as the fastest small call, launching no longer decides.
     crossing = min(max(min(times) / floor(1.0), low), high)
     axes.axvspan(low, crossing, color="0.93", zorder=0)
