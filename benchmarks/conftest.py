@@ -64,6 +64,9 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError("--part needs --benchmark")
         config.option.benchmark_disable = True
         return
+    part, parts = config.getoption("--part"), -(-len(list(matrix("cuda"))) // CASES_PER_PART)
+    if part is not None and not 1 <= part <= parts:
+        raise pytest.UsageError(f"--part must be 1 to {parts}, got {part}")
     config.option.benchmark_disable = False
     # The time to the first result is that of a user who compiles for the first time.
     caches = Path(tempfile.mkdtemp(prefix="fastvae-benchmark-"))
@@ -186,11 +189,7 @@ def _subjects(module: Any, config: pytest.Config) -> list[Any]:
         return [] if part and part != 1 else [TrainingSubject()]
     chosen: list[Case] = headline(sizes)
     if part is not None:
-        every = list(matrix(sizes))
-        parts = -(-len(every) // CASES_PER_PART)
-        if not 1 <= part <= parts:
-            raise pytest.UsageError(f"--part must be 1 to {parts}, got {part}")
-        chosen = every[(part - 1) * CASES_PER_PART : part * CASES_PER_PART]
+        chosen = list(matrix(sizes))[(part - 1) * CASES_PER_PART : part * CASES_PER_PART]
     return [OperationSubject(case) for case in chosen if case.operation in module.FAMILY]
 
 
