@@ -78,4 +78,5 @@ def _drawn(device: torch.device, generator: torch.Generator | None) -> PhiloxSta
             "generator is not supported under torch.compile, which cannot trace a torch.Generator"
         )
     pair = torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device, generator=generator)
-    return PhiloxState(pair[0], pair[1], 0, 0)
+    seed, offset = pair.unbind()
+    return PhiloxState(seed, offset, 0, 0)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .launch import launch, ticket, zero
 from .layout import dense_strides, gradient_strides, with_strides
-from .moments import Moments, read_moments
+from .moments import Moments, halves, read_moments
 from .noise import load_rng, normals_of_elements, normals_of_quads
 from .numerics import exp, exp_half, expm1, expm1_minus
 from .tiles import (
@@ -285,8 +285,7 @@ def gaussian_backward(
     strides = dense_strides(mu) if logvar is None else moments.strides
     gradients = [tensor.new_empty_strided(tensor.shape, strides) for tensor in inputs]
     if logvar is None:
-        half = mu.shape[dim] // 2
-        mu_grad, logvar_grad = gradients[0].narrow(dim, 0, half), gradients[0].narrow(dim, half, half)
+        mu_grad, logvar_grad = halves(gradients[0], moments.mu.shape, dim)
     else:
         mu_grad, logvar_grad = gradients[0] if needs_mu else None, gradients[-1] if needs_logvar else None
     kl_grad = None if kl_grad is None else kl_grad.resolve_neg()

@@ -7,12 +7,32 @@ tensors of one call must agree in that order. Anything else is copied once, by o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
 from math import prod
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 Strides = tuple[int, ...]
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+def remembered(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """`function` with its results kept: what follows from shapes and strides alone is worked out once per layout, not
+    at every call.
+    """
+    kept = lru_cache(maxsize=4096)(function)
+
+    def call(*arguments: Parameters.args, **named: Parameters.kwargs) -> Result:
+        try:
+            return kept(*arguments, **named)
+        except TypeError:  # the symbolic sizes of torch.compile have no hash
+            return function(*arguments, **named)
+
+    return call
 
 
 def event_size(tensor: Tensor) -> int:
@@ -22,10 +42,13 @@ def event_size(tensor: Tensor) -> int:
 
 def has_dense_rows(tensor: Tensor) -> bool:
     """Whether each sample has the strides of a contiguous tensor, in some order of its dimensions."""
-    if tensor.is_contiguous():
-        return True
+    return tensor.is_contiguous() or _rows_are_dense(tensor.shape, tensor.stride())
+
+
+@remembered
+def _rows_are_dense(shape: torch.Size, strides: Strides) -> bool:
     expected = 1
-    for stride, length in sorted(zip(tensor.stride()[1:], tensor.shape[1:], strict=True)):
+    for stride, length in sorted(zip(strides[1:], shape[1:], strict=True)):
         if length != 1:
             if stride != expected:
                 return False
@@ -37,16 +60,21 @@ def dense_strides(tensor: Tensor) -> Strides:
     """The strides of a dense tensor with the batch outermost and the other dimensions in the order of `tensor`'s
     strides.
     """
-    if tensor.is_contiguous():
+    return _dense_strides(tensor.shape, tensor.stride(), tensor.is_contiguous())
+
+
+@remembered
+def _dense_strides(shape: torch.Size, strides: Strides, contiguous: bool) -> Strides:
+    if contiguous:
         # Not stride(0), which says nothing where the batch is 1.
-        return (event_size(tensor), *tensor.stride()[1:])
-    strides = [0] * tensor.ndim
+        return (prod(shape[1:]), *strides[1:])
+    dense = [0] * len(shape)
     size = 1
-    for d in sorted(range(1, tensor.ndim), key=lambda d: (-tensor.stride(d), d), reverse=True):
-        strides[d] = size
-        size *= tensor.shape[d]
-    strides[0] = size
-    return tuple(strides)
+    for d in sorted(range(1, len(shape)), key=lambda d: (-strides[d], d), reverse=True):
+        dense[d] = size
+        size *= shape[d]
+    dense[0] = size
+    return tuple(dense)
 
 
 def with_dense_rows(tensor: Tensor) -> Tensor:
@@ -58,7 +86,7 @@ def with_dense_rows(tensor: Tensor) -> Tensor:
 
 def has_strides(tensor: Tensor, strides: Strides) -> bool:
     """Whether `tensor` has these strides, where they matter: the stride of a dimension of size 1 does not."""
-    return all(
+    return tensor.stride() == strides or all(
         own == wanted or length == 1 for own, wanted, length in zip(tensor.stride(), strides, tensor.shape, strict=True)
     )
 

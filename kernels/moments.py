@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from .layout import Strides, dense_strides, event_size, has_strides, with_dense_rows, with_strides
+from .layout import Strides, dense_strides, event_size, has_strides, remembered, with_dense_rows, with_strides
 from .tiles import Tiling, cut
 
 
@@ -46,10 +47,23 @@ def read_moments(mu: Tensor, logvar: Tensor | None, dim: int) -> Moments:
         if not has_strides(logvar, mu.stride()) or logvar.is_neg():
             mu, logvar = with_strides(mu, dense_strides(mu)), with_strides(logvar, dense_strides(mu))
         return Moments(mu, logvar, mu.stride(0), 0, dense_strides(mu))
-    half = mu.shape[dim] // 2
-    inner = half * mu.stride(dim)
+    shape, inner, strides = _halves(mu.shape, mu.stride(), dense_strides(mu), dim)
+    return Moments(*halves(mu, shape, dim), mu.stride(0), inner, strides)
+
+
+def halves(packed: Tensor, shape: torch.Size, dim: int) -> tuple[Tensor, Tensor]:
+    """Both halves, of that shape, of a tensor along dim. (Half the time of two `Tensor.narrow`.)"""
+    strides = packed.stride()
+    first = packed.as_strided(shape, strides)
+    return first, packed.as_strided(shape, strides, packed.storage_offset() + shape[dim] * strides[dim])
+
+
+@remembered
+def _halves(shape: torch.Size, strides: Strides, dense: Strides, dim: int) -> tuple[torch.Size, int, Strides]:
+    """The shape of one half, how many of its elements follow each other, and the strides of z."""
+    half = shape[dim] // 2
     # Splitting dim halves the distance along every dimension outside of it.
-    strides = tuple(stride // 2 if stride > mu.stride(dim) else stride for stride in dense_strides(mu))
+    split = tuple(stride // 2 if stride > strides[dim] else stride for stride in dense)
+    inner = half * strides[dim]
     # All of mu before all of logvar is nothing that takes turns.
-    inner = 0 if inner == strides[0] else inner
-    return Moments(mu.narrow(dim, 0, half), mu.narrow(dim, half, half), mu.stride(0), inner, strides)
+    return torch.Size((*shape[:dim], half, *shape[dim + 1 :])), 0 if inner == split[0] else inner, split

@@ -3,6 +3,7 @@ launch.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import triton
 import triton.language as tl
@@ -30,6 +31,7 @@ class Tiling:
         return max(1, self.chunks * -(-self.rows // self.tile_rows))
 
 
+@lru_cache(maxsize=4096)
 def cut(rows: int, columns: int, itemsize: int) -> Tiling:
     """Cut a problem whose bulk tensors have elements of `itemsize` bytes.
 

@@ -19,7 +19,7 @@ import fastvae.functional as F
 FREE = {
     "_unsafe_view", "alias", "as_strided", "detach", "empty", "empty_like", "empty_strided", "expand", "narrow",
     "new_empty", "new_empty_strided", "permute", "reshape", "select", "slice", "split", "split_with_sizes", "squeeze",
-    "t", "transpose", "unsqueeze", "view",
+    "t", "transpose", "unbind", "unsqueeze", "view",
 }  # fmt: skip
 
 

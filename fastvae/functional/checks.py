@@ -72,8 +72,10 @@ def check_scalar(name: str, value: float | Tensor, logits: Tensor) -> None:
         raise TypeError(f"{name} must be a number or a 0-dimensional tensor, got {type(value).__name__}")
 
 
-def takes_triton(*tensors: Tensor | None) -> bool:
+def takes_triton(first: Tensor, *others: Tensor | None) -> bool:
     """Whether the call runs fused; a single float64 among the tensors makes it a reference call."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    decisive = next((tensor for tensor in given if tensor.dtype is torch.float64), given[0])
+    decisive = first
+    for tensor in others:
+        if tensor is not None and tensor.dtype is torch.float64:
+            decisive = tensor
     return backend_for(decisive).name == "triton"
