@@ -148,8 +148,10 @@ def _start(subject: Subject, device: CPU, sets: int, measurement: Measurement) -
         if measurement.failure:
             return None
         steps = subject.steps_per_call.get(measurement.provider, 1)
-        runner = _Runner(measurement, call, device.calls_per_round(call), sets, steps)
         provider = PROVIDERS[measurement.provider]
+        # max-autotune records a graph for each address of an input that its backward reads, and looks through them at
+        # each call: it gets one set, as a training loop's allocator would give it.
+        runner = _Runner(measurement, call, device.calls_per_round(call), sets if provider.capturable else 1, steps)
         # A provider that makes CUDA graphs itself owns its memory between calls, which no peak shows.
         if isinstance(device, CUDA) and provider.is_torch and provider.capturable:
             measurement.extra_bytes = device.extra_bytes(call)

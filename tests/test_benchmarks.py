@@ -461,6 +461,27 @@ def test_measure(gpu, machine):
     assert machine.streams == ["default"]
 
 
+def test_input_sets_in_turn_but_for_max_autotune(gpu):
+    """Its CUDA graphs know the inputs that they read by address."""
+    seen = {"eager": set(), "compile-max-autotune": set()}
+
+    def recording(name):
+        def build(case):
+            step = BUILDERS["eager"](case)
+
+            def record(inputs):
+                seen[name].add(inputs.tensors[0].data_ptr())
+                return step(inputs)
+
+            return record
+
+        return build
+
+    changed = {name.replace("-", "_"): recording(name) for name in seen}
+    measure.measure(Built(**changed), gpu, tuple(seen), budget=0.0)
+    assert len(seen["eager"]) > 1 and len(seen["compile-max-autotune"]) == 1
+
+
 def test_a_provider_that_fails_fails_alone(gpu, machine):
     eager = BUILDERS["eager"]
 
