@@ -3,7 +3,7 @@
     python benchmarks/gpu_evidence.py --out DIR [--data-dir MNIST]
 
 Runs the tests on the device, the tests on the interpreter, the comparison of the compiled code, compute-sanitizer, the
-hardware counters, the headline benchmarks, and 30 epochs of the example by three providers. Parts that are not timed
+hardware counters, the headline benchmarks, and 30 epochs of the example by four providers. Parts that are not timed
 run together; what is timed runs alone. Each part is a process of its own, so that a failure costs one part, and its
 result is written when it ends. The same command again goes on where the last one stopped: parts that passed at this
 commit on this device are kept, the others run again. --minutes bounds one invocation; a part that no longer fits is
@@ -68,7 +68,7 @@ def parts(out: Path, data: Path | None, rehearse: bool) -> list[Part]:
     ncu = ["ncu", "--profile-from-start", "off", "--clock-control", "none", "--csv", "--print-units", "base"]
     ncu += ["--kernel-name", f"regex:{KERNELS}", "--metrics", ",".join(COUNTERS)]
     elements = str(1 << 15 if rehearse else COUNTED_ELEMENTS)
-    benchmarks = [*pytest, "benchmarks", "--benchmark", "--report", out]
+    benchmarks = [*pytest, "benchmarks", "--benchmark", "--report", out, "--limit", "250"]
     benchmarks += ["-k", "reconstruction and launch"] if rehearse else []
     epochs = [python, HERE / "train_epochs.py"]
     options = ["--data-dir", data] if data else []
@@ -88,7 +88,7 @@ def parts(out: Path, data: Path | None, rehearse: bool) -> list[Part]:
         Part("benchmarks", 3, benchmarks, 280, read_benchmarks(out), here),
         *(
             Part(f"epochs, {name}", stage, [*epochs, name, *options], 90, read_epochs, here)
-            for stage, name in enumerate(("fused", "eager", "compile"), start=4)
+            for stage, name in enumerate(("fused-graph", "fused", "eager", "compile"), start=4)
         ),
     ]
 

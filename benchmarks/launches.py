@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
 
-from fastvae.kernels import elbo, gaussian, reconstruction
+from fastvae.kernels import batch, elbo, gaussian, reconstruction
 
 TYPES = {
     torch.float32: "fp32",
@@ -48,7 +48,9 @@ class Launch:
         alignment known.
         """
         signature: dict[str, str] = {}
-        constants: dict[Any, Any] = dict(self.constants, FAST=target.backend == "cuda")
+        constants: dict[Any, Any] = dict(self.constants)
+        if "FAST" in self.kernel.arg_names:
+            constants["FAST"] = target.backend == "cuda"
         attributes = {}
         for index, parameter in enumerate(self.kernel.params):
             name = parameter.name
@@ -114,6 +116,7 @@ def record(call: Callable[[], Any]) -> Launch:
         patch.object(gaussian, "launch", launch),
         patch.object(reconstruction, "launch", launch),
         patch.object(elbo, "launch", launch),
+        patch.object(batch, "launch", launch),
     ):
         call()
     (only,) = launches
@@ -152,6 +155,8 @@ def launches() -> Iterator[tuple[str, Launch]]:
         pairs = {"long": (dense, dense)}
         if dtype is torch.float32:
             images = torch.empty(128, 1, 28, 28)
+            photos = torch.empty(512, 1, 28, 28, dtype=torch.uint8)
+            calls["gather_batch uint8 images"] = lambda p=photos: batch.gather_batch(p, torch.arange(128))
             pairs |= {"uint8 target": (dense, dense.to(torch.uint8)), "images": (images, images)}
         for pair_name, (logits, target) in pairs.items():
             divergence = kl[: len(logits)]

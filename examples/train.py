@@ -100,6 +100,8 @@ def run(arguments: argparse.Namespace) -> None:
     batch_size = arguments.batch_size or BATCH_SIZES[dataset.name]
     if batch_size > len(train_images):
         raise UserError(f"--batch-size must be at most {len(train_images)}, the number of images, got {batch_size}")
+    if arguments.graph == "on" and device.type != "cuda":
+        raise UserError("--graph on needs a CUDA device (--graph auto)")
     total_steps = epochs * (len(train_images) // batch_size)
 
     torch.manual_seed(arguments.seed)
@@ -168,6 +170,7 @@ def fit(
             batch_size=batch_size,
             learning_rate=arguments.lr,
             beta=arguments.beta,
+            graph=arguments.graph,
             should_stop=should_stop,
             on_progress=display.progress,
             on_epoch=record,
@@ -275,6 +278,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="of MNIST's files, absent ones are downloaded")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--backend", choices=("auto", "triton", "reference"), default="auto")
+    parser.add_argument(
+        "--graph",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="run the steps as CUDA graphs, default: where possible",
+    )
     parser.add_argument("--epochs", type=positive_integer, help=f"default: {by_dataset(EPOCHS)}")
     parser.add_argument("--batch-size", type=positive_integer, help=f"default: {by_dataset(BATCH_SIZES)}")
     parser.add_argument("--latent-dim", type=positive_integer, default=16, help="default: 16")

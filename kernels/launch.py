@@ -35,7 +35,9 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
 
 def launch(kernel: Any, programs: int, num_warps: int, device: torch.device, *arguments: Any, **constants: Any) -> None:
     """Run `kernel` with `programs` programs on the current stream of `device`, also when another device is current."""
-    options = dict(constants, num_warps=num_warps, FAST=FAST, enable_fp_fusion=True)
+    options = dict(constants, num_warps=num_warps, enable_fp_fusion=True)
+    if "FAST" in kernel.arg_names:
+        options["FAST"] = FAST
     try:
         with on_device(device):
             kernel[(programs,)](*arguments, **options)

@@ -31,6 +31,7 @@ BULK_TENSORS = {
     "elbo_loss": 2,
     "elbo_value_and_grad": 3,
     "elbo_backward": 3,
+    "gather_batch": 2,
 }
 
 
@@ -85,7 +86,7 @@ def test_the_parts_of_a_kernel_are_what_they_are_called(table):
         if name.startswith("gfx"):
             continue
         kernel = name.split(" ", 1)[1]
-        sums = not kernel.startswith("gaussian_sample ") and "backward" not in kernel
+        sums = not kernel.startswith(("gaussian_sample ", "gather_batch ")) and "backward" not in kernel
         assert (code["row_sums"] > 0) == sums, name
         # The rows of "rows", and images whose sums are asked for one by one, fit one program each.
         alone = " rows " in kernel or kernel.startswith("sigmoid_mse_forward images")

@@ -314,6 +314,7 @@ def test_default_folder_and_defaults(tmp_path, example, monkeypatch):
         "data_dir": None,
         "device": "auto",
         "backend": "auto",
+        "graph": "auto",
         "epochs": None,
         "batch_size": None,
         "latent_dim": 16,

@@ -2,8 +2,9 @@
 
 from fastvae.training.display import Display, make_display
 from fastvae.training.interrupt import stop_on_interrupt
-from fastvae.training.loop import EpochMetrics, Progress, train, training_step
+from fastvae.training.loop import EpochMetrics, Progress, train
 from fastvae.training.records import versions, write_checkpoint, write_metrics, write_summary
+from fastvae.training.steps import training_step
 
 __all__ = [
     "Display",

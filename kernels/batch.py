@@ -1,0 +1,65 @@
+"""The kernel that makes a batch: chosen images, read as bytes, written as floats."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import launch
+from .layout import dense_strides, event_size, with_dense_rows
+from .reconstruction import load_target
+from .tiles import UNSPECIALIZED, cut, program_tile, tile_offsets
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def gather_batch_kernel(
+    images_ptr, indices_ptr, batch_ptr, rows, columns, row_stride, chunks,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """batch[i] = images[indices[i]], bytes read as t / 255.
+
+    Shapes: images [any, columns] at distance row_stride; indices int64 [rows]; batch [rows, columns], dense.
+    Bytes per float32 element: reads 4 (1 of uint8 images), writes 4; 8 more per row for its index. Launches: 1.
+    Roundings: 2. Deterministic.
+    """
+    first_row, first_column = program_tile(chunks, False, ROWS, COLUMNS)
+    row = tl.arange(0, ROWS)
+    inside_row = row < rows - first_row
+    inside = inside_row[:, None] & (tl.arange(0, COLUMNS) < columns - first_column)[None, :]
+    image = tl.load(indices_ptr + first_row + row, mask=inside_row, other=0).to(tl.int64)
+    source = image[:, None] * row_stride + first_column + tl.arange(0, COLUMNS)[None, :]
+    values = load_target(images_ptr + source, inside)
+    at = batch_ptr + first_row * columns + first_column + tile_offsets(columns, ROWS, COLUMNS)
+    tl.store(at, values.to(batch_ptr.dtype.element_ty), mask=inside)
+
+
+def gather_batch(images: Tensor, indices: Tensor) -> Tensor:
+    """float32 [B, ...] in the memory format of images [N, ...], uint8 or floating point; indices int64 [B], each from 0
+    to N - 1.
+    """
+    images = with_dense_rows(images)
+    size = indices.shape[0]
+    shape = (size, *images.shape[1:])
+    batch = torch.empty_strided(shape, dense_strides(images), dtype=torch.float32, device=images.device)
+    columns = event_size(images)
+    if batch.numel():
+        tiling = cut(size, columns, batch.element_size())
+        launch(
+            gather_batch_kernel,
+            tiling.programs,
+            # Half of what `cut` says for floats: 16 elements per thread, which are 16 bytes of uint8 images.
+            tiling.num_warps // 2,
+            images.device,
+            images,
+            indices,
+            batch,
+            size,
+            columns,
+            images.stride(0),
+            tiling.chunks,
+            ROWS=tiling.tile_rows,
+            COLUMNS=tiling.tile_columns,
+        )
+    return batch

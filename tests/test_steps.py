@@ -1,0 +1,198 @@
+"""The batch kernel against indexing, and the captured steps against plain ones.
+
+Without a GPU a captured graph is stood in for by what it would replay; the GPU tests meet the real one.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.optim import Adam
+
+import fastvae
+from fastvae.models import ConvVAE
+from fastvae.training import steps as training_steps
+from fastvae.training import train
+from fastvae.training.steps import Steps
+
+
+def images(count, shape, dtype, device):
+    values = torch.randint(0, 256, (count, *shape), dtype=torch.uint8, device=device)
+    return values if dtype is torch.uint8 else (values / 255).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 7, 5), (1, 1, 1), (2, 48, 47)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_gather_batch(shape, dtype, memory_format, device, triton_backend):
+    from fastvae.kernels.batch import gather_batch
+
+    source = images(11, shape, dtype, device).contiguous(memory_format=memory_format)
+    before = source.clone()
+    indices = torch.tensor([10, 0, 3, 3, 7], device=device)
+    batch = gather_batch(source, indices)
+    expected = source[indices].double()
+    expected = expected / 255 if dtype is torch.uint8 else expected
+    assert batch.dtype is torch.float32
+    assert batch.shape == expected.shape
+    assert batch.is_contiguous(memory_format=memory_format)
+    # Bytes are multiplied by a rounded 1 / 255: two roundings.
+    assert (batch - expected).abs().max() <= (2 * 2**-24 if dtype is torch.uint8 else 0)
+    assert torch.equal(source, before)
+
+
+def test_gather_batch_of_a_slice_and_of_nothing(device, triton_backend):
+    from fastvae.kernels.batch import gather_batch
+
+    source = images(12, (1, 6, 5), torch.uint8, device)
+    indices = torch.tensor([2, 5], device=device)
+    assert torch.equal(gather_batch(source[::2], indices), gather_batch(source, 2 * indices))
+    assert gather_batch(source, indices[:0]).shape == (0, 1, 6, 5)
+
+
+def test_an_index_in_the_last_of_many_images(device, triton_backend):
+    """Offsets are made in 64 bits: the row is far beyond what 32 hold, in a tensor whose rows overlap."""
+    from fastvae.kernels.batch import gather_batch
+
+    storage = torch.randint(0, 256, (64,), dtype=torch.uint8, device=device)
+    source = storage.as_strided((2**31 + 3, 1, 1, 4), (0, 4, 4, 1))
+    batch = gather_batch(source, torch.tensor([2**31 + 2], device=device))
+    assert torch.allclose(batch.view(-1), storage[:4] / 255)
+
+
+def make(device, graph, count=7 * 12, batch_size=4, seed=1):
+    torch.manual_seed(seed)
+    model = ConvVAE((1, 8, 6), latent_dim=3, channels=(4, 6)).to(device)
+    optimizer = Adam(model.parameters(), lr=0.01, fused=True, capturable=device.type == "cuda")
+    data = torch.randint(0, 256, (count, 1, 8, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(2)).to(
+        device
+    )
+    return Steps(model, optimizer, data, batch_size, torch.ones((), device=device), graph)
+
+
+def epochs(steps, number):
+    """The history of each epoch, and the sizes in which its steps ran."""
+    histories, sizes = [], []
+    for _ in range(number):
+        steps.shuffle()
+        done = 0
+        while done < steps.count:
+            sizes.append(steps.run(done))
+            done += sizes[-1]
+        histories.append(steps.history.clone())
+    return torch.stack(histories), sizes
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """What a CPU can have of a CUDA graph: nothing runs at capture, everything at each replay."""
+    replays = []
+
+    def capture(run):
+        def replay():
+            replays.append(None)
+            run()
+
+        return replay
+
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(training_steps, "capture", capture)
+        monkeypatch.setattr(training_steps, "on_side_stream", lambda run: run())
+    return replays
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a real graph draws other noise on some versions of torch")
+@pytest.mark.parametrize("count", [21 * 4, 23 * 4, 26 * 4, 5 * 4])
+def test_captured_steps_are_the_plain_steps(count, device, stand_in):
+    plain, captured = (make(device, graph, count) for graph in (False, True))
+    torch.manual_seed(3)
+    expected, ones = epochs(plain, 3)
+    torch.manual_seed(3)
+    found, sizes = epochs(captured, 3)
+    assert set(ones) == {1}
+    assert sum(sizes) == sum(ones)
+    assert torch.equal(found, expected)
+    for a, b in zip(plain.model.parameters(), captured.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    if captured.at_a_time > 1:
+        graphs = sum(size == captured.at_a_time for size in sizes)
+        assert len(stand_in) == graphs - 1  # the first ones ran as they are
+
+
+@pytest.mark.parametrize(("count", "at_a_time"), [(468, 13), (93, 13), (16, 16), (15, 15), (7, 1), (467, 15)])
+def test_as_many_steps_per_graph_as_leave_few_over(count, at_a_time, device):
+    steps = make(device, True, count=count, batch_size=1)
+    assert steps.at_a_time == at_a_time
+    assert make(device, False, count=count, batch_size=1).at_a_time == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the failure is planted in a stand-in")
+def test_training_goes_on_where_capture_fails(device, stand_in, monkeypatch):
+    def refuse(run):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    plain, captured = make(device, False), make(device, True)
+    torch.manual_seed(3)
+    expected, _ = epochs(plain, 2)
+    monkeypatch.setattr(training_steps, "capture", refuse)
+    torch.manual_seed(3)
+    with pytest.warns(UserWarning, match="goes on without a CUDA graph.*not permitted"):
+        found, _ = epochs(captured, 2)
+    assert torch.equal(found, expected)
+
+
+def test_the_first_epoch_shuffles_anew(device, stand_in):
+    steps = make(device, False)
+    steps.shuffle()
+    first = steps._order.clone()
+    steps.shuffle()
+    assert not torch.equal(first, steps._order)
+
+
+def test_graph_on_needs_a_cuda_device():
+    data = torch.zeros(8, 1, 8, 6, dtype=torch.uint8)
+    model = ConvVAE((1, 8, 6), latent_dim=3, channels=(4, 6))
+    with pytest.raises(ValueError, match='graph="on" needs a CUDA device, got cpu'):
+        train(model, data, data, epochs=1, batch_size=4, graph="on")
+    with pytest.raises(ValueError, match="graph must be"):
+        train(model, data, data, epochs=1, batch_size=4, graph="yes")
+
+
+# ---------------------------------------------------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_a_real_graph_trains(backend, device):
+    """It trains as plain steps do, repeats from a seed bit for bit, and draws new noise at every step."""
+    with fastvae.use_backend(backend):
+        results = []
+        for graph, seed in ((False, 3), (True, 3), (True, 3), (True, 4)):
+            steps = make(device, graph, count=128 * 26, batch_size=128)
+            torch.manual_seed(seed)
+            results.append(epochs(steps, 4)[0])
+            steps.release()
+    plain, first, again, other = results
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.isfinite(first).all()
+    assert torch.allclose(first[-1].mean(0), plain[-1].mean(0), rtol=0.03)
+
+
+@pytest.mark.gpu
+def test_beta_changes_between_replays(device):
+    with fastvae.use_backend("triton"):
+        steps = make(device, True)
+        epochs(steps, 1)
+        steps.beta.fill_(0.0)
+        history, _ = epochs(steps, 1)
+    assert torch.equal(history[0, :, 0], history[0, :, 1])
+
+
+@pytest.mark.gpu
+def test_train_with_a_graph(device):
+    data = torch.randint(0, 256, (640, 1, 8, 6), dtype=torch.uint8, device=device)
+    model = ConvVAE((1, 8, 6), latent_dim=3, channels=(4, 6)).to(device)
+    rows = train(model, data, data[:64], epochs=3, batch_size=32, graph="on")
+    assert rows[-1].step == 60
+    assert rows[-1].loss < rows[0].loss
