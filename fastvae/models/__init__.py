@@ -1,5 +1,6 @@
-"""Networks: the convolutional VAE of the reference example."""
+"""Networks: a VAE around any encoder and decoder, and the convolutional one of the reference example."""
 
-from fastvae.models.conv_vae import ConvVAE, VAEOutput
+from fastvae.models.conv_vae import ConvVAE
+from fastvae.models.vae import VAE, VAEOutput
 
-__all__ = ["ConvVAE", "VAEOutput"]
+__all__ = ["VAE", "ConvVAE", "VAEOutput"]

@@ -15,28 +15,14 @@ tensors: Glorot uniform weights and zero biases.
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-import fastvae.functional as F
 from fastvae.models.same_padding import KERNEL, Downsample, Upsample, halved
+from fastvae.models.vae import VAE, positive_integers
 
 
-class VAEOutput(NamedTuple):
-    """What a VAE returns for a batch, K being the latent dimension.
-
-    logits [B, C, H, W], before the sigmoid; z [B, K], a sample of each posterior; kl [B], their divergence from N(0, I)
-    in nats.
-    """
-
-    logits: Tensor
-    z: Tensor
-    kl: Tensor
-
-
-class ConvVAE(nn.Module):
+class ConvVAE(VAE):
     """Convolutional variational autoencoder with a diagonal Gaussian posterior.
 
     Each of ``channels`` is one level: a convolution in the encoder, which leaves ceil(size / 2), and its adjoint in the
@@ -57,38 +43,35 @@ class ConvVAE(nn.Module):
         latent_dim: int = 16,
         channels: tuple[int, ...] = (32, 64),
     ) -> None:
-        super().__init__()
-        if len(image_shape) != 3 or not _positive_integers(*image_shape):
+        if len(image_shape) != 3 or not positive_integers(*image_shape):
             raise ValueError(f"image_shape must be three positive integers (C, H, W), got {image_shape}")
-        if not _positive_integers(latent_dim):
+        if not positive_integers(latent_dim):
             raise ValueError(f"latent_dim must be a positive integer, got {latent_dim!r}")
-        if not channels or not _positive_integers(*channels):
+        if not channels or not positive_integers(*channels):
             raise ValueError(f"channels must be one or more positive integers, got {channels}")
-        self.image_shape = tuple(image_shape)
-        self.latent_dim = latent_dim
-        self.channels = tuple(channels)
-
         encoder: OrderedDict[str, nn.Module] = OrderedDict()
-        depth, height, width = self.image_shape
+        depth, height, width = image_shape
         sizes = []  # of the image before each convolution: what the decoder has to restore
-        for level, outputs in enumerate(self.channels, start=1):
+        for level, outputs in enumerate(channels, start=1):
             encoder[f"conv{level}"] = Downsample(depth, outputs)
             encoder[f"relu{level}"] = nn.ReLU()
             sizes.append((height, width))
             depth, height, width = outputs, halved(height), halved(width)
         encoder["flatten"] = nn.Flatten()
         encoder["moments"] = nn.Linear(depth * height * width, 2 * latent_dim)
-        self.encoder = nn.Sequential(encoder)
 
         decoder: OrderedDict[str, nn.Module] = OrderedDict()
         decoder["project"] = nn.Linear(latent_dim, depth * height * width)
         decoder["unflatten"] = nn.Unflatten(1, (depth, height, width))
-        for level, outputs in enumerate(reversed(self.channels), start=1):
+        for level, outputs in enumerate(reversed(channels), start=1):
             decoder[f"transposed_conv{level}"] = Upsample(depth, outputs, sizes.pop())
             decoder[f"relu{level}"] = nn.ReLU()
             depth = outputs
-        decoder["logits"] = nn.ConvTranspose2d(depth, self.image_shape[0], KERNEL, padding=1)
-        self.decoder = nn.Sequential(decoder)
+        decoder["logits"] = nn.ConvTranspose2d(depth, image_shape[0], KERNEL, padding=1)
+        super().__init__(nn.Sequential(encoder), nn.Sequential(decoder), latent_dim)
+        self.image_shape = tuple(image_shape)
+        self.latent_dim = latent_dim
+        self.channels = tuple(channels)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -107,53 +90,4 @@ class ConvVAE(nn.Module):
         """
         if x.ndim != 4 or tuple(x.shape[1:]) != self.image_shape:
             raise ValueError(f"x must have shape [B, {', '.join(map(str, self.image_shape))}], got {list(x.shape)}")
-        if x.dtype is torch.uint8:
-            x = x.to(self._parameter().dtype) / 255
-        elif not x.is_floating_point():
-            raise TypeError(f"x must be uint8 (read as x / 255) or floating point, got {x.dtype}")
-        moments: Tensor = self.encoder(x)
-        return moments
-
-    def decode(self, z: Tensor) -> Tensor:
-        """Logits [B, C, H, W] of latents z, [B, K]; the sigmoid of logits is an image. Raises ``ValueError``."""
-        if z.ndim != 2 or z.shape[1] != self.latent_dim:
-            raise ValueError(f"z must have shape [B, {self.latent_dim}], got {list(z.shape)}")
-        logits: Tensor = self.decoder(z)
-        return logits
-
-    def forward(self, x: Tensor) -> VAEOutput:
-        """Encode images (see `encode`), sample their posteriors, decode the samples."""
-        z, kl = F.gaussian_sample_kl_packed(self.encode(x))
-        return VAEOutput(self.decode(z), z, kl)
-
-    @torch.no_grad()
-    def reconstruct(self, x: Tensor, deterministic: bool = False) -> Tensor:
-        """Images [B, C, H, W] in [0, 1] decoded from samples of the posteriors of x (see `encode`).
-
-        With ``deterministic=True`` they are decoded from the posteriors' means, z = mu.
-        """
-        moments = self.encode(x)
-        z = moments[:, : self.latent_dim] if deterministic else F.gaussian_sample_kl_packed(moments)[0]
-        return torch.sigmoid(self.decode(z))
-
-    @torch.no_grad()
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """``n`` images [n, C, H, W] in [0, 1] decoded from z ~ N(0, I).
-
-        ``generator`` is of the model's device, the default generator if None. Raises ``ValueError``.
-        """
-        if n < 0:
-            raise ValueError(f"n must not be negative, got {n}")
-        parameter = self._parameter()
-        if generator is not None and generator.device.type != parameter.device.type:
-            raise ValueError(f"generator must be of the model's device, {parameter.device}, got {generator.device}")
-        z = torch.randn(n, self.latent_dim, generator=generator, device=parameter.device, dtype=parameter.dtype)
-        return torch.sigmoid(self.decode(z))
-
-    def _parameter(self) -> nn.Parameter:
-        """Any parameter: they share one device and dtype."""
-        return next(self.parameters())
-
-
-def _positive_integers(*sizes: int) -> bool:
-    return all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes)
+        return super().encode(x)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Adam
 
 from fastvae.evaluation import evaluate
-from fastvae.models import ConvVAE
+from fastvae.models import VAE
 from fastvae.training.steps import Steps
 
 # Each report reads from the device, so it waits for the steps that are queued there; a display needs no more than this.
@@ -54,7 +54,7 @@ class Progress(NamedTuple):
 
 
 def train(
-    model: ConvVAE,
+    model: VAE,
     train_images: Tensor,
     test_images: Tensor,
     *,
@@ -132,7 +132,7 @@ def train(
 
 
 def _check(
-    model: ConvVAE,
+    model: VAE,
     train_images: Tensor,
     test_images: Tensor,
     epochs: int,

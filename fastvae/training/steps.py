@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 import fastvae.functional as F
 from fastvae.backend import backend_for
 from fastvae.functional import ELBO
-from fastvae.models import ConvVAE, VAEOutput
+from fastvae.models import VAE, VAEOutput
 
 # A replay costs the host one launch, and the device two fills of the generator's state and two copies, whatever the
 # number of steps. Of these numbers the one is taken that leaves the fewest steps of an epoch over: 13 divides MNIST's
@@ -20,7 +20,7 @@ from fastvae.models import ConvVAE, VAEOutput
 _STEPS_PER_GRAPH = range(16, 7, -1)
 
 
-def training_step(model: ConvVAE, optimizer: Optimizer, images: Tensor, *, beta: float | Tensor = 1.0) -> ELBO:
+def training_step(model: VAE, optimizer: Optimizer, images: Tensor, *, beta: float | Tensor = 1.0) -> ELBO:
     """One update of the model on a batch of images [B, C, H, W]; returns the loss before it, on the device."""
     output: VAEOutput = model(images)
     values, gradients = F.elbo_value_and_grad(output.logits, images, output.kl, beta=beta)
@@ -41,7 +41,7 @@ class Steps:
     """
 
     def __init__(
-        self, model: ConvVAE, optimizer: Optimizer, images: Tensor, batch_size: int, beta: Tensor, graph: bool
+        self, model: VAE, optimizer: Optimizer, images: Tensor, batch_size: int, beta: Tensor, graph: bool
     ) -> None:
         self.model, self.optimizer, self.beta = model, optimizer, beta
         self.images, self.batch_size = images, batch_size

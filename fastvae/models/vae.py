@@ -1,0 +1,101 @@
+"""A variational autoencoder around any encoder and decoder."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import fastvae.functional as F
+
+
+class VAEOutput(NamedTuple):
+    """What a VAE returns for a batch, K being the latent dimension.
+
+    logits [B, C, H, W], before the sigmoid; z [B, K], a sample of each posterior; kl [B], their divergence from N(0, I)
+    in nats. Latents that are images themselves have z [B, K, h, w].
+    """
+
+    logits: Tensor
+    z: Tensor
+    kl: Tensor
+
+
+class VAE(nn.Module):
+    """Variational autoencoder with a diagonal Gaussian posterior.
+
+    Args:
+        encoder: a module from images [B, C, H, W], floating point in [0, 1], to moments [mu | logvar] along dimension
+            1: [B, 2K], or [B, 2K, h, w].
+        decoder: a module from z, [B, K] or [B, K, h, w], to logits of the images' shape.
+        latent_shape: the shape of one z, K or (K, h, w).
+
+    Raises:
+        ValueError: a latent_shape that is not made of positive integers.
+    """
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, latent_shape: int | tuple[int, ...]) -> None:
+        super().__init__()
+        shape = latent_shape if isinstance(latent_shape, tuple) else (latent_shape,)
+        if not shape or not positive_integers(*shape):
+            raise ValueError(f"latent_shape must be a positive integer or a tuple of them, got {latent_shape!r}")
+        self.encoder = encoder
+        self.decoder = decoder
+        self.latent_shape = shape
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The moments [mu | logvar] of the posteriors of images [B, C, H, W].
+
+        Images are floating point in [0, 1], or uint8, which is read as x / 255. Raises ``TypeError`` for another dtype.
+        """
+        if x.dtype is torch.uint8:
+            x = x.to(self._parameter().dtype) / 255
+        elif not x.is_floating_point():
+            raise TypeError(f"x must be uint8 (read as x / 255) or floating point, got {x.dtype}")
+        moments: Tensor = self.encoder(x)
+        return moments
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Logits [B, C, H, W] of latents z; the sigmoid of logits is an image. Raises ``ValueError``."""
+        if z.shape[1:] != self.latent_shape:
+            raise ValueError(f"z must have shape [B, {', '.join(map(str, self.latent_shape))}], got {list(z.shape)}")
+        logits: Tensor = self.decoder(z)
+        return logits
+
+    def forward(self, x: Tensor) -> VAEOutput:
+        """Encode images (see `encode`), sample their posteriors, decode the samples."""
+        z, kl = F.gaussian_sample_kl_packed(self.encode(x))
+        return VAEOutput(self.decode(z), z, kl)
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor, deterministic: bool = False) -> Tensor:
+        """Images [B, C, H, W] in [0, 1] decoded from samples of the posteriors of x (see `encode`).
+
+        With ``deterministic=True`` they are decoded from the posteriors' means, z = mu.
+        """
+        moments = self.encode(x)
+        z = moments.chunk(2, 1)[0] if deterministic else F.gaussian_sample_kl_packed(moments)[0]
+        return torch.sigmoid(self.decode(z))
+
+    @torch.no_grad()
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """``n`` images [n, C, H, W] in [0, 1] decoded from z ~ N(0, I).
+
+        ``generator`` is of the model's device, the default generator if None. Raises ``ValueError``.
+        """
+        if n < 0:
+            raise ValueError(f"n must not be negative, got {n}")
+        parameter = self._parameter()
+        if generator is not None and generator.device.type != parameter.device.type:
+            raise ValueError(f"generator must be of the model's device, {parameter.device}, got {generator.device}")
+        z = torch.randn(n, *self.latent_shape, generator=generator, device=parameter.device, dtype=parameter.dtype)
+        return torch.sigmoid(self.decode(z))
+
+    def _parameter(self) -> nn.Parameter:
+        """Any parameter: they share one device and dtype."""
+        return next(self.parameters())
+
+
+def positive_integers(*sizes: int) -> bool:
+    return all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes)
