@@ -37,6 +37,7 @@ from fastvae.data import DownloadError, ImageDataset, load_digits, load_mnist
 from fastvae.evaluation import reconstruction_errors
 from fastvae.models import ConvVAE
 from fastvae.training import (
+    PRECISIONS,
     EpochMetrics,
     make_display,
     stop_on_interrupt,
@@ -171,6 +172,7 @@ def fit(
             learning_rate=arguments.lr,
             beta=arguments.beta,
             graph=arguments.graph,
+            precision=arguments.precision,
             should_stop=should_stop,
             on_progress=display.progress,
             on_epoch=record,
@@ -283,6 +285,9 @@ def parse_arguments() -> argparse.Namespace:
         choices=("auto", "on", "off"),
         default="auto",
         help="run the steps as CUDA graphs, default: where possible",
+    )
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="tf32", help="of convolutions and matrix products, default: tf32"
     )
     parser.add_argument("--epochs", type=positive_integer, help=f"default: {by_dataset(EPOCHS)}")
     parser.add_argument("--batch-size", type=positive_integer, help=f"default: {by_dataset(BATCH_SIZES)}")

@@ -315,6 +315,7 @@ def test_default_folder_and_defaults(tmp_path, example, monkeypatch):
         "device": "auto",
         "backend": "auto",
         "graph": "auto",
+        "precision": "tf32",
         "epochs": None,
         "batch_size": None,
         "latent_dim": 16,

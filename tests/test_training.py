@@ -66,7 +66,7 @@ def test_equals_a_loop_in_plain_pytorch(device, image_shape, as_bytes):
     model = small_model(device, image_shape)
     expected_model = small_model(device, image_shape)
     torch.manual_seed(3)
-    rows = train(model, data, test, epochs=3, batch_size=16, learning_rate=0.01, beta=0.7)
+    rows = train(model, data, test, epochs=3, batch_size=16, learning_rate=0.01, beta=0.7, precision="fp32")
 
     torch.manual_seed(3)
     parameters = list(expected_model.parameters())

@@ -3,10 +3,12 @@
 from fastvae.training.display import Display, make_display
 from fastvae.training.interrupt import stop_on_interrupt
 from fastvae.training.loop import EpochMetrics, Progress, train
+from fastvae.training.precision import PRECISIONS
 from fastvae.training.records import versions, write_checkpoint, write_metrics, write_summary
 from fastvae.training.steps import training_step
 
 __all__ = [
+    "PRECISIONS",
     "Display",
     "EpochMetrics",
     "Progress",

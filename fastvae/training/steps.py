@@ -20,9 +20,22 @@ from fastvae.models import VAE, VAEOutput
 _STEPS_PER_GRAPH = range(16, 7, -1)
 
 
-def training_step(model: VAE, optimizer: Optimizer, images: Tensor, *, beta: float | Tensor = 1.0) -> ELBO:
-    """One update of the model on a batch of images [B, C, H, W]; returns the loss before it, on the device."""
-    output: VAEOutput = model(images)
+def training_step(
+    model: VAE,
+    optimizer: Optimizer,
+    images: Tensor,
+    *,
+    beta: float | Tensor = 1.0,
+    autocast_dtype: torch.dtype | None = None,
+) -> ELBO:
+    """One update of the model on a batch of images [B, C, H, W]; returns the loss before it, on the device.
+
+    With ``autocast_dtype`` the model runs under autocast to it; the loss is float32 all the same.
+    """
+    # No cache: it would keep casts of the weights of one captured step for the next.
+    autocast = torch.autocast(images.device.type, autocast_dtype, autocast_dtype is not None, cache_enabled=False)
+    with autocast:
+        output: VAEOutput = model(images)
     values, gradients = F.elbo_value_and_grad(output.logits, images, output.kl, beta=beta)
     optimizer.zero_grad()
     torch.autograd.backward((output.logits, output.kl), gradients)
@@ -41,9 +54,16 @@ class Steps:
     """
 
     def __init__(
-        self, model: VAE, optimizer: Optimizer, images: Tensor, batch_size: int, beta: Tensor, graph: bool
+        self,
+        model: VAE,
+        optimizer: Optimizer,
+        images: Tensor,
+        batch_size: int,
+        beta: Tensor,
+        graph: bool,
+        autocast_dtype: torch.dtype | None = None,
     ) -> None:
-        self.model, self.optimizer, self.beta = model, optimizer, beta
+        self.model, self.optimizer, self.beta, self.autocast_dtype = model, optimizer, beta, autocast_dtype
         self.images, self.batch_size = images, batch_size
         self.count = len(images) // batch_size
         self.at_a_time = 1
@@ -90,7 +110,10 @@ class Steps:
     def _take(self, count: int) -> None:
         for step in range(count):
             batch = self._batch(self._indices[step * self.batch_size : (step + 1) * self.batch_size])
-            torch.stack(training_step(self.model, self.optimizer, batch, beta=self.beta), out=self._found[step])
+            values = training_step(
+                self.model, self.optimizer, batch, beta=self.beta, autocast_dtype=self.autocast_dtype
+            )
+            torch.stack(values, out=self._found[step])
 
     def _batch(self, indices: Tensor) -> Tensor:
         if backend_for(self.images).name == "triton":
