@@ -26,6 +26,7 @@ class Provider(NamedTuple):
 
 
 PROVIDERS = {
+    "textbook": Provider(on_cpu=True),  # of the training step only
     "eager": Provider(on_cpu=True),
     "compile": Provider(on_cpu=True),
     "compile-max-autotune": Provider(capturable=False),

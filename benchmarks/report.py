@@ -31,6 +31,7 @@ PLOTTED = {
 }
 # In the order of the tables. A provider and its graph have one color; the graph is dashed.
 COLORS = {
+    "textbook": "C5",
     "eager": "C7",
     "compile": "C0",
     "compile-max-autotune": "C9",

@@ -2,18 +2,20 @@
 
 Each provider gets what a user would give it: images as bytes on the device, channels_last, TF32, cuDNN's search for
 the best algorithm, the fused Adam. `eager` is PyTorch's own loop with fastvae's specification; `compile` is the loss
-compiled as a whole, its backward with it, and the fused update after it.
+compiled as a whole, its backward with it, and the fused update after it. Only `textbook` has nothing of it: the step as
+tutorials write it, on float images in torch's default memory format, with Adam as it comes.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import mse_loss
 from torch.optim import Adam
 
 import fastvae
@@ -84,6 +86,26 @@ def make_step(provider: str, model: ConvVAE, optimizer: Adam) -> Callable[[Tenso
     return compiled_step
 
 
+def textbook_step(batches: Sequence[Tensor]) -> Callable[[int], Tensor]:
+    torch.manual_seed(0)
+    model = ConvVAE().to(batches[0].device)
+    optimizer = Adam(model.parameters(), lr=LEARNING_RATE)
+
+    def step(index: int) -> Tensor:
+        x = batches[index]
+        mu, logvar = model.encoder(x).chunk(2, 1)
+        z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
+        y = torch.sigmoid(model.decoder(z))
+        kl = -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
+        loss = (0.5 * mse_loss(y, x, reduction="sum") + kl) / len(x)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
 class TrainingSubject:
     """The step as `measure` takes it."""
 
@@ -113,6 +135,8 @@ class TrainingSubject:
         self._batches: tuple[Tensor, ...] = ()
 
     def build(self, name: str) -> Callable[[int], Any]:
+        if name == "textbook":
+            return textbook_step([batch.float() / 255 for batch in self._batches])
         if name == "jax":
             from jax_step import build, runs_on_gpu
 
