@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -107,7 +108,7 @@ def train(
     steps = Steps(
         model, optimizer, train_images, batch_size, beta_on_device, on_cuda and graph != "off", autocast_dtype
     )
-    with arithmetic(precision):
+    with arithmetic(precision), torch.cuda.device(device) if on_cuda else nullcontext():
         try:
             return _train(steps, test_images, epochs, beta, should_stop, on_progress, on_epoch)
         finally:

@@ -48,7 +48,8 @@ class Steps:
 
     With `graph`, the first steps run as they are, for nothing may be compiled or allocated for the first time while a
     graph is captured; the next ones are captured, and from then on replayed. What changes between replays lies in
-    tensors that the graph reads: which images, beta, and the state of the generator.
+    tensors that the graph reads: which images, beta, and the state of the generator. The images' device must be the
+    current one.
 
     history: [steps, 3], the loss, reconstruction and kl of each step of the epoch, on the device.
     """
@@ -146,7 +147,12 @@ def on_side_stream(run: Callable[[], None]) -> None:
 def capture(run: Callable[[], None]) -> Callable[[], None]:
     """A CUDA graph of what `run` launches; nothing is computed yet. Returns its replay."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # A capture that fails leaves its stream current: the outer block puts back the one that was. thread_local: what the
+    # threads of other libraries do is no part of this capture.
+    with (
+        torch.cuda.stream(torch.cuda.current_stream()),
+        torch.cuda.graph(graph, capture_error_mode="thread_local"),
+    ):
         run()
     replay: Callable[[], None] = graph.replay
     return replay
