@@ -1,9 +1,13 @@
-"""A step in half precision with torch's GradScaler, by both ways to the gradients of the loss."""
+"""With the rest of PyTorch: GradScaler, hooks on saved tensors, DistributedDataParallel."""
 
 from __future__ import annotations
 
+import os
+import socket
+
 import pytest
 import torch
+from torch import nn
 
 import fastvae
 import fastvae.functional as F
@@ -90,3 +94,80 @@ def test_an_overflow_skips_the_step_and_lowers_the_scale(way, device, triton_bac
     scaler.update()
     assert scaler.get_scale() == 2.0**39
     assert all(torch.equal(weight, old) for weight, old in zip(step.weights, before, strict=True))
+
+
+def test_saved_tensors_may_be_moved_away(device, triton_backend):
+    """What is saved goes through the hooks, so that it can be kept elsewhere; nothing of it is noise."""
+    step = Step(device, torch.float32)
+    moments = (step.hidden @ step.encoder).detach().requires_grad_()
+    logits = step.features.requires_grad_()
+    packed = []
+
+    def pack(tensor):
+        packed.append(tensor)
+        return tensor.detach().clone()
+
+    def gradients():
+        torch.manual_seed(3)
+        z, kl = F.gaussian_sample_kl_packed(moments)
+        loss = F.elbo_loss(logits, step.target, kl).loss + F.sigmoid_mse_loss(logits, step.target) + z.sum()
+        return torch.autograd.grad(loss, (moments, logits))
+
+    expected = gradients()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        found = gradients()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert any(tensor.shape == moments.shape for tensor in packed)
+    assert not any(tensor.shape == (6, 4) and tensor.is_floating_point() for tensor in packed)
+
+
+# ----------------------------------------------------------------------------------------------------------- processes
+
+
+class Loss(nn.Module):
+    """A VAE's loss of (x, eps) as a module, which is what DistributedDataParallel wraps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.decoder = nn.Linear(12, 8), nn.Linear(4, 12)
+
+    def forward(self, x, eps):
+        z, kl = F.gaussian_sample_kl_packed(self.encoder(x), eps=eps)
+        return F.elbo_loss(self.decoder(z), x, kl).loss
+
+
+def joint_batch():
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(8, 12, generator=generator), torch.randn(8, 4, generator=generator)
+
+
+def half_of_the_batch(rank, port, folder):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    try:
+        model = nn.parallel.DistributedDataParallel(Loss())
+        half = slice(4 * rank, 4 * rank + 4)
+        x, eps = joint_batch()
+        with fastvae.use_backend("triton"):
+            model(x[half], eps[half]).backward()
+        torch.save([parameter.grad for parameter in model.module.parameters()], f"{folder}/{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the processes run on the CPU, on the interpreter")
+def test_two_processes_have_the_gradients_of_the_joint_batch(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(half_of_the_batch, (port, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    model = Loss().double()
+    x, eps = joint_batch()
+    with fastvae.use_backend("reference"):
+        model(x.double(), eps.double()).backward()
+    for a, b, parameter in zip(first, second, model.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert torch.allclose(a.double(), parameter.grad, rtol=1e-5, atol=1e-6)
