@@ -5,7 +5,7 @@
 Calls are measured on tiny CPU tensors with Triton's launch stubbed out: what is left are the checks, the choice of
 backend, autograd, the reservation of noise and the allocation of results. They are printed beside the eager operations
 that they replace (`fastvae.reference` on the same tensors), measured in turn with them, and judged by the ratio: the
-microseconds are those of this machine, and eager ones include what the CPU computes on 32 numbers.
+microseconds are those of this machine, and eager ones include what the CPU computes on a hundred numbers.
 
 The reservation of noise, measured alone too, is one torch.randint here, because a CPU generator has no offset; on CUDA
 it is get_offset and set_offset. On CUDA one Triton launch comes on top of each fused call, and several kernel launches
@@ -30,12 +30,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
 
 import fastvae
-import fastvae.functional
 import fastvae.random
-from fastvae import reference
+from cases import EAGER, FUSED, OPERATIONS, Case
 from fastvae.files import replacing
 
 IMPORTS = """
@@ -73,47 +71,21 @@ Calls = dict[str, tuple[Callable[[], Any], Callable[[], Any]]]
 
 def calls() -> Calls:
     """Each public operation, fused and eager: forward, and forward with backward."""
-    shape = 4, 8
-    mu, logvar, logits = (torch.randn(shape).requires_grad_() for _ in range(3))
-    moments = torch.randn(4, 16).requires_grad_()
-    target, kl = torch.rand(shape), torch.rand(4).requires_grad_()
-    z_grad, kl_grad, root = torch.randn(shape), torch.randn(4), torch.ones(())
-
-    operations: dict[str, tuple[Callable[[Any], Any], tuple[Tensor, ...], tuple[Tensor, ...]]] = {
-        "gaussian_sample": (lambda F: F.gaussian_sample(mu, logvar), (mu, logvar), (z_grad,)),
-        "gaussian_kl": (lambda F: F.gaussian_kl(mu, logvar), (mu, logvar), (root,)),
-        "gaussian_sample_kl": (lambda F: F.gaussian_sample_kl(mu, logvar), (mu, logvar), (z_grad, kl_grad)),
-        "gaussian_sample_kl_packed": (
-            lambda F: F.gaussian_sample_kl_packed(moments), (moments,), (z_grad, kl_grad),
-        ),
-        "sigmoid_mse_loss": (lambda F: F.sigmoid_mse_loss(logits, target), (logits,), (root,)),
-        "elbo_loss": (lambda F: F.elbo_loss(logits, target, kl).loss, (logits, kl), (root,)),
-        "elbo_value_and_grad": (lambda F: F.elbo_value_and_grad(logits.detach(), target, kl.detach()), (), ()),
-    }  # fmt: skip
-
-    def with_backward(
-        function: Callable[[Any], Any], inputs: tuple[Tensor, ...], upstream: tuple[Tensor, ...], F: Any
-    ) -> None:
-        outputs = function(F)
-        torch.autograd.grad((outputs,) if isinstance(outputs, Tensor) else outputs, inputs, upstream)
-
     both: Calls = {}
-    for name, (function, inputs, upstream) in operations.items():
-        fused, eager = (lambda F=F, f=function: f(F) for F in (fastvae.functional, reference_operations()))
-        both[f"{name} forward" if inputs else name] = fused, eager
-        if inputs:
-            fused, eager = (
-                lambda F=F, f=function, i=inputs, u=upstream: with_backward(f, i, u, F)
-                for F in (fastvae.functional, reference_operations())
-            )
-            both[f"{name} forward and backward"] = fused, eager
+    for name, operation in OPERATIONS.items():
+        if operation.backward is None:
+            both[name] = fused_and_eager(name, backward=False)
+        else:
+            both[f"{name} forward"] = fused_and_eager(name, backward=False)
+            both[f"{name} forward and backward"] = fused_and_eager(name, backward=True)
     return both
 
 
-def reference_operations() -> Any:
-    """The eager operations by the names of the public ones, without the checks of those."""
-    modules = (reference.gaussian, reference.reconstruction, reference.elbo)
-    return argparse.Namespace(**{name: value for module in modules for name, value in vars(module).items()})
+def fused_and_eager(name: str, backward: bool) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    case = Case(name, "launch", backward, sizes="smoke")
+    inputs = case.inputs(torch.device("cpu"), seed=0)
+    fused, eager = case.function(FUSED), case.function(EAGER)
+    return lambda: case.step(fused, inputs), lambda: case.step(eager, inputs)
 
 
 def in_turn(fused: Callable[[], Any], eager: Callable[[], Any], rounds: int) -> tuple[list[float], list[float]]:

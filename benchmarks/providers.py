@@ -33,7 +33,7 @@ PROVIDERS = {
     "compile-graph": Provider(base="compile"),
     "fused": Provider(),
     "fused-graph": Provider(base="fused"),
-    "jax": Provider(is_torch=False),  # not on a CPU, where a step took 6.6 s, 40 times torch's
+    "jax": Provider(is_torch=False),  # not on a CPU, where a step took 6.6 s, over 40 times torch's
 }
 
 

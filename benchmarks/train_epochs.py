@@ -24,8 +24,9 @@ from fastvae.data import ImageDataset, load_digits, load_mnist
 from fastvae.evaluation import evaluate
 from fastvae.files import replacing
 from fastvae.models import ConvVAE
+from fastvae.training.precision import arithmetic
 from fastvae.training.steps import Steps
-from training_step import BATCH_SIZE, fast_arithmetic, make_model, make_step
+from training_step import BATCH_SIZE, make_model, make_step
 
 
 def choose_dataset(folder: Path | None) -> ImageDataset:
@@ -108,7 +109,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     settings = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with fast_arithmetic():
+    with arithmetic("tf32"):
         result = train(settings.provider, choose_dataset(settings.data_dir), device, settings.epochs, settings.limit)
     text = json.dumps(result)
     print(text)

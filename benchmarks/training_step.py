@@ -9,8 +9,7 @@ tutorials write it, on float images in torch's default memory format, with Adam 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ import fastvae.functional as F
 from fastvae.data import load_digits
 from fastvae.models import ConvVAE
 from fastvae.training import training_step
+from fastvae.training.precision import arithmetic
 from providers import PROVIDERS
 
 BATCH_SIZE = 128
@@ -32,19 +32,6 @@ LEARNING_RATE = 1e-3
 JUDGED_STEPS = 30
 ALLOWED_SPREAD = 0.05
 JAX_STEPS = 10  # in one lax.scan
-
-
-@contextmanager
-def fast_arithmetic() -> Iterator[None]:
-    """TF32 in matrix products, as cuDNN has it in convolutions, and cuDNN's search for the fastest algorithm."""
-    before = (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark)
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.benchmark = before[1]
 
 
 def make_model(device: torch.device) -> tuple[ConvVAE, Adam]:
@@ -123,7 +110,7 @@ class TrainingSubject:
 
     def prepare(self, device: torch.device, input_sets: Callable[[int], int]) -> int:
         self._device = device
-        self._arithmetic = fast_arithmetic()
+        self._arithmetic = arithmetic("tf32")
         self._arithmetic.__enter__()
         # Weights and activations fill the cache, whatever the images.
         self._batches = load_digits().train_images[: 4 * self.batch_size].to(device).split(self.batch_size)

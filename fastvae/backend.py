@@ -95,8 +95,7 @@ def backend_for(tensor: torch.Tensor) -> Backend:
     """The backend an operation on ``tensor`` takes now, and the reason in words.
 
     Raises ``RuntimeError`` if "triton" was asked for and cannot run on this tensor, saying what is missing. "auto"
-    takes Triton on CUDA devices
-    where it can run, and the reference everywhere else: it never fails for lack of a GPU.
+    takes Triton on CUDA devices where it can run, and the reference everywhere else: it never fails for lack of a GPU.
     """
     if _requested == "reference":
         return Backend("reference", "asked for")

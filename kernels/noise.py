@@ -39,9 +39,9 @@ def box_muller(radius_word, angle_word, FAST: tl.constexpr):
     u = tl.fma(radius_word.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10)
     angle = angle_word.to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-09  # pi * 2^-31
     if FAST:
-        # radius = sqrt(-2 ln u) = sqrt(-2 ln 2 * log2 u). Near u = 1 the approximate logarithm is known to 2^-22
-        # only, not
-        # its sign, and the root of a negative number would be NaN. Results are written before the angle is read (&).
+        # radius = sqrt(-2 ln u) = sqrt(-2 ln 2 * log2 u). Near u = 1 the approximate logarithm is known to 2^-22 only,
+        # not its sign, and the root of a negative number would be NaN. Results are written before the angle is read:
+        # that is the &.
         radius, cosine, sine = tl.inline_asm_elementwise(
             """
             {

@@ -141,7 +141,7 @@ def test_training_goes_on_where_capture_fails(device, stand_in, monkeypatch):
     assert torch.equal(found, expected)
 
 
-def test_the_first_epoch_shuffles_anew(device, stand_in):
+def test_every_epoch_shuffles_anew(device):
     steps = make(device, False)
     steps.shuffle()
     first = steps._order.clone()

@@ -79,7 +79,7 @@ def train(
         epochs, batch_size, learning_rate: positive; beta: the weight of the divergence, not negative.
         graph: "on": several steps run as one CUDA graph, which only a CUDA device can; "off"; "auto": where it can. The
             model must then do the same work at every step, without reading from the device.
-        precision: of convolutions and matrix products, "fp32"; "tf32", which is float32 on a CPU; or "bf16", by
+        precision: of convolutions and matrix products, "fp32"; "tf32", where the hardware has it; or "bf16", by
             autocast. Weights and losses are float32 with each.
         should_stop: asked after every step (every graph of steps) and epoch; a yes ends training with the metrics of
             the epoch so far.

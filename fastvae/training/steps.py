@@ -75,6 +75,7 @@ class Steps:
         device = images.device
         self.history = torch.zeros(self.count, 3, device=device)
         self._order = torch.empty(0, dtype=torch.int64, device=device)
+        # What the graph reads and writes; plain steps use _order and history themselves.
         self._indices = torch.empty(self.at_a_time * batch_size, dtype=torch.int64, device=device)
         self._found = torch.empty(self.at_a_time, 3, device=device)
         self._graph = graph
@@ -88,19 +89,19 @@ class Steps:
     def run(self, first: int) -> int:
         """Run the epoch's steps from number `first`, as many as run at a time; returns how many."""
         count = self.at_a_time if first + self.at_a_time <= self.count else 1
-        self._indices[: count * self.batch_size].copy_(
-            self._order[first * self.batch_size : (first + count) * self.batch_size]
-        )
+        indices = self._order[first * self.batch_size : (first + count) * self.batch_size]
+        found = self.history[first : first + count]
+        if self._graph and self._warm and self._replay is None and count == self.at_a_time:
+            self._replay = self._captured()
         if not self._graph or count < self.at_a_time:
-            self._take(count)
-        elif not self._warm:
-            on_side_stream(lambda: self._take(count))
+            self._take(indices, found)
+        elif self._replay is None:
+            on_side_stream(lambda: self._take(indices, found))
             self._warm = True
         else:
-            if self._replay is None:
-                self._replay = self._captured(count)
+            self._indices.copy_(indices)
             self._replay()
-        self.history[first : first + count].copy_(self._found[:count])
+            found.copy_(self._found)
         return count
 
     def release(self) -> None:
@@ -108,13 +109,14 @@ class Steps:
         self._replay = None
         self.optimizer.zero_grad()
 
-    def _take(self, count: int) -> None:
-        for step in range(count):
-            batch = self._batch(self._indices[step * self.batch_size : (step + 1) * self.batch_size])
+    def _take(self, indices: Tensor, found: Tensor) -> None:
+        """A step for each row of `found`."""
+        for row, chosen in zip(found, torch.split(indices, self.batch_size), strict=True):
+            batch = self._batch(chosen)
             values = training_step(
                 self.model, self.optimizer, batch, beta=self.beta, autocast_dtype=self.autocast_dtype
             )
-            torch.stack(values, out=self._found[step])
+            torch.stack(values, out=row)
 
     def _batch(self, indices: Tensor) -> Tensor:
         if backend_for(self.images).name == "triton":
@@ -124,15 +126,15 @@ class Steps:
             return batch
         return self.images[indices]
 
-    def _captured(self, count: int) -> Callable[[], None]:
+    def _captured(self) -> Callable[[], None] | None:
         self.optimizer.zero_grad()  # so that the gradients are allocated in the graph
         try:
-            return capture(lambda: self._take(count))
+            return capture(lambda: self._take(self._indices, self._found))
         except RuntimeError as error:
             self.optimizer.zero_grad()
             warnings.warn(f"training goes on without a CUDA graph, whose capture failed: {error}", stacklevel=2)
             self._graph = False
-            return lambda: self._take(count)
+            return None
 
 
 def on_side_stream(run: Callable[[], None]) -> None:
