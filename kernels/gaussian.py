@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch, ticket, zero
+from .launch import launch, ticket
 from .layout import dense_strides, gradient_strides, with_strides
-from .moments import Moments, halves, read_moments
-from .noise import load_rng, normals_of_elements, normals_of_quads
+from .moments import Moments, halves, moments_tile, read_moments
+from .noise import NO_RNG, Rng, noise_tile, on_pointers
 from .numerics import exp, exp_half, expm1, expm1_minus
 from .tiles import (
     UNSPECIALIZED,
@@ -24,47 +24,6 @@ from .tiles import (
     sum_groups_in_order,
     tile_offsets,
 )
-
-# (seed_tensor, offset_tensor, seed, offset): by value where the tensors are None, see `noise.load_rng`.
-Rng = tuple[Tensor | None, Tensor | None, int, int]
-NO_RNG: Rng = (None, None, 0, 0)
-
-
-@triton.jit
-def moments_tile(first_column, INNER: tl.constexpr, COLUMNS: tl.constexpr):
-    """Where a row's elements lie, as (int64 base, offsets [COLUMNS]), counted from the row's start.
-
-    INNER = 0: one after the other. Otherwise mu and logvar take turns, INNER elements each (a packed tensor split
-    along an inner dimension).
-    """
-    column = tl.arange(0, COLUMNS)
-    if INNER == 0:
-        return first_column, column
-    # In 64 bits only where it must be: each element is divided.
-    column += (first_column % INNER).to(tl.int32 if INNER < 2**29 else tl.int64)
-    offsets = column + column // INNER * INNER
-    if INNER % 8 == 0:
-        # INNER elements run on; the compiler does not see it through the division.
-        offsets = tl.max_contiguous(tl.multiple_of(offsets, 8), 8)
-    return first_column // INNER * (2 * INNER), offsets
-
-
-@triton.jit
-def noise_tile(
-    eps_ptr, seed_ptr, offset_ptr, seed, offset, position, columns, inside,
-    QUADS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr,
-):  # fmt: skip
-    """The noise [ROWS, COLUMNS] of the tile whose first element is `position`: read from eps, or made from (seed,
-    offset).
-    """
-    if eps_ptr is not None:
-        eps = tl.load(eps_ptr + position + tile_offsets(columns, ROWS, COLUMNS), mask=inside, other=0.0)
-        return eps.to(tl.float32)
-    seed, offset = load_rng(seed_ptr, offset_ptr, seed, offset)
-    if QUADS:
-        quad = (position >> 2) + tile_offsets(columns >> 2, ROWS, COLUMNS // 4)
-        return normals_of_quads(seed, offset, quad, ROWS, COLUMNS, FAST)
-    return normals_of_elements(seed, offset, position + tile_offsets(columns, ROWS, COLUMNS), FAST)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=("seed_ptr", "offset_ptr"))
@@ -179,18 +138,6 @@ def gaussian_backward_kernel(
             (0.5 * logvar_grad).to(logvar_grad_ptr.dtype.element_ty),
             mask=inside,
         )
-
-
-def on_pointers(rng: Rng, device: torch.device) -> Rng:
-    """The pair as the kernels take it: a pair by value is added to a zero on the device.
-
-    So eager calls and captured graphs run the same compiled kernel. A second one, first met under capture, would have
-    to be loaded there, which CUDA forbids.
-    """
-    seed_tensor, offset_tensor, seed, offset = rng
-    if seed_tensor is None:
-        seed_tensor = offset_tensor = zero(device)
-    return seed_tensor, offset_tensor, seed, offset
 
 
 def allocate_z(moments: Moments) -> Tensor:

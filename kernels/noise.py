@@ -9,8 +9,17 @@ Box and Muller's transform makes two normals of two words. The radius comes from
 largest normal is 6.8; the angle is signed, within +-pi, where the approximate sine and cosine are at their best.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from .launch import zero
+from .tiles import tile_offsets
+
+# (seed_tensor, offset_tensor, seed, offset): by value where the tensors are None, see `noise.load_rng`.
+Rng = tuple[Tensor | None, Tensor | None, int, int]
+NO_RNG: Rng = (None, None, 0, 0)
 
 
 @triton.jit
@@ -87,3 +96,33 @@ def normals_of_elements(seed, offset, position, FAST: tl.constexpr):
     upper = (position & 2) != 0
     first, second = box_muller(tl.where(upper, w2, w0), tl.where(upper, w3, w1), FAST)
     return tl.where((position & 1) != 0, second, first)
+
+
+@triton.jit
+def noise_tile(
+    eps_ptr, seed_ptr, offset_ptr, seed, offset, position, columns, inside,
+    QUADS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """The noise [ROWS, COLUMNS] of the tile whose first element is `position`: read from eps, or made from (seed,
+    offset).
+    """
+    if eps_ptr is not None:
+        eps = tl.load(eps_ptr + position + tile_offsets(columns, ROWS, COLUMNS), mask=inside, other=0.0)
+        return eps.to(tl.float32)
+    seed, offset = load_rng(seed_ptr, offset_ptr, seed, offset)
+    if QUADS:
+        quad = (position >> 2) + tile_offsets(columns >> 2, ROWS, COLUMNS // 4)
+        return normals_of_quads(seed, offset, quad, ROWS, COLUMNS, FAST)
+    return normals_of_elements(seed, offset, position + tile_offsets(columns, ROWS, COLUMNS), FAST)
+
+
+def on_pointers(rng: Rng, device: torch.device) -> Rng:
+    """The pair as the kernels take it: a pair by value is added to a zero on the device.
+
+    So eager calls and captured graphs run the same compiled kernel. A second one, first met under capture, would have
+    to be loaded there, which CUDA forbids.
+    """
+    seed_tensor, offset_tensor, seed, offset = rng
+    if seed_tensor is None:
+        seed_tensor = offset_tensor = zero(device)
+    return seed_tensor, offset_tensor, seed, offset
