@@ -64,8 +64,8 @@ def tile_lines(ttgir: str, tile: int) -> tuple[set[Line], set[Line]]:
         if definition := re.match(r"\s*(%[\w#]+)(?::\d+)? = (.*)", text):
             made[definition[1]] = definition[2], line
         sizes = [prod(map(int, shape.split("x")[:-1])) for shape in re.findall(r"tensor<((?:\d+x)+)", text)]
-        # A quarter, because noise is made in quads.
-        if any(size >= tile / 4 for size in sizes):
+        # An eighth, because noise is made in pairs of quads.
+        if any(size >= tile / 8 for size in sizes):
             working.add(line)
             if access := re.search(r"\btt\.(load|store) (.*?) :", text):
                 masks.update(re.findall(r"%[\w#]+", access[2])[1 if access[1] == "load" else 2 :][:1])
@@ -156,6 +156,7 @@ def narrow_arithmetic(ttir: str) -> Iterator[str]:
             tainted.add(result)
         elif tainted & set(re.findall(r"%[\w#]+", rest)) and operation not in (
             "arith.extsi",
+            "arith.extui",
             "arith.cmpi",
             "tt.addptr",
         ):

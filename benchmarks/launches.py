@@ -129,7 +129,7 @@ def launches() -> Iterator[tuple[str, Launch]]:
     "rows" are samples of which a program has several; "long" samples or batches are shared by many programs, so are
     "images" of 28x28, in smaller tiles. float16 compiles to the code of bfloat16.
     """
-    noise = (None, None, 1, 4)  # by value; noise by pointer, under capture, runs the same compiled kernel
+    noise = (None, None, 1, 4, 0)  # by value; noise by pointer, under capture, runs the same compiled kernel
     one, kl = torch.empty(()), torch.empty(512)
     for dtype, name in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
         small, long = torch.empty(512, 32, dtype=dtype), torch.empty(512, 2 * 16384, dtype=dtype)

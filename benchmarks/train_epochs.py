@@ -1,6 +1,6 @@
 """The example's training from start to end by one provider: the time of all epochs, and the loss of the last.
 
-    python benchmarks/train_epochs.py PROVIDER [--data-dir DIR] [--epochs 30] [--json PATH]
+    python benchmarks/train_epochs.py PROVIDER [--data-dir DIR] [--epochs 30] [--seed 0] [--json PATH]
 
 PROVIDER is eager, compile or fused, as in `training_step`, or fused-graph: the steps of `fastvae.training`. MNIST where
 its files are in DIR, else the digits that come with scikit-learn. Shuffling is counted; compilation, capture and
@@ -24,7 +24,7 @@ from fastvae.data import ImageDataset, load_digits, load_mnist
 from fastvae.evaluation import evaluate
 from fastvae.files import replacing
 from fastvae.models import ConvVAE
-from fastvae.training.precision import arithmetic
+from fastvae.training.precision import PRECISIONS, arithmetic
 from fastvae.training.steps import Steps
 from training_step import BATCH_SIZE, make_model, make_step
 
@@ -34,10 +34,10 @@ def choose_dataset(folder: Path | None) -> ImageDataset:
 
 
 def train(
-    provider: str, dataset: ImageDataset, device: torch.device, epochs: int, limit: int | None
+    provider: str, dataset: ImageDataset, device: torch.device, epochs: int, seed: int, limit: int | None
 ) -> dict[str, object]:
     images = dataset.train_images[:limit].to(device)
-    model, optimizer = make_model(device)
+    model, optimizer = make_model(device, seed)
     initial = {name: value.clone() for name, value in model.state_dict().items()}
     epoch = make_epoch(provider, model, optimizer, images)
     epoch()  # compiles, and captures where graphs are used
@@ -56,6 +56,7 @@ def train(
     steps = epochs * len(losses)
     return {
         "provider": provider,
+        "seed": seed,
         "dataset": dataset.name,
         "epochs": epochs,
         "steps": steps,
@@ -105,12 +106,15 @@ def main() -> None:
     parser.add_argument("provider", choices=("eager", "compile", "fused", "fused-graph"))
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0, help="of weights, shuffling and noise")
+    parser.add_argument("--precision", choices=PRECISIONS[:2], default="tf32")
     parser.add_argument("--limit", type=int, help="train on the first so many images")
     parser.add_argument("--json", type=Path)
     settings = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with arithmetic("tf32"):
-        result = train(settings.provider, choose_dataset(settings.data_dir), device, settings.epochs, settings.limit)
+    dataset = choose_dataset(settings.data_dir)
+    with arithmetic(settings.precision):
+        result = train(settings.provider, dataset, device, settings.epochs, settings.seed, settings.limit)
     text = json.dumps(result)
     print(text)
     if settings.json:

@@ -34,9 +34,9 @@ ALLOWED_SPREAD = 0.05
 JAX_STEPS = 10  # in one lax.scan
 
 
-def make_model(device: torch.device) -> tuple[ConvVAE, Adam]:
-    """The same weights at every call."""
-    torch.manual_seed(0)
+def make_model(device: torch.device, seed: int = 0) -> tuple[ConvVAE, Adam]:
+    """The same weights at every call with one seed, which noise and shuffling follow."""
+    torch.manual_seed(seed)
     model = ConvVAE().to(device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model, Adam(model.parameters(), lr=LEARNING_RATE, fused=True, capturable=device.type == "cuda")

@@ -12,8 +12,8 @@ from torch import Tensor
 from .launch import launch, ticket
 from .layout import dense_strides, gradient_strides, with_strides
 from .moments import Moments, halves, moments_tile, read_moments
-from .noise import NO_RNG, Rng, noise_tile, on_pointers
-from .numerics import exp, exp_half, expm1, expm1_minus
+from .noise import NO_RNG, Rng, noise_arguments, noise_tile, run_length
+from .numerics import exp, exp_half, expm1, expm1_minus, to_float32
 from .tiles import (
     UNSPECIALIZED,
     drew_last_ticket,
@@ -29,9 +29,9 @@ from .tiles import (
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=("seed_ptr", "offset_ptr"))
 def gaussian_forward_kernel(
     mu_ptr, logvar_ptr, eps_ptr, z_ptr, kl_ptr, partial_ptr, ticket_ptr,
-    seed_ptr, offset_ptr, seed: tl.int64, offset: tl.int64,
+    seed_ptr, offset_ptr, seed: tl.int64, offset: tl.int64, first_position,
     rows, columns, row_stride, chunks, kl_scale,
-    INNER: tl.constexpr, FLAT: tl.constexpr, QUADS: tl.constexpr, PER_ROW: tl.constexpr,
+    INNER: tl.constexpr, FLAT: tl.constexpr, RUN: tl.constexpr, PER_ROW: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """z = mu + exp(logvar / 2) * eps (unless z_ptr is None), and kl = kl_scale * sum (mu^2 + exp(logvar) - 1 -
@@ -52,14 +52,15 @@ def gaussian_forward_kernel(
     source, offsets = moments_tile(first_column, INNER, COLUMNS)
     source += first_row * row_stride
     offsets = row.to(tl.int64)[:, None] * row_stride + offsets[None, :]
-    mu = tl.load(mu_ptr + source + offsets, mask=inside, other=0.0).to(tl.float32)
-    logvar = tl.load(logvar_ptr + source + offsets, mask=inside, other=0.0).to(tl.float32)
+    mu = to_float32(tl.load(mu_ptr + source + offsets, mask=inside, other=0.0), FAST)
+    logvar = to_float32(tl.load(logvar_ptr + source + offsets, mask=inside, other=0.0), FAST)
 
     if z_ptr is not None:
         position = first_row * columns + first_column
         eps = noise_tile(
-            eps_ptr, seed_ptr, offset_ptr, seed, offset, position, columns, inside, QUADS, ROWS, COLUMNS, FAST
-        )
+            eps_ptr, seed_ptr, offset_ptr, seed, offset, first_position, position, columns, inside,
+            RUN, ROWS, COLUMNS, FAST,
+        )  # fmt: skip
         z = tl.fma(exp_half(logvar, FAST), eps, mu)
         at = z_ptr + position + tile_offsets(columns, ROWS, COLUMNS)
         tl.store(at, z.to(z_ptr.dtype.element_ty), mask=inside)
@@ -82,9 +83,9 @@ def gaussian_forward_kernel(
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=("seed_ptr", "offset_ptr"))
 def gaussian_backward_kernel(
     mu_ptr, logvar_ptr, eps_ptr, z_grad_ptr, kl_grad_ptr, mu_grad_ptr, logvar_grad_ptr,
-    seed_ptr, offset_ptr, seed: tl.int64, offset: tl.int64,
+    seed_ptr, offset_ptr, seed: tl.int64, offset: tl.int64, first_position,
     rows, columns, row_stride, grad_row_stride, chunks, kl_grad_stride, kl_scale,
-    INNER: tl.constexpr, FLAT: tl.constexpr, QUADS: tl.constexpr,
+    INNER: tl.constexpr, FLAT: tl.constexpr, RUN: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """mu_grad = z_grad + kl_grad * mu and logvar_grad = (z_grad * exp(logvar / 2) * eps + kl_grad * (exp(logvar) -
@@ -111,22 +112,23 @@ def gaussian_backward_kernel(
     mu_grad = tl.zeros([ROWS, COLUMNS], tl.float32)
     logvar_grad = tl.zeros([ROWS, COLUMNS], tl.float32)
     if logvar_grad_ptr is not None:
-        logvar = tl.load(logvar_ptr + source + source_offsets, mask=inside, other=0.0).to(tl.float32)
+        logvar = to_float32(tl.load(logvar_ptr + source + source_offsets, mask=inside, other=0.0), FAST)
     if z_grad_ptr is not None:
         dense = tile_offsets(columns, ROWS, COLUMNS)
-        z_grad = tl.load(z_grad_ptr + position + dense, mask=inside, other=0.0).to(tl.float32)
+        z_grad = to_float32(tl.load(z_grad_ptr + position + dense, mask=inside, other=0.0), FAST)
         mu_grad = z_grad
         if logvar_grad_ptr is not None:
             eps = noise_tile(
-                eps_ptr, seed_ptr, offset_ptr, seed, offset, position, columns, inside, QUADS, ROWS, COLUMNS, FAST
-            )
+                eps_ptr, seed_ptr, offset_ptr, seed, offset, first_position, position, columns, inside,
+                RUN, ROWS, COLUMNS, FAST,
+            )  # fmt: skip
             logvar_grad = z_grad * (exp_half(logvar, FAST) * eps)
     if kl_grad_ptr is not None:
         kl_grad = (
             tl.load(kl_grad_ptr + (first_row + row) * kl_grad_stride, mask=inside_row, other=0.0)[:, None] * kl_scale
         )
         if mu_grad_ptr is not None:
-            mu = tl.load(mu_ptr + source + source_offsets, mask=inside, other=0.0).to(tl.float32)
+            mu = to_float32(tl.load(mu_ptr + source + source_offsets, mask=inside, other=0.0), FAST)
             mu_grad = tl.fma(kl_grad, mu, mu_grad)
         if logvar_grad_ptr is not None:
             logvar_grad = tl.fma(kl_grad, expm1(logvar, exp(logvar, FAST)), logvar_grad)
@@ -162,6 +164,8 @@ def gaussian_forward(
     partial = None
     if kl is not None and count > 1:
         partial = kl.new_empty(tiling.programs)
+    drawn = z is not None and eps is None
+    noise = noise_arguments(rng, moments.mu.device, moments.event) if drawn else NO_RNG
     launch(
         gaussian_forward_kernel,
         tiling.programs,
@@ -174,7 +178,7 @@ def gaussian_forward(
         kl,
         partial,
         None if partial is None else ticket(partial.device),
-        *(NO_RNG if z is None or eps is not None else on_pointers(rng, moments.mu.device)),
+        *noise,
         tiling.rows,
         tiling.columns,
         moments.row_stride,
@@ -182,7 +186,7 @@ def gaussian_forward(
         0.5 * reduction_scale(reduction, moments.batch, moments.event),
         INNER=moments.inner,
         FLAT=tiling.rows == 1,
-        QUADS=tiling.rows == 1 or tiling.columns % 4 == 0,
+        RUN=run_length(tiling, moments.mu.element_size(), noise[-1]),
         PER_ROW=per_row,
         ROWS=tiling.tile_rows,
         COLUMNS=tiling.tile_columns,
@@ -238,6 +242,8 @@ def gaussian_backward(
     kl_grad = None if kl_grad is None else kl_grad.resolve_neg()
     per_row = kl_grad is not None and reduction == "none" and kl_grad.stride(0) != 0
     tiling = moments.cut(per_row)
+    drawn = z_grad is not None and eps is None
+    noise = noise_arguments(rng, mu.device, moments.event) if drawn else NO_RNG
     if tiling.rows * tiling.columns:
         launch(
             gaussian_backward_kernel,
@@ -251,7 +257,7 @@ def gaussian_backward(
             kl_grad,
             mu_grad,
             logvar_grad,
-            *(NO_RNG if z_grad is None or eps is not None else on_pointers(rng, mu.device)),
+            *noise,
             tiling.rows,
             tiling.columns,
             moments.row_stride,
@@ -261,7 +267,7 @@ def gaussian_backward(
             reduction_scale(reduction, moments.batch, moments.event),
             INNER=moments.inner,
             FLAT=tiling.rows == 1,
-            QUADS=tiling.rows == 1 or tiling.columns % 4 == 0,
+            RUN=run_length(tiling, mu.element_size(), noise[-1]),
             ROWS=tiling.tile_rows,
             COLUMNS=tiling.tile_columns,
         )

@@ -15,6 +15,19 @@ import triton.language as tl
 
 
 @triton.jit
+def to_float32(x, FAST: tl.constexpr):
+    """What was loaded, in float32. The fast form of bfloat16 takes apart two elements by two instructions, where the
+    compiler takes three.
+    """
+    if FAST and x.dtype == tl.bfloat16:
+        bits = tl.inline_asm_elementwise(
+            "{ shl.b32 $0, $2, 16; and.b32 $1, $2, 0xFFFF0000; }", "=&r,=r,r", [x], dtype=tl.int32, is_pure=True, pack=2
+        )
+        return bits.to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
 def exp(x, FAST: tl.constexpr):
     """e^x. Relative error of the fast form: 2 ulp, plus |x| * 2^-24 from rounding the exponent; subnormal results
     become 0.
@@ -49,14 +62,13 @@ def reciprocal(x, FAST: tl.constexpr):
 
 @triton.jit
 def expm1_tail(x):
-    """(e^x - 1 - x) / x^2 for |x| < 1/2: Chebyshev interpolation of degree 6, relative error 1.1e-9 with these
-    float32 coefficients.
+    """(e^x - 1 - x) / x^2 for |x| < 1/2: minimax of degree 5 with 1/2 at 0, relative error 3.2e-8 (0.53 * 2^-24) with
+    these float32 coefficients. Of degree 4 it would be 7e-7.
     """
-    p = tl.fma(2.492243584129028e-05, x, 1.9962176156695932e-04)
-    p = tl.fma(p, x, 1.3888737885281444e-03)
-    p = tl.fma(p, x, 8.333181962370872e-03)
-    p = tl.fma(p, x, 4.16666679084301e-02)
-    p = tl.fma(p, x, 1.666666716337204e-01)
+    p = tl.fma(1.986334245884791e-04, x, 1.3975331094115973e-03)
+    p = tl.fma(p, x, 8.333477191627026e-03)
+    p = tl.fma(p, x, 4.1666001081466675e-02)
+    p = tl.fma(p, x, 1.666666567325592e-01)
     return tl.fma(p, x, 0.5)
 
 

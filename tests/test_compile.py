@@ -273,7 +273,7 @@ def registered_calls(device):
     transposed = torch.randn(4, 6, device=device).t()
     seed, offset = torch.tensor(123, device=device), torch.tensor(8, device=device)
     eps, kl, one = torch.randn(6, 4, device=device), torch.rand(6, device=device), torch.ones((), device=device)
-    drawn, given = (None, seed, offset, 0, 0), (eps, None, None, 0, 0)
+    drawn, given = (None, seed, offset, 0, 0, 3), (eps, None, None, 0, 0, 0)
     return {
         "gaussian_sample": [(mu, logvar, *drawn), (transposed, logvar, *given)],
         "gaussian_kl": [(mu, logvar, "none"), (transposed, logvar, "mean")],

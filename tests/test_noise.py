@@ -183,7 +183,7 @@ def normals_kernel(
     position = first + tl.arange(0, COUNT)
     if QUADS:
         quad = (first >> 2) + tl.arange(0, COUNT // 4)[None, :]
-        normals = tl.reshape(normals_of_quads(seed, offset, quad, 1, COUNT, FAST), [COUNT])
+        normals = tl.reshape(normals_of_quads(seed, offset, quad, FAST), [COUNT])
     else:
         normals = normals_of_elements(seed, offset, position, FAST)
     tl.store(normals_ptr + position, normals)

@@ -11,6 +11,7 @@ from torch import nn
 
 import fastvae
 import fastvae.functional as F
+from fastvae.models import VAE
 
 SHAPE = (6, 2, 7, 5)
 SCALE = 65536.0
@@ -125,49 +126,56 @@ def test_saved_tensors_may_be_moved_away(device, triton_backend):
 
 
 class Loss(nn.Module):
-    """A VAE's loss of (x, eps) as a module, which is what DistributedDataParallel wraps."""
+    """A VAE's loss of (x, batch_offset) as a module, which is what DistributedDataParallel wraps; with real noise."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.encoder, self.decoder = nn.Linear(12, 8), nn.Linear(4, 12)
+        self.vae = VAE(nn.Linear(12, 6), nn.Linear(3, 12), 3)
 
-    def forward(self, x, eps):
-        z, kl = F.gaussian_sample_kl_packed(self.encoder(x), eps=eps)
-        return F.elbo_loss(self.decoder(z), x, kl).loss
+    def forward(self, x, batch_offset):
+        output = self.vae(x, batch_offset=batch_offset)
+        return F.elbo_loss(output.logits, x, output.kl).loss
 
 
 def joint_batch():
-    generator = torch.Generator().manual_seed(1)
-    return torch.rand(8, 12, generator=generator), torch.randn(8, 4, generator=generator)
+    return torch.rand(8, 12, generator=torch.Generator().manual_seed(1))
 
 
-def half_of_the_batch(rank, port, folder):
+def gradients_of_two_calls(model, x, batch_offset):
+    """Of two calls, the second with new noise, under the seed that all processes share."""
+    torch.manual_seed(5)
+    for _ in range(2):
+        model(x, batch_offset).backward()
+    return [parameter.grad for parameter in model.parameters()]
+
+
+def half_of_the_batch(rank, port, folder, backend):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     try:
         model = nn.parallel.DistributedDataParallel(Loss())
-        half = slice(4 * rank, 4 * rank + 4)
-        x, eps = joint_batch()
-        with fastvae.use_backend("triton"):
-            model(x[half], eps[half]).backward()
-        torch.save([parameter.grad for parameter in model.module.parameters()], f"{folder}/{rank}.pt")
+        with fastvae.use_backend(backend):
+            gradients = gradients_of_two_calls(model, joint_batch()[4 * rank : 4 * rank + 4], 4 * rank)
+        torch.save(gradients, f"{folder}/{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the processes run on the CPU, on the interpreter")
-def test_two_processes_have_the_gradients_of_the_joint_batch(tmp_path):
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_two_processes_of_one_seed_have_the_gradients_of_the_joint_batch(backend, tmp_path):
+    """Real noise: each process draws that of its own samples. The events have 3 elements, no multiple of 4."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(half_of_the_batch, (port, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(half_of_the_batch, (port, str(tmp_path), backend), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-    model = Loss().double()
-    x, eps = joint_batch()
     with fastvae.use_backend("reference"):
-        model(x.double(), eps.double()).backward()
-    for a, b, parameter in zip(first, second, model.parameters(), strict=True):
+        expected = gradients_of_two_calls(Loss(), joint_batch(), 0)
+        other_noise = gradients_of_two_calls(Loss(), joint_batch(), 8)
+    for a, b, gradient in zip(first, second, expected, strict=True):
         assert torch.equal(a, b)
-        assert torch.allclose(a.double(), parameter.grad, rtol=1e-5, atol=1e-6)
+        assert torch.allclose(a, gradient, rtol=1e-5, atol=1e-6)
+    assert not all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(first, other_noise, strict=True))

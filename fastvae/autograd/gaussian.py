@@ -17,7 +17,7 @@ from fastvae.kernels import gaussian as kernels
 from fastvae.kernels.layout import empty_gradients
 from fastvae.reference.precision import in_float32
 
-_RNG = "Tensor? seed_tensor, Tensor? offset_tensor, int seed, int offset"
+_RNG = "Tensor? seed_tensor, Tensor? offset_tensor, int seed, int offset, SymInt batch_offset"
 _operations = torch.ops.fastvae
 
 
@@ -68,7 +68,7 @@ register(
 
 
 def _save(ctx: Any, mu: Tensor, logvar: Tensor | None, dim: int, reduction: str, eps: Tensor | None, *rng: Any) -> None:
-    seed_tensor, offset_tensor, ctx.seed, ctx.offset = rng
+    seed_tensor, offset_tensor, *ctx.numbers = rng
     ctx.save_for_backward(mu, logvar, eps, seed_tensor, offset_tensor)
     ctx.dim, ctx.reduction = dim, reduction
     ctx.set_materialize_grads(False)
@@ -79,7 +79,7 @@ def _gradients(ctx: Any, z_grad: Tensor | None, kl_grad: Tensor | None) -> tuple
     if z_grad is None and kl_grad is None:
         return None, None
     mu, logvar, eps, seed_tensor, offset_tensor = ctx.saved_tensors
-    rng = seed_tensor, offset_tensor, ctx.seed, ctx.offset
+    rng = seed_tensor, offset_tensor, *ctx.numbers
     if is_differentiated(z_grad, kl_grad):
         return _differentiable_gradients(mu, logvar, ctx.dim, ctx.reduction, z_grad, kl_grad, eps, *rng)
     needs_mu, needs_logvar = ctx.needs_input_grad[:2]
@@ -137,9 +137,10 @@ class GaussianSample(torch.autograd.Function):
         offset_tensor: Tensor | None,
         seed: int,
         offset: int,
+        batch_offset: int,
     ) -> Tensor:
         operations = _operations if is_traced(mu) else kernels
-        return operations.gaussian_sample(mu, logvar, eps, seed_tensor, offset_tensor, seed, offset)
+        return operations.gaussian_sample(mu, logvar, eps, seed_tensor, offset_tensor, seed, offset, batch_offset)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -148,7 +149,7 @@ class GaussianSample(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, z_grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, z_grad, None), None, None, None, None, None
+        return *_gradients(ctx, z_grad, None), None, None, None, None, None, None
 
     vmap = refuse_vmap("gaussian_sample")
 
@@ -186,9 +187,12 @@ class GaussianSampleKL(torch.autograd.Function):
         offset_tensor: Tensor | None,
         seed: int,
         offset: int,
+        batch_offset: int,
     ) -> tuple[Tensor, Tensor]:
         operations = _operations if is_traced(mu) else kernels
-        return operations.gaussian_sample_kl(mu, logvar, dim, reduction, eps, seed_tensor, offset_tensor, seed, offset)
+        return operations.gaussian_sample_kl(
+            mu, logvar, dim, reduction, eps, seed_tensor, offset_tensor, seed, offset, batch_offset
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -196,17 +200,21 @@ class GaussianSampleKL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, z_grad: Tensor | None, kl_grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, z_grad, kl_grad), None, None, None, None, None, None, None
+        return *_gradients(ctx, z_grad, kl_grad), None, None, None, None, None, None, None, None
 
     vmap = refuse_vmap("gaussian_sample_kl(_packed)")
 
 
-def _noise(tensor: Tensor, eps: Tensor | None, generator: torch.Generator | None) -> tuple[Any, ...]:
-    return kernels.NO_RNG if eps is not None else random.reserve(tensor.device, generator)
+def _noise(
+    tensor: Tensor, eps: Tensor | None, generator: torch.Generator | None, batch_offset: int | None
+) -> tuple[Any, ...]:
+    return kernels.NO_RNG if eps is not None else (*random.reserve(tensor.device, generator), batch_offset or 0)
 
 
-def gaussian_sample(mu: Tensor, logvar: Tensor, eps: Tensor | None, generator: torch.Generator | None) -> Tensor:
-    return apply(GaussianSample, mu, logvar, eps, *_noise(mu, eps, generator))
+def gaussian_sample(
+    mu: Tensor, logvar: Tensor, eps: Tensor | None, generator: torch.Generator | None, batch_offset: int | None
+) -> Tensor:
+    return apply(GaussianSample, mu, logvar, eps, *_noise(mu, eps, generator, batch_offset))
 
 
 def gaussian_kl(mu: Tensor, logvar: Tensor, reduction: str) -> Tensor:
@@ -220,5 +228,7 @@ def gaussian_sample_kl(
     reduction: str,
     eps: Tensor | None,
     generator: torch.Generator | None,
+    batch_offset: int | None,
 ) -> tuple[Tensor, Tensor]:
-    return apply(GaussianSampleKL, mu, logvar, dim, reduction, eps, *_noise(mu, eps, generator))
+    noise = _noise(mu, eps, generator, batch_offset)
+    return apply(GaussianSampleKL, mu, logvar, dim, reduction, eps, *noise)

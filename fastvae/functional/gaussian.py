@@ -23,7 +23,12 @@ from fastvae.functional.checks import FLOATING, check_batch, check_device, check
 
 
 def gaussian_sample(
-    mu: Tensor, logvar: Tensor, *, eps: Tensor | None = None, generator: torch.Generator | None = None
+    mu: Tensor,
+    logvar: Tensor,
+    *,
+    eps: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    batch_offset: int | None = None,
 ) -> Tensor:
     """Draw z = mu + exp(logvar / 2) * eps with eps ~ N(0, I), differentiable in mu and logvar.
 
@@ -31,21 +36,25 @@ def gaussian_sample(
         mu, logvar: [B, ...], of one shape, dtype and device.
         eps: the noise, of mu's shape; drawn if None. It must not require grad.
         generator: a torch.Generator of mu's device; the default generator if None.
+        batch_offset: where mu is a part of a batch that several processes share, the number of samples before this
+            part. Parts drawn from the same seed then have the noise that the whole batch would have had, in one call
+            with a batch_offset of 0, on either backend.
 
     Returns:
         z, of mu's shape, dtype and memory format.
 
     Raises:
         TypeError: not a floating-point tensor; mu and logvar of different dtypes.
-        ValueError: shapes or devices that differ, fewer than 2 dimensions, or both eps and generator.
+        ValueError: shapes or devices that differ, fewer than 2 dimensions, a negative batch_offset, or eps together
+            with generator or batch_offset.
     """
     _check(mu, logvar)
-    _check_noise(mu.shape, "mu", mu, eps, generator)
+    _check_noise(mu.shape, "mu", mu, eps, generator, batch_offset)
     if takes_triton(mu, eps):
         from fastvae.autograd import gaussian as fused
 
-        return fused.gaussian_sample(mu, logvar, eps, generator)
-    return reference.gaussian.gaussian_sample(mu, logvar, eps=eps, generator=generator)
+        return fused.gaussian_sample(mu, logvar, eps, generator, batch_offset)
+    return reference.gaussian.gaussian_sample(mu, logvar, eps=eps, generator=generator, batch_offset=batch_offset)
 
 
 def gaussian_kl(mu: Tensor, logvar: Tensor, *, reduction: str = "batchmean") -> Tensor:
@@ -78,6 +87,7 @@ def gaussian_sample_kl(
     *,
     eps: Tensor | None = None,
     generator: torch.Generator | None = None,
+    batch_offset: int | None = None,
     reduction: str = "none",
 ) -> tuple[Tensor, Tensor]:
     """`gaussian_sample` and `gaussian_kl` of the same posterior, in one launch forward and one backward.
@@ -86,13 +96,15 @@ def gaussian_sample_kl(
     says otherwise.
     """
     _check(mu, logvar)
-    _check_noise(mu.shape, "mu", mu, eps, generator)
+    _check_noise(mu.shape, "mu", mu, eps, generator, batch_offset)
     check_reduction(reduction)
     if takes_triton(mu, eps):
         from fastvae.autograd import gaussian as fused
 
-        return fused.gaussian_sample_kl(mu, logvar, 1, reduction, eps, generator)
-    return reference.gaussian.gaussian_sample_kl(mu, logvar, eps=eps, generator=generator, reduction=reduction)
+        return fused.gaussian_sample_kl(mu, logvar, 1, reduction, eps, generator, batch_offset)
+    return reference.gaussian.gaussian_sample_kl(
+        mu, logvar, eps=eps, generator=generator, batch_offset=batch_offset, reduction=reduction
+    )
 
 
 def gaussian_sample_kl_packed(
@@ -101,6 +113,7 @@ def gaussian_sample_kl_packed(
     dim: int = 1,
     eps: Tensor | None = None,
     generator: torch.Generator | None = None,
+    batch_offset: int | None = None,
     reduction: str = "none",
 ) -> tuple[Tensor, Tensor]:
     """`gaussian_sample_kl` of an encoder's output that holds both halves, moments = [mu | logvar] along ``dim``.
@@ -110,7 +123,7 @@ def gaussian_sample_kl_packed(
     Args:
         moments: [B, ...] with an even size along ``dim``.
         dim: the dimension that is split; not the batch.
-        eps, generator, reduction: as in `gaussian_sample_kl`.
+        eps, generator, batch_offset, reduction: as in `gaussian_sample_kl`.
 
     Returns:
         z, of the shape of one half, and the divergence.
@@ -132,14 +145,14 @@ def gaussian_sample_kl_packed(
         raise ValueError(f"moments must have an even size along dim {dim}, got {list(moments.shape)}")
     half = list(moments.shape)
     half[dim] //= 2
-    _check_noise(torch.Size(half), "moments", moments, eps, generator)
+    _check_noise(torch.Size(half), "moments", moments, eps, generator, batch_offset)
     check_reduction(reduction)
     if takes_triton(moments, eps):
         from fastvae.autograd import gaussian as fused
 
-        return fused.gaussian_sample_kl(moments, None, dim, reduction, eps, generator)
+        return fused.gaussian_sample_kl(moments, None, dim, reduction, eps, generator, batch_offset)
     return reference.gaussian.gaussian_sample_kl_packed(
-        moments, dim=dim, eps=eps, generator=generator, reduction=reduction
+        moments, dim=dim, eps=eps, generator=generator, batch_offset=batch_offset, reduction=reduction
     )
 
 
@@ -151,8 +164,20 @@ def _check(mu: Tensor, logvar: Tensor) -> None:
 
 
 def _check_noise(
-    shape: torch.Size, name: str, like: Tensor, eps: Tensor | None, generator: torch.Generator | None
+    shape: torch.Size,
+    name: str,
+    like: Tensor,
+    eps: Tensor | None,
+    generator: torch.Generator | None,
+    batch_offset: int | None,
 ) -> None:
+    if batch_offset is not None:
+        if isinstance(batch_offset, bool) or not isinstance(batch_offset, (int, torch.SymInt)):
+            raise TypeError(f"batch_offset must be an integer, got {type(batch_offset).__name__}")
+        if batch_offset < 0:
+            raise ValueError(f"batch_offset must not be negative, got {batch_offset}")
+        if eps is not None:
+            raise ValueError("eps and batch_offset were both given: eps is the noise itself, so nothing would be drawn")
     if generator is not None:
         if not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")

@@ -63,9 +63,13 @@ class VAE(nn.Module):
         logits: Tensor = self.decoder(z)
         return logits
 
-    def forward(self, x: Tensor) -> VAEOutput:
-        """Encode images (see `encode`), sample their posteriors, decode the samples."""
-        z, kl = F.gaussian_sample_kl_packed(self.encode(x))
+    def forward(self, x: Tensor, batch_offset: int | None = None) -> VAEOutput:
+        """Encode images (see `encode`), sample their posteriors, decode the samples.
+
+        ``batch_offset``: the number of samples before these in a batch that several processes share; from one seed they
+        then draw the noise of the whole batch (see `fastvae.functional.gaussian_sample`).
+        """
+        z, kl = F.gaussian_sample_kl_packed(self.encode(x), batch_offset=batch_offset)
         return VAEOutput(self.decode(z), z, kl)
 
     @torch.no_grad()

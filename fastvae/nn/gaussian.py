@@ -1,4 +1,7 @@
-"""Modules of the diagonal Gaussian posterior. They sample in eval mode too, unless they are deterministic."""
+"""Modules of the diagonal Gaussian posterior. They sample in eval mode too, unless they are deterministic.
+
+``batch_offset`` is for batches that several processes share, see `fastvae.functional.gaussian_sample`.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,8 @@ class GaussianSampling(nn.Module):
         super().__init__()
         self.deterministic = deterministic
 
-    def forward(self, mu: Tensor, logvar: Tensor) -> Tensor:
-        return mu if self.deterministic else F.gaussian_sample(mu, logvar)
+    def forward(self, mu: Tensor, logvar: Tensor, batch_offset: int | None = None) -> Tensor:
+        return mu if self.deterministic else F.gaussian_sample(mu, logvar, batch_offset=batch_offset)
 
     def extra_repr(self) -> str:
         return f"deterministic={self.deterministic}"
@@ -33,11 +36,11 @@ class GaussianSamplingKL(nn.Module):
         self.reduction = reduction
         self.deterministic = deterministic
 
-    def forward(self, moments: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, moments: Tensor, batch_offset: int | None = None) -> tuple[Tensor, Tensor]:
         if self.deterministic:
             mu, logvar = moments.chunk(2, self.dim)
             return mu, F.gaussian_kl(mu, logvar, reduction=self.reduction)
-        return F.gaussian_sample_kl_packed(moments, dim=self.dim, reduction=self.reduction)
+        return F.gaussian_sample_kl_packed(moments, dim=self.dim, batch_offset=batch_offset, reduction=self.reduction)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, reduction={self.reduction!r}, deterministic={self.deterministic}"

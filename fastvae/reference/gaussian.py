@@ -10,15 +10,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastvae.reference.noise import addressed_noise
 from fastvae.reference.precision import in_float32, reduce_event
 
 
 def gaussian_sample(
-    mu: Tensor, logvar: Tensor, *, eps: Tensor | None = None, generator: torch.Generator | None = None
+    mu: Tensor,
+    logvar: Tensor,
+    *,
+    eps: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    batch_offset: int | None = None,
 ) -> Tensor:
-    """z = mu + exp(logvar / 2) * eps, with eps ~ N(0, I) unless given."""
+    """z = mu + exp(logvar / 2) * eps, with eps ~ N(0, I) unless given; with a batch_offset, `addressed_noise`."""
     wide_mu, wide_logvar = in_float32(mu), in_float32(logvar)
-    if eps is None:
+    if batch_offset is not None:
+        eps = addressed_noise(wide_mu, generator, batch_offset)
+    elif eps is None:
         # randn_like takes no generator, and a plain randn would not keep mu's memory format.
         eps = torch.empty_like(wide_mu).normal_(generator=generator) if generator else torch.randn_like(wide_mu)
     return (wide_mu + torch.exp(0.5 * wide_logvar) * eps).to(mu.dtype)
@@ -37,10 +45,11 @@ def gaussian_sample_kl(
     *,
     eps: Tensor | None = None,
     generator: torch.Generator | None = None,
+    batch_offset: int | None = None,
     reduction: str = "none",
 ) -> tuple[Tensor, Tensor]:
     """gaussian_sample and gaussian_kl of the same posterior."""
-    z = gaussian_sample(mu, logvar, eps=eps, generator=generator)
+    z = gaussian_sample(mu, logvar, eps=eps, generator=generator, batch_offset=batch_offset)
     return z, gaussian_kl(mu, logvar, reduction=reduction)
 
 
@@ -50,8 +59,9 @@ def gaussian_sample_kl_packed(
     dim: int = 1,
     eps: Tensor | None = None,
     generator: torch.Generator | None = None,
+    batch_offset: int | None = None,
     reduction: str = "none",
 ) -> tuple[Tensor, Tensor]:
     """gaussian_sample_kl of moments = [mu | logvar], the two halves along dim."""
     mu, logvar = moments.chunk(2, dim)
-    return gaussian_sample_kl(mu, logvar, eps=eps, generator=generator, reduction=reduction)
+    return gaussian_sample_kl(mu, logvar, eps=eps, generator=generator, batch_offset=batch_offset, reduction=reduction)
