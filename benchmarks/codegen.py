@@ -115,9 +115,10 @@ def inspect(launch: Launch, target: GPUTarget, **options: Any) -> Code:
             for tool, *flags in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c", "-gi"))
         )
     registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
-    tile = launch.constants["ROWS"] * launch.constants["COLUMNS"]
     parts: dict[str, list[str]] = {part: [] for part in PARTS}
-    for instruction, part in classify(read_sass(sass), compiled.asm["ttgir"], tile, source_lines(drew_last_ticket)):
+    for instruction, part in classify(
+        read_sass(sass), compiled.asm["ttgir"], launch.tile, source_lines(drew_last_ticket)
+    ):
         parts[part].append(instruction.operation)
     count = {part: len(operations) for part, operations in parts.items()}
     bulk = [access for operation in parts["body"] if (access := sass_access(operation))]

@@ -3,7 +3,7 @@
     python benchmarks/gpu_evidence.py --out DIR [--data-dir MNIST]
 
 Runs the tests on the device, the tests on the interpreter, the comparison of the compiled code, compute-sanitizer, the
-hardware counters, the headline benchmarks, and 30 epochs of the example by four providers. Parts that are not timed
+hardware counters, the headline benchmarks, and 30 epochs of the example by five providers. Parts that are not timed
 run together; what is timed runs alone. Each part is a process of its own, so that a failure costs one part, and its
 result is written when it ends. The same command again goes on where the last one stopped: parts that passed at this
 commit on this device are kept, the others run again. --minutes bounds one invocation; a part that no longer fits is
@@ -26,7 +26,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -52,6 +52,7 @@ from report import commit
 HERE = Path(__file__).parent
 FILES = ("summary.md", "evidence.json", "log.txt", "codegen.json", "benchmarks.json", "benchmarks.md", "benchmarks.png")
 SHORTEST = 20.0  # seconds in which a part can do something
+EPOCHS = ("fused-graph", "fused-output-graph", "fused", "eager", "compile")
 COUNTED_ELEMENTS = 1 << 26  # 256 MiB per float32 tensor, several times the cache
 
 
@@ -71,7 +72,8 @@ def parts(out: Path, data: Path | None, rehearse: bool) -> list[Part]:
     benchmarks = [*pytest, "benchmarks", "--benchmark", "--report", out, "--limit", "250"]
     benchmarks += ["-k", "reconstruction and launch"] if rehearse else []
     epochs = [python, HERE / "train_epochs.py"]
-    options = ["--data-dir", data] if data else []
+    options: list[str | Path] = ["--data-dir", data] if data else []
+    seeds = ["--seeds", *map(str, range(5))]  # of fastvae's loop, which takes seconds, to hold against the reference
     options += ["--epochs", "1", "--limit", "256"] if rehearse else []
 
     no_gpu = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
@@ -87,8 +89,15 @@ def parts(out: Path, data: Path | None, rehearse: bool) -> list[Part]:
         Part("counters", 2, [*ncu, *calls, "--elements", elements], 90, read_counters, here),
         Part("benchmarks", 3, benchmarks, 280, read_benchmarks(out), here),
         *(
-            Part(f"epochs, {name}", stage, [*epochs, name, *options], 90, read_epochs, here)
-            for stage, name in enumerate(("fused-graph", "fused", "eager", "compile"), start=4)
+            Part(
+                f"epochs, {name}",
+                stage,
+                [*epochs, name, *options, *(seeds if name.endswith("-graph") else [])],
+                90,
+                read_epochs,
+                here,
+            )
+            for stage, name in enumerate(EPOCHS, start=4)
         ),
     ]
 
@@ -191,11 +200,28 @@ def summary(state: Result, out: Path) -> str:
             speed = f"{it['seconds_of_training']:.2f} | {it['steps_per_second']:,.0f}"
             quality = f"{it['final_loss']:.2f} | {it['test_loss']:.2f} | {it['test_mse']:.4f}"
             lines.append(f"| {it['provider']} | {speed} | {quality} |")
+        lines += ["", *against_reference(epochs)]
     page = out / "benchmarks.md"
     if page.exists():
         nested = ("\n" + page.read_text()).replace("\n#", "\n##").strip()
         lines += ["", "![time against size](benchmarks.png)", "", nested]
     return "\n".join(lines) + "\n"
+
+
+def against_reference(epochs: Sequence[Result]) -> Iterator[str]:
+    """Whether what was trained with several seeds came to the losses of eager PyTorch in float32."""
+    reference = json.loads((HERE / "reference_losses.json").read_text())
+    same = [it for it in epochs if all(it[key] == reference[key] for key in ("dataset", "epochs", "steps"))]
+    losses = reference["final_losses"]
+    lowest, highest = min(losses), max(losses)
+    for it in same:
+        own = it["final_losses"]
+        mean = sum(own) / len(own)
+        verdict = "inside" if lowest <= mean <= highest else "OUTSIDE"
+        yield (
+            f"{it['provider']}: final training loss {mean:.3f} (mean of {len(own)}: {min(own):.3f} to {max(own):.3f}), "
+            f"{verdict} of the {lowest:.3f} to {highest:.3f} of {len(losses)} seeds of eager PyTorch in float32.  "
+        )
 
 
 def _found(result: Result) -> str:

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
 
-from fastvae.kernels import batch, elbo, gaussian, reconstruction
+from fastvae.kernels import batch, conv_elbo, elbo, gaussian, reconstruction
 
 TYPES = {
     torch.float32: "fp32",
@@ -40,8 +40,14 @@ class Launch:
     num_warps: int
 
     @property
+    def tile(self) -> int:
+        """The elements of a program."""
+        rows, columns = ("PIXELS", "CHANNELS") if "PIXELS" in self.constants else ("ROWS", "COLUMNS")
+        return self.constants[rows] * self.constants[columns]
+
+    @property
     def elements_per_thread(self) -> float:
-        return self.constants["ROWS"] * self.constants["COLUMNS"] / (32 * self.num_warps)
+        return self.tile / (32 * self.num_warps)
 
     def compile(self, target: GPUTarget, **options: Any) -> Any:
         """The kernel compiled as Triton's launcher would specialise it: null pointers and ones folded, 16-byte
@@ -104,8 +110,8 @@ def exact_lines() -> Iterator[None]:
         yield
 
 
-def record(call: Callable[[], Any]) -> Launch:
-    """The one launch that `call` makes."""
+def record(call: Callable[[], Any]) -> list[Launch]:
+    """The launches that `call` makes."""
     launches: list[Launch] = []
 
     def launch(kernel: Any, programs: int, num_warps: int, device: Any, *arguments: Any, **constants: Any) -> None:
@@ -117,10 +123,10 @@ def record(call: Callable[[], Any]) -> Launch:
         patch.object(reconstruction, "launch", launch),
         patch.object(elbo, "launch", launch),
         patch.object(batch, "launch", launch),
+        patch.object(conv_elbo, "launch", launch),
     ):
         call()
-    (only,) = launches
-    return only
+    return launches
 
 
 def launches() -> Iterator[tuple[str, Launch]]:
@@ -176,4 +182,15 @@ def launches() -> Iterator[tuple[str, Launch]]:
                 ),
             }
         for call_name, call in calls.items():
-            yield f"{call_name} {name}", record(call)
+            (launch,) = record(call)
+            yield f"{call_name} {name}", launch
+        for outputs in (1, 3):
+            features = torch.empty(128, 32, 28, 28, dtype=dtype).to(memory_format=torch.channels_last)
+            weight, target = torch.empty(32, outputs, 3, 3), torch.empty(128, outputs, 28, 28, dtype=torch.uint8)
+            forward, backward = record(
+                lambda f=features, w=weight, t=target: conv_elbo.conv_elbo_value_and_grad(
+                    f, w, w[0, :, 0, 0], t, kl[:128], True, one, 0.5, None
+                )
+            )
+            yield f"conv_elbo_forward to {outputs} {name}", forward
+            yield f"conv_elbo_backward from {outputs} {name}", backward

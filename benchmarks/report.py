@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 Cell = dict[str, Any]  # a case with the measurements of all its providers
 Run = dict[str, Any]
 
-FUSED = {"fused": ("eager", "compile", "compile-max-autotune"), "fused-graph": ("compile-graph",)}
+FUSED = {
+    "fused": ("eager", "compile", "compile-max-autotune"),
+    "fused-graph": ("compile-graph",),
+    "fused-output-graph": ("fused-graph",),
+}
 # Two operations that between them are the whole ELBO path of a training loop.
 PLOTTED = {
     "gaussian_sample_kl_packed": "sample + KL, forward and backward",
@@ -38,6 +42,8 @@ COLORS = {
     "compile-graph": "C0",
     "fused": "C3",
     "fused-graph": "C3",
+    "fused-output": "C1",
+    "fused-output-graph": "C1",
     "jax": "C4",
 }
 

@@ -2,14 +2,15 @@
 
 Each provider gets what a user would give it: images as bytes on the device, channels_last, TF32, cuDNN's search for
 the best algorithm, the fused Adam. `eager` is PyTorch's own loop with fastvae's specification; `compile` is the loss
-compiled as a whole, its backward with it, and the fused update after it. Only `textbook` has nothing of it: the step as
+compiled as a whole, its backward with it, and the fused update after it. `fused-output` computes the decoder's last
+layer together with the loss. Only `textbook` has nothing of it: the step as
 tutorials write it, on float images in torch's default memory format, with Adam as it comes.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ import fastvae.functional as F
 from fastvae.data import load_digits
 from fastvae.models import ConvVAE
 from fastvae.training import training_step
+from fastvae.training.output_layer import output_layer
 from fastvae.training.precision import arithmetic
 from providers import PROVIDERS
 
@@ -34,22 +36,40 @@ ALLOWED_SPREAD = 0.05
 JAX_STEPS = 10  # in one lax.scan
 
 
-def make_model(device: torch.device, seed: int = 0) -> tuple[ConvVAE, Adam]:
+def make_model(provider: str, device: torch.device, seed: int = 0) -> tuple[ConvVAE, Adam]:
     """The same weights at every call with one seed, which noise and shuffling follow."""
     torch.manual_seed(seed)
     model = ConvVAE().to(device)
+    if provider == "textbook":
+        return model, Adam(model.parameters(), lr=LEARNING_RATE)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model, Adam(model.parameters(), lr=LEARNING_RATE, fused=True, capturable=device.type == "cuda")
 
 
 def make_step(provider: str, model: ConvVAE, optimizer: Adam) -> Callable[[Tensor], Tensor]:
-    """The provider's step: an update on a batch of images, which returns the loss before it."""
-    if provider in ("eager", "fused"):
-        backend = "triton" if provider == "fused" else "reference"
+    """The provider's step: an update on a batch of images (floats for `textbook`), which returns the loss before it."""
+    if provider == "textbook":
+
+        def textbook_step(x: Tensor) -> Tensor:
+            mu, logvar = model.encoder(x).chunk(2, 1)
+            z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
+            y = torch.sigmoid(model.decoder(z))
+            kl = -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
+            loss = (0.5 * mse_loss(y, x, reduction="sum") + kl) / len(x)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        return textbook_step
+
+    if provider in ("eager", "fused", "fused-output"):
+        backend = "reference" if provider == "eager" else "triton"
+        output = output_layer(model) if provider == "fused-output" else None
 
         def step(batch: Tensor) -> Tensor:
             with fastvae.use_backend(backend):
-                return training_step(model, optimizer, batch).loss
+                return training_step(model, optimizer, batch, output=output).loss
 
         return step
 
@@ -71,26 +91,6 @@ def make_step(provider: str, model: ConvVAE, optimizer: Adam) -> Callable[[Tenso
         return loss.detach()
 
     return compiled_step
-
-
-def textbook_step(batches: Sequence[Tensor]) -> Callable[[int], Tensor]:
-    torch.manual_seed(0)
-    model = ConvVAE().to(batches[0].device)
-    optimizer = Adam(model.parameters(), lr=LEARNING_RATE)
-
-    def step(index: int) -> Tensor:
-        x = batches[index]
-        mu, logvar = model.encoder(x).chunk(2, 1)
-        z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
-        y = torch.sigmoid(model.decoder(z))
-        kl = -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
-        loss = (0.5 * mse_loss(y, x, reduction="sum") + kl) / len(x)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    return step
 
 
 class TrainingSubject:
@@ -122,16 +122,15 @@ class TrainingSubject:
         self._batches: tuple[Tensor, ...] = ()
 
     def build(self, name: str) -> Callable[[int], Any]:
-        if name == "textbook":
-            return textbook_step([batch.float() / 255 for batch in self._batches])
         if name == "jax":
             from jax_step import build, runs_on_gpu
 
             if self._device.type == "cuda" and not runs_on_gpu():
                 raise RuntimeError("this JAX has no GPU")
             return build([batch.cpu().numpy() for batch in self._batches], LEARNING_RATE, JAX_STEPS)
-        step = make_step(name, *make_model(self._device))
-        return lambda index: step(self._batches[index])
+        step = make_step(name, *make_model(name, self._device))
+        batches = [batch.float() / 255 for batch in self._batches] if name == "textbook" else self._batches
+        return lambda index: step(batches[index])
 
     def complaint(self, name: str, call: Callable[[int], Any]) -> str | None:
         steps = self.steps_per_call.get(name, 1)

@@ -426,7 +426,7 @@ def test_the_real_profiler_runs(gpu):
 
 
 # The others compute the training step alone.
-ALL = tuple(name for name in PROVIDERS if name not in ("textbook", "jax"))
+ALL = tuple(name for name in PROVIDERS if name not in ("textbook", "fused-output", "fused-output-graph", "jax"))
 SMALL = Case("sigmoid_mse_loss", "launch", True, sizes="smoke")
 
 

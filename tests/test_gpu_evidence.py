@@ -262,5 +262,6 @@ def test_the_real_parts_name_existing_programs(gpu_evidence, tmp_path):
                 assert (BENCHMARKS.parent / word).exists(), word
     assert len({it.name for it in real}) == len(real)
     assert [it.name for it in real if it.stage > 1] == [
-        "counters", "benchmarks", "epochs, fused-graph", "epochs, fused", "epochs, eager", "epochs, compile",
+        "counters", "benchmarks", "epochs, fused-graph", "epochs, fused-output-graph",
+        "epochs, fused", "epochs, eager", "epochs, compile",
     ]  # fmt: skip

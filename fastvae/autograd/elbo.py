@@ -111,7 +111,15 @@ class ELBOLoss(torch.autograd.Function):
     vmap = refuse_vmap("elbo_loss")
 
 
-def _scalar(value: Scalar, logits: Tensor) -> Scalar:
+def refuse_transforms(name: str) -> None:
+    if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
+        raise NotImplementedError(
+            f"fastvae.functional.{name} does not run under torch.func transforms: it has the gradient already. "
+            "Transform fastvae.functional.elbo_loss instead."
+        )
+
+
+def as_tensor(value: Scalar, logits: Tensor) -> Scalar:
     """A weight as a registered operation takes it: a tensor, so that a new number is not a new program."""
     if isinstance(value, Tensor) or not is_traced(logits):
         return value
@@ -122,7 +130,7 @@ def _scalar(value: Scalar, logits: Tensor) -> Scalar:
 def elbo_loss(
     logits: Tensor, target: Tensor, kl: Tensor, beta: Scalar, reconstruction_weight: Scalar
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return apply(ELBOLoss, logits, target, kl, _scalar(beta, logits), _scalar(reconstruction_weight, logits))
+    return apply(ELBOLoss, logits, target, kl, as_tensor(beta, logits), as_tensor(reconstruction_weight, logits))
 
 
 def elbo_value_and_grad(
@@ -133,14 +141,10 @@ def elbo_value_and_grad(
     reconstruction_weight: Scalar,
     grad_scale: Scalar | None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
-    if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
-        raise NotImplementedError(
-            "fastvae.functional.elbo_value_and_grad does not run under torch.func transforms: it has the gradient "
-            "already. Transform fastvae.functional.elbo_loss instead."
-        )
+    refuse_transforms("elbo_value_and_grad")
     operations = _operations if is_traced(logits) else kernels
-    scale = None if grad_scale is None else _scalar(grad_scale, logits)
-    weights = _scalar(beta, logits), _scalar(reconstruction_weight, logits)
+    scale = None if grad_scale is None else as_tensor(grad_scale, logits)
+    weights = as_tensor(beta, logits), as_tensor(reconstruction_weight, logits)
     with torch.no_grad():
         *values, logits_grad, kl_grad = operations.elbo_value_and_grad(logits, target, kl, *weights, scale)
     return tuple(values), (logits_grad, kl_grad.expand(kl.shape))

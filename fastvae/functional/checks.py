@@ -51,13 +51,17 @@ def check_device(name: str, tensor: Tensor, first_name: str, first: Tensor) -> N
 
 def check_target(target: Tensor, logits: Tensor) -> None:
     check_like("target", target, "logits", logits)
+    check_pixels(target)
+
+
+def check_pixels(target: Tensor) -> None:
     if target.dtype is not torch.uint8 and target.dtype not in FLOATING:
         raise TypeError(f"target must be uint8 (read as t / 255) or floating point, got {target.dtype}")
 
 
-def check_scalar(name: str, value: float | Tensor, logits: Tensor) -> None:
-    """A Python number, or a 0-dimensional floating-point tensor on the device of logits, which is read there without
-    a synchronisation.
+def check_scalar(name: str, value: float | Tensor, first_name: str, first: Tensor) -> None:
+    """A Python number, or a 0-dimensional floating-point tensor on the device of the first argument, which is read
+    there without a synchronisation.
     """
     if isinstance(value, Tensor):
         if value.ndim != 0 or value.dtype not in FLOATING:
@@ -65,7 +69,7 @@ def check_scalar(name: str, value: float | Tensor, logits: Tensor) -> None:
                 f"{name} must be a number or a 0-dimensional floating-point tensor, "
                 f"got a tensor of shape {list(value.shape)} and {value.dtype}"
             )
-        check_device(name, value, "logits", logits)
+        check_device(name, value, first_name, first)
         if value.requires_grad:
             raise ValueError(f"{name} must not require grad: it is a weight, not a parameter; pass {name}.detach()")
     elif isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):

@@ -84,7 +84,7 @@ def elbo_value_and_grad(
     """
     _check(logits, target, kl, beta, reconstruction_weight)
     if grad_scale is not None:
-        check_scalar("grad_scale", grad_scale, logits)
+        check_scalar("grad_scale", grad_scale, "logits", logits)
     if takes_triton(logits, target, kl):
         from fastvae.autograd import elbo as fused
 
@@ -100,14 +100,21 @@ def _check(
 ) -> None:
     check_batch("logits", logits)
     check_target(target, logits)
+    check_weighted_kl(kl, beta, reconstruction_weight, "logits", logits)
+
+
+def check_weighted_kl(
+    kl: Tensor, beta: float | Tensor, reconstruction_weight: float | Tensor, name: str, batch: Tensor
+) -> None:
+    """The divergence of each sample of `batch`, and the weights of the bound, on its device."""
     if not isinstance(kl, Tensor) or kl.dtype not in FLOATING:
         raise TypeError(f"kl must be a floating-point tensor, got {getattr(kl, 'dtype', type(kl).__name__)}")
     check_dense("kl", kl)
-    if kl.ndim != 1 or kl.shape[0] != logits.shape[0]:
+    if kl.ndim != 1 or kl.shape[0] != batch.shape[0]:
         raise ValueError(
-            f"kl must be the divergence of each sample, shape [{logits.shape[0]}] (reduction='none'), "
+            f"kl must be the divergence of each sample, shape [{batch.shape[0]}] (reduction='none'), "
             f"got {list(kl.shape)}"
         )
-    check_device("kl", kl, "logits", logits)
-    check_scalar("beta", beta, logits)
-    check_scalar("reconstruction_weight", reconstruction_weight, logits)
+    check_device("kl", kl, name, batch)
+    check_scalar("beta", beta, name, batch)
+    check_scalar("reconstruction_weight", reconstruction_weight, name, batch)

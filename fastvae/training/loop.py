@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from torch.optim import Adam
 
 from fastvae.evaluation import evaluate
 from fastvae.models import VAE
+from fastvae.training.memory import freed_memory_kept
 from fastvae.training.precision import PRECISIONS, arithmetic
 from fastvae.training.steps import Steps
 
@@ -66,6 +66,7 @@ def train(
     beta: float = 1.0,
     graph: str = "auto",
     precision: str = "tf32",
+    fuse_output_layer: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
     on_progress: Callable[[Progress], None] | None = None,
     on_epoch: Callable[[EpochMetrics], None] | None = None,
@@ -81,6 +82,9 @@ def train(
             model must then do the same work at every step, without reading from the device.
         precision: of convolutions and matrix products, "fp32"; "tf32", where the hardware has it; or "bf16", by
             autocast. Weights and losses are float32 with each.
+        fuse_output_layer: compute the decoder's last layer, a ReLU before it, the loss and their gradients together
+            (`fastvae.functional.conv_elbo_value_and_grad`), in float32. Not yet measured on a GPU; on the CPU it only
+            shows the same losses.
         should_stop: asked after every step (every graph of steps) and epoch; a yes ends training with the metrics of
             the epoch so far.
         on_progress: called about twice a second, and at the end of each epoch.
@@ -90,8 +94,8 @@ def train(
         The metrics of every epoch, the unfinished one included.
 
     Raises:
-        ValueError: an argument out of range, a batch_size larger than the training set, images on another device, or
-            graph="on" without a CUDA device.
+        ValueError: an argument out of range, a batch_size larger than the training set, images on another device,
+            graph="on" without a CUDA device, or fuse_output_layer with a decoder that does not end in such a layer.
         FloatingPointError: the loss of an epoch is not finite.
     """
     _check(model, train_images, test_images, epochs, batch_size, learning_rate, beta, graph, precision)
@@ -106,9 +110,16 @@ def train(
     beta_on_device = torch.tensor(beta, device=device)
     autocast_dtype = torch.bfloat16 if precision == "bf16" else None
     steps = Steps(
-        model, optimizer, train_images, batch_size, beta_on_device, on_cuda and graph != "off", autocast_dtype
+        model,
+        optimizer,
+        train_images,
+        batch_size,
+        beta_on_device,
+        on_cuda and graph != "off",
+        autocast_dtype,
+        fuse_output_layer,
     )
-    with arithmetic(precision), torch.cuda.device(device) if on_cuda else nullcontext():
+    with arithmetic(precision), torch.cuda.device(device) if on_cuda else freed_memory_kept():
         try:
             return _train(steps, test_images, epochs, beta, should_stop, on_progress, on_epoch)
         finally:

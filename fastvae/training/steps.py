@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 import fastvae.functional as F
 from fastvae.backend import backend_for
 from fastvae.functional import ELBO
-from fastvae.models import VAE, VAEOutput
+from fastvae.models import VAE
+from fastvae.training.output_layer import OutputLayer, output_layer
 
 # A replay costs the host one launch, and the device two fills of the generator's state and two copies, whatever the
 # number of steps. Of these numbers the one is taken that leaves the fewest steps of an epoch over: 13 divides MNIST's
@@ -27,18 +28,33 @@ def training_step(
     *,
     beta: float | Tensor = 1.0,
     autocast_dtype: torch.dtype | None = None,
+    output: OutputLayer | None = None,
 ) -> ELBO:
     """One update of the model on a batch of images [B, C, H, W]; returns the loss before it, on the device.
 
-    With ``autocast_dtype`` the model runs under autocast to it; the loss is float32 all the same.
+    With ``autocast_dtype`` the model runs under autocast to it; the loss is float32 all the same. With ``output``, the
+    model's `output_layer`, that layer is computed together with the loss.
     """
     # No cache: it would keep casts of the weights of one captured step for the next.
     autocast = torch.autocast(images.device.type, autocast_dtype, autocast_dtype is not None, cache_enabled=False)
-    with autocast:
-        output: VAEOutput = model(images)
-    values, gradients = F.elbo_value_and_grad(output.logits, images, output.kl, beta=beta)
+    roots: tuple[Tensor | None, ...]
+    gradients: tuple[Tensor | None, ...]
+    if output is None:
+        with autocast:
+            logits, _, kl = model(images)
+        values, gradients = F.elbo_value_and_grad(logits, images, kl, beta=beta)
+        roots = logits, kl
+    else:
+        with autocast:
+            z, kl = F.gaussian_sample_kl_packed(model.encode(images))
+            features = output.features(z)
+        weight, bias = output.layer.weight, output.layer.bias
+        values, gradients = F.conv_elbo_value_and_grad(features, weight, bias, images, kl, relu=output.relu, beta=beta)
+        roots = features, weight, bias, kl
     optimizer.zero_grad()
-    torch.autograd.backward((output.logits, output.kl), gradients)
+    # What is frozen takes no gradient.
+    going = [(root, it) for root, it in zip(roots, gradients, strict=True) if root is not None and root.requires_grad]
+    torch.autograd.backward([root for root, _ in going], [gradient for _, gradient in going])
     optimizer.step()
     return values
 
@@ -63,8 +79,10 @@ class Steps:
         beta: Tensor,
         graph: bool,
         autocast_dtype: torch.dtype | None = None,
+        fuse_output_layer: bool = False,
     ) -> None:
         self.model, self.optimizer, self.beta, self.autocast_dtype = model, optimizer, beta, autocast_dtype
+        self.output = output_layer(model) if fuse_output_layer else None
         self.images, self.batch_size = images, batch_size
         self.count = len(images) // batch_size
         self.at_a_time = 1
@@ -114,7 +132,12 @@ class Steps:
         for row, chosen in zip(found, torch.split(indices, self.batch_size), strict=True):
             batch = self._batch(chosen)
             values = training_step(
-                self.model, self.optimizer, batch, beta=self.beta, autocast_dtype=self.autocast_dtype
+                self.model,
+                self.optimizer,
+                batch,
+                beta=self.beta,
+                autocast_dtype=self.autocast_dtype,
+                output=self.output,
             )
             torch.stack(values, out=row)
 
