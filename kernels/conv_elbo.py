@@ -152,11 +152,11 @@ def as_pixels(images: Tensor) -> Tensor:
     return images
 
 
-def pixels_of_program(channels: int, products: int) -> int:
-    """So many that a program of 4 warps holds 32 numbers per thread for each of its products of features and weights,
-    and at least the 16 that one load of 16 bytes per thread covers with 32 channels of float32.
+def pixels_of_program(channels: int, products: int, most: int) -> int:
+    """So many that a program of 4 warps holds 32 numbers per thread for all its products of features and weights, and
+    at least the 16 that one load of 16 bytes per thread covers with 32 channels of float32.
     """
-    return max(16, min(128, 4096 // (channels * power_of_2(products))))
+    return max(16, min(most, 4096 // (channels * power_of_2(products))))
 
 
 def conv_elbo_value_and_grad(
@@ -189,7 +189,8 @@ def conv_elbo_value_and_grad(
     else:
         weight_in_order = weight.resolve_neg().contiguous()
         channels = max(4, power_of_2(inputs))
-        pixels = pixels_of_program(channels, outputs)
+        # With 128, triton 3.6 loads the features of all taps first, and spills.
+        pixels = pixels_of_program(channels, outputs, most=64)
         chunks = -(-height * width // pixels)
         logits_grad = values[0].new_empty(batch, outputs, height, width)
         partial = values[0].new_empty(batch * chunks)
@@ -227,7 +228,7 @@ def conv_elbo_value_and_grad(
             BLOCK=1024,
             **constants,
         )
-        pixels = pixels_of_program(channels, 1)
+        pixels = pixels_of_program(channels, 1, most=128)
         chunks = -(-height * width // pixels)
         parts = values[0].new_empty(batch * chunks, terms)
         launch(

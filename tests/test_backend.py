@@ -73,6 +73,33 @@ def test_float64_is_a_reference_call(card) -> None:
             fastvae.backend_for(tensor)
 
 
+def test_torch_compile_is_left_what_it_fuses_itself(card, monkeypatch) -> None:
+    card(9, 0)
+    tensor = stand_in("cuda:0")
+    assert backend.choose(tensor, inductor_fuses=True).name == "triton"
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    reason = "torch.compile fuses this operation with its neighbours"
+    assert backend.choose(tensor, inductor_fuses=True) == ("reference", reason)
+    assert backend.choose(tensor, inductor_fuses=False).name == "triton"
+    with fastvae.use_backend("triton"):
+        assert backend.choose(tensor, inductor_fuses=True) == ("triton", "asked for")
+
+
+def test_which_operations_torch_compile_fuses_itself(monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(
+        "fastvae.functional.checks.choose",
+        lambda tensor, inductor_fuses: asked.append(inductor_fuses) or backend.Backend("reference", "a test"),
+    )
+    x, kl, image = torch.zeros(2, 4), torch.zeros(2), torch.zeros(2, 1, 3, 3)
+    F.gaussian_sample(x, x), F.gaussian_kl(x, x), F.gaussian_sample_kl(x, x), F.gaussian_sample_kl_packed(x)
+    F.conv_elbo_value_and_grad(image, torch.zeros(1, 1, 3, 3), None, image, kl)
+    assert asked == [False] * 5
+    asked.clear()
+    F.sigmoid_mse_loss(x, x), F.elbo_loss(x, x, kl), F.elbo_value_and_grad(x, x, kl)
+    assert asked == [True] * 3
+
+
 @pytest.mark.parametrize("device", ["meta", "mps", "xpu"])
 def test_other_devices_run_the_reference(device) -> None:
     reason = f"device type '{device}' has no Triton path"
@@ -280,7 +307,7 @@ x = torch.zeros(2, 3)
 for name in ("triton", "auto"):
     with fastvae.use_backend(name):
         if name == "auto":  # as on a GPU
-            fastvae.functional.reconstruction.takes_triton = lambda *tensors: True
+            fastvae.functional.reconstruction.takes_triton = lambda *tensors, **named: True
         try:
             F.sigmoid_mse_loss(x, x)
         except ImportError as error:

@@ -122,7 +122,7 @@ def test_benchmark_output(parts, tmp_path):
 
 EPOCHS = {
     "provider": "fused", "dataset": "mnist", "epochs": 30, "steps": 14040, "seconds_of_training": 2.0,
-    "steps_per_second": 7020.0, "final_loss": 18.6, "test_loss": 19.0, "test_mse": 0.02,
+    "final_losses": [18.6], "steps_per_second": 7020.0, "final_loss": 18.6, "test_loss": 19.0, "test_mse": 0.02,
 }  # fmt: skip
 
 
@@ -265,3 +265,21 @@ def test_the_real_parts_name_existing_programs(gpu_evidence, tmp_path):
         "counters", "benchmarks", "epochs, fused-graph", "epochs, fused-output-graph",
         "epochs, fused", "epochs, eager", "epochs, compile",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("losses", "verdict"), [([18.5, 18.6], "inside"), ([19.4, 19.6], "OUTSIDE"), ([17.0], "OUTSIDE")]
+)
+def test_losses_are_held_against_the_reference(gpu_evidence, tmp_path, monkeypatch, losses, verdict):
+    reference = {"dataset": "mnist", "epochs": 30, "steps": 14040, "final_losses": [18.4, 18.7, 18.5]}
+    (tmp_path / "reference_losses.json").write_text(json.dumps(reference))
+    monkeypatch.setattr(gpu_evidence, "HERE", tmp_path)
+    trained = {"provider": "fused-graph", "dataset": "mnist", "epochs": 30, "steps": 14040, "final_losses": losses}
+    (line,) = gpu_evidence.against_reference([trained, {**trained, "epochs": 1}])
+    assert f"{verdict} of the 18.400 to 18.700 of 3 seeds" in line and f"mean of {len(losses)}" in line
+
+
+def test_the_reference_losses_are_of_the_whole_example():
+    found = json.loads((BENCHMARKS / "reference_losses.json").read_text())
+    assert (found["provider"], found["dataset"], found["epochs"], found["steps"]) == ("eager", "mnist", 30, 14040)
+    assert len(found["final_losses"]) == len(set(found["seeds"])) and all(15 < it < 20 for it in found["final_losses"])

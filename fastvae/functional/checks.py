@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvae.backend import backend_for
+from fastvae.backend import choose
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 REDUCTIONS = ("none", "batchmean", "sum", "mean")
@@ -76,10 +76,12 @@ def check_scalar(name: str, value: float | Tensor, first_name: str, first: Tenso
         raise TypeError(f"{name} must be a number or a 0-dimensional tensor, got {type(value).__name__}")
 
 
-def takes_triton(first: Tensor, *others: Tensor | None) -> bool:
-    """Whether the call runs fused; a single float64 among the tensors makes it a reference call."""
+def takes_triton(first: Tensor, *others: Tensor | None, inductor_fuses: bool = False) -> bool:
+    """Whether the call runs fused; a single float64 among the tensors makes it a reference call. For inductor_fuses,
+    see `fastvae.backend.choose`.
+    """
     decisive = first
     for tensor in others:
         if tensor is not None and tensor.dtype is torch.float64:
             decisive = tensor
-    return backend_for(decisive).name == "triton"
+    return choose(decisive, inductor_fuses).name == "triton"

@@ -50,7 +50,7 @@ def elbo_loss(
         ValueError: shapes or devices that differ, a kl that is not [B], or a weight that requires grad.
     """
     _check(logits, target, kl, beta, reconstruction_weight)
-    if takes_triton(logits, target, kl):
+    if takes_triton(logits, target, kl, inductor_fuses=True):
         from fastvae.autograd import elbo as fused
 
         return ELBO(*fused.elbo_loss(logits, target, kl, beta, reconstruction_weight))
@@ -85,7 +85,7 @@ def elbo_value_and_grad(
     _check(logits, target, kl, beta, reconstruction_weight)
     if grad_scale is not None:
         check_scalar("grad_scale", grad_scale, "logits", logits)
-    if takes_triton(logits, target, kl):
+    if takes_triton(logits, target, kl, inductor_fuses=True):
         from fastvae.autograd import elbo as fused
 
         values, gradients = fused.elbo_value_and_grad(logits, target, kl, beta, reconstruction_weight, grad_scale)

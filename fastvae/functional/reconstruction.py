@@ -27,7 +27,7 @@ def sigmoid_mse_loss(logits: Tensor, target: Tensor, *, reduction: str = "batchm
     check_batch("logits", logits)
     check_target(target, logits)
     check_reduction(reduction)
-    if takes_triton(logits, target):
+    if takes_triton(logits, target, inductor_fuses=True):
         from fastvae.autograd import reconstruction as fused
 
         return fused.sigmoid_mse_loss(logits, target, reduction)

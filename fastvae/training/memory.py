@@ -20,8 +20,8 @@ def freed_memory_kept() -> Iterator[None]:
     """Let glibc keep what is freed, and give it back at the end; without glibc, nothing.
 
     By default large blocks go back to the system when they are freed, and the next step's come as pages that are mapped
-    and zeroed one by one: 17,000 page faults a step of the example's network, a batch of 128 on a CPU. Without them it
-    takes 98 instead of 123 ms (2 threads of a Xeon at 2.8 GHz, torch 2.13.0, glibc 2.36).
+    and zeroed one by one: 17,000 page faults a step of the example's network, with a batch of 128. Without them a step
+    took 85 to 99 instead of 114 to 124 ms (minima of four processes, 2 threads of a Xeon at 2.8 GHz, torch 2.13.0).
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if libc is None or not hasattr(libc, "gnu_get_libc_version"):
