@@ -2,6 +2,7 @@
 
     python examples/train.py                    scikit-learn's bundled digits on a CPU, MNIST on a CUDA device
     python examples/train.py --dataset mnist    MathWorks' example: 30 epochs in batches of 128
+    python examples/train.py --resume DIR       go on with the run in DIR, as if it had not stopped
 
 Ctrl-C ends training after the current step; the model is still evaluated, everything is written, and the exit code is 0
 ("interrupted" in summary.json is true). A second Ctrl-C aborts, with exit code 130. What the user can put right ends in
@@ -9,7 +10,8 @@ one line and exit code 2, a loss that diverges in exit code 1.
 
 Files in --out, each written atomically; those of an earlier run are removed first:
     metrics.csv            a row for each epoch: losses in nats per image, seconds since training began
-    checkpoint.pt          the model after the last epoch, for torch.load(weights_only=True)
+    checkpoint.pt          the model and the state of its training, written every --checkpoint-every epochs and at the
+                           end; checkpoint.previous.pt is the one before
     loss.png               the losses over the epochs
     reconstructions.png    test images and their reconstructions
     error_histogram.png    the reconstruction error of each test image
@@ -38,8 +40,11 @@ from fastvae.evaluation import reconstruction_errors
 from fastvae.models import ConvVAE
 from fastvae.training import (
     PRECISIONS,
+    Checkpoint,
     EpochMetrics,
+    TrainingState,
     make_display,
+    read_checkpoint,
     stop_on_interrupt,
     train,
     versions,
@@ -51,12 +56,17 @@ from fastvae.training import (
 FILES = (
     "metrics.csv",
     "checkpoint.pt",
+    "checkpoint.previous.pt",
     "loss.png",
     "reconstructions.png",
     "error_histogram.png",
     "generated.png",
     "summary.json",
 )
+
+# What a run that goes on must have as it was, and what it takes over unless it is told otherwise.
+EXACT = ("dataset", "device", "backend", "precision", "batch_size", "latent_dim", "lr", "beta", "seed", "limit")
+TAKEN_OVER = (*EXACT, "epochs", "graph", "data_dir", "deterministic", "checkpoint_every")
 
 EPOCHS = {"mnist": 30, "digits": 30}
 BATCH_SIZES = {"mnist": 128, "digits": 16}
@@ -69,11 +79,12 @@ class UserError(Exception):
 def main() -> int:
     """Run the program; returns its exit code."""
     try:
-        arguments = parse_arguments()
+        arguments, given = parse_arguments()
+        checkpoint = take_over(arguments, given) if arguments.resume else None
         # With "auto" the environment variable FASTVAE_BACKEND stays in force.
         asked = arguments.backend != "auto"
         with fastvae.use_backend(arguments.backend) if asked else contextlib.nullcontext():
-            run(arguments)
+            run(arguments, checkpoint)
     except UserError as error:
         print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -86,7 +97,7 @@ def main() -> int:
     return 0
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace, checkpoint: Checkpoint | None) -> None:
     say: Callable[[str], None] = (lambda line: None) if arguments.quiet else print
     try:
         plots.require_matplotlib()
@@ -108,16 +119,22 @@ def run(arguments: argparse.Namespace) -> None:
     torch.manual_seed(arguments.seed)
     channels, height, width = train_images.shape[1:]
     # Made on the CPU, so that a seed means the same initial weights on every device.
-    model = ConvVAE((channels, height, width), arguments.latent_dim).to(device)
+    model = ConvVAE((channels, height, width), arguments.latent_dim)
+    if checkpoint is not None:
+        model.load_state_dict(checkpoint.model.state_dict())
+    model.to(device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
 
-    folder = prepare_folder(arguments.out, dataset.name)
+    folder = prepare_folder(arguments.out, dataset.name, new=checkpoint is None)
     say(f"device    {device_name(device)}")
     say(f"backend   {backend}")
     say(f"dataset   {dataset.name}, {len(train_images):,} training and {len(test_images):,} test images; {reason}")
     say(f"model     {parameters:,} parameters")
     say(f"training  {epochs} epochs, {total_steps:,} steps of {batch_size} images")
-    rows = fit(model, train_images, test_images, epochs, batch_size, folder, arguments)
+    if checkpoint is not None:
+        say(f"resumed   after step {resumed_step(checkpoint, len(train_images) // batch_size):,}")
+    resolved = {**settings(arguments, epochs, batch_size), "dataset": dataset.name, "device": device.type}
+    rows = fit(model, train_images, test_images, folder, arguments, resolved, checkpoint)
     last = rows[-1]
     interrupted = last.step < total_steps
     if interrupted:
@@ -141,26 +158,38 @@ def run(arguments: argparse.Namespace) -> None:
         f"result    loss {last.loss:.2f} and test loss {last.test_loss:.2f} nats per image, "
         f"test mse {last.test_mse:.4f} with z = mu, {last.seconds:.0f} s"
     )
-    say(f"written   {folder}: {', '.join(FILES)}")
+    say(f"written   {folder}: {', '.join(name for name in FILES if (folder / name).exists())}")
+
+
+def resumed_step(checkpoint: Checkpoint, steps_per_epoch: int) -> int:
+    assert checkpoint.state is not None
+    return len(checkpoint.state.rows) * steps_per_epoch + len(checkpoint.state.history)
 
 
 def fit(
     model: ConvVAE,
     train_images: torch.Tensor,
     test_images: torch.Tensor,
-    epochs: int,
-    batch_size: int,
     folder: Path,
     arguments: argparse.Namespace,
+    resolved: dict[str, Any],
+    checkpoint: Checkpoint | None,
 ) -> list[EpochMetrics]:
     """Train, show the progress, and keep metrics.csv and checkpoint.pt up to date."""
-    rows: list[EpochMetrics] = []
+    epochs = resolved["epochs"]
+    state = None if checkpoint is None else checkpoint.state
+    rows = [] if state is None else list(state.rows)
 
     def record(row: EpochMetrics) -> None:
         rows.append(row)
         write_metrics(folder / "metrics.csv", rows)
-        write_checkpoint(folder / "checkpoint.pt", model, row.epoch)
         display.epoch(row)
+
+    def keep(state: TrainingState) -> None:
+        epoch = rows[-1].epoch
+        if epoch % arguments.checkpoint_every == 0 or epoch == epochs or should_stop():
+            run = {name: resolved[name] for name in TAKEN_OVER}
+            write_checkpoint(folder / "checkpoint.pt", model, epoch, state, run)
 
     with contextlib.closing(make_display(epochs, arguments.quiet)) as display, stop_on_interrupt() as should_stop:
         return train(
@@ -168,7 +197,7 @@ def fit(
             train_images,
             test_images,
             epochs=epochs,
-            batch_size=batch_size,
+            batch_size=resolved["batch_size"],
             learning_rate=arguments.lr,
             beta=arguments.beta,
             graph=arguments.graph,
@@ -176,6 +205,8 @@ def fit(
             should_stop=should_stop,
             on_progress=display.progress,
             on_epoch=record,
+            on_state=keep,
+            resume=state,
         )
 
 
@@ -236,16 +267,41 @@ def choose_dataset(name: str, data_dir: Path | None, device: torch.device) -> tu
         return load_digits(), f"as MNIST is not available: {cause} (why: --dataset mnist)"
 
 
-def prepare_folder(out: Path | None, dataset: str) -> Path:
-    """The run's folder, without the files of an earlier run, so that what it holds is all of one run."""
+def take_over(arguments: argparse.Namespace, given: set[str]) -> Checkpoint:
+    """The checkpoint in --resume, whose settings those of `arguments` become that were not given."""
+    folder = arguments.resume
+    if "out" in given:
+        raise UserError("--resume writes into its own folder: leave out --out")
+    try:
+        checkpoint = read_checkpoint(folder / "checkpoint.pt")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--resume: {error}") from error
+    if checkpoint.state is None or checkpoint.run is None:
+        raise UserError(f"--resume: {folder / 'checkpoint.pt'} holds a model but no state of its training")
+    for name, value in checkpoint.run.items():
+        if name not in given:
+            setattr(arguments, name, Path(value) if name == "data_dir" and value is not None else value)
+        elif name in EXACT and getattr(arguments, name) != value:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"--resume: {flag} was {value} in {folder}, got {getattr(arguments, name)}")
+    arguments.out = folder
+    return checkpoint
+
+
+def prepare_folder(out: Path | None, dataset: str, new: bool) -> Path:
+    """The run's folder; of a new run, without the files of an earlier one, so that what it holds is all of one run."""
     if out is not None and out.exists() and not out.is_dir():
         raise UserError(f"--out must be a folder, got the file {out}")
     try:
         folder = new_folder(dataset) if out is None else out
         folder.mkdir(parents=True, exist_ok=True)
         for name in FILES:
-            (folder / name).unlink(missing_ok=True)
-        write_metrics(folder / "metrics.csv", [])  # shows now, not after training, that files can be written
+            for part in folder.glob(f".{name}.*.part"):  # of a run that was killed
+                part.unlink(missing_ok=True)
+            if new:
+                (folder / name).unlink(missing_ok=True)
+        if new:
+            write_metrics(folder / "metrics.csv", [])  # shows now, not after training, that files can be written
     except OSError as error:
         raise UserError(f"--out cannot be written: {error}") from error
     return folder
@@ -267,7 +323,8 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments() -> tuple[argparse.Namespace, set[str]]:
+    """The arguments, and the names of those that were given."""
     assert __doc__ is not None
     description, _, epilog = __doc__.partition("\n\n")
     parser = Parser(
@@ -298,8 +355,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=positive_integer, metavar="N", help="train on the first N images")
     parser.add_argument("--deterministic", action="store_true", help="reconstruct with z = mu instead of sampled z")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/<dataset>-<date-time>")
+    parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in DIR, with its settings")
+    parser.add_argument(
+        "--checkpoint-every", type=positive_integer, default=1, metavar="N", help="epochs, default: 1; also at the end"
+    )
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    missing = object()
+    names = vars(arguments)
+    # What has a value already is not set to its default.
+    asked = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(names, missing)))
+    return arguments, {name for name in names if getattr(asked, name) is not missing}
 
 
 def by_dataset(defaults: dict[str, int]) -> str:

@@ -13,7 +13,8 @@ import torch
 import fastvae
 from fastvae.models import ConvVAE
 from fastvae.training import EpochMetrics, Progress, display, make_display, stop_on_interrupt
-from fastvae.training.records import versions, write_checkpoint, write_metrics
+from fastvae.training.checkpoint import write_checkpoint
+from fastvae.training.records import versions, write_metrics
 
 ROW = EpochMetrics(1, 46, 20.5, 12.25, 8.25, 21.0, 0.0246, 1.5)
 

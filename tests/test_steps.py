@@ -146,9 +146,9 @@ def test_training_goes_on_where_capture_fails(device, stand_in, monkeypatch):
 def test_every_epoch_shuffles_anew(device):
     steps = make(device, False)
     steps.shuffle()
-    first = steps._order.clone()
+    first = steps.order.clone()
     steps.shuffle()
-    assert not torch.equal(first, steps._order)
+    assert not torch.equal(first, steps.order)
 
 
 def test_graph_on_needs_a_cuda_device():

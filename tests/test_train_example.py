@@ -68,7 +68,7 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 
 def check_folder(folder: Path, *, interrupted: bool, epochs: int | None = None) -> tuple[list[dict[str, float]], dict]:
     """Every file is there, is what it should be, and agrees with the others; nothing else is."""
-    assert {path.name for path in folder.iterdir()} == FILES
+    assert {path.name for path in folder.iterdir()} - {"checkpoint.previous.pt"} == FILES
     rows = read_metrics(folder)
     assert list(rows[0]) == ["epoch", "step", "loss", "reconstruction", "kl", "test_loss", "test_mse", "seconds"]
     assert [row["epoch"] for row in rows] == list(range(1, len(rows) + 1))
@@ -301,15 +301,16 @@ def test_choice_of_the_dataset(example, monkeypatch):
 def test_default_folder_and_defaults(tmp_path, example, monkeypatch):
     """Runs that start in the same second get folders of their own."""
     monkeypatch.chdir(tmp_path)
-    folders = [example.prepare_folder(None, "digits") for _ in range(3)]
+    folders = [example.prepare_folder(None, "digits", new=True) for _ in range(3)]
     assert len({folder.resolve() for folder in folders}) == 3
     for folder in folders:
         assert folder.parent == Path("runs")
         assert folder.name.startswith("digits-2")
         assert folder.is_dir()
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    arguments = vars(example.parse_arguments())
-    assert arguments == {
+    arguments, given = example.parse_arguments()
+    assert given == set()
+    assert vars(arguments) == {
         "dataset": "auto",
         "data_dir": None,
         "device": "auto",
@@ -325,8 +326,12 @@ def test_default_folder_and_defaults(tmp_path, example, monkeypatch):
         "limit": None,
         "deterministic": False,
         "out": None,
+        "resume": None,
+        "checkpoint_every": 1,
         "quiet": False,
     }
+    monkeypatch.setattr(sys, "argv", ["train.py", "--lr", "1e-3", "--quiet"])
+    assert example.parse_arguments()[1] == {"lr", "quiet"}  # given, though as by default
     assert (example.EPOCHS["mnist"], example.BATCH_SIZES["mnist"]) == (30, 128)
 
 
@@ -347,3 +352,68 @@ def test_backend_flag(tmp_path, run, example, monkeypatch, capsys):
         assert run(*SMALL, "--backend", "triton", "--out", tmp_path / "run") in (2, 130)
     assert seen[:2] == ["asked for", "asked for"]
     capsys.readouterr()
+
+
+# ---------------------------------------------------------------------------------------------------------- going on
+
+
+def test_resume(tmp_path, run, capsys):
+    """The settings are those of the run that stopped; the end is that of one that did not."""
+    small = (*SMALL, "--latent-dim", 5, "--seed", 3, "--lr", 2e-3)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(*small, "--epochs", 3, "--out", whole) == 0
+    assert run(*small, "--epochs", 1, "--out", parts) == 0
+    left = parts / ".checkpoint.pt.0123.part"
+    left.write_text("of a run that was killed")
+    capsys.readouterr()
+    assert run("--resume", parts, "--epochs", 3) == 0
+    assert "resumed   after step 4\n" in capsys.readouterr().out
+    assert not left.exists()
+    first, second = (read_metrics(folder) for folder in (whole, parts))
+    assert [{**row, "seconds": 0} for row in first] == [{**row, "seconds": 0} for row in second]
+    for name in ("generated.png", "reconstructions.png"):
+        assert (whole / name).read_bytes() == (parts / name).read_bytes()
+    summary = json.loads((parts / "summary.json").read_text())
+    assert summary["settings"]["lr"] == 2e-3 and summary["settings"]["epochs"] == 3
+    assert (parts / "checkpoint.previous.pt").exists()
+
+
+def test_checkpoints_every_so_many_epochs(tmp_path, run):
+    for epochs, kept in ((4, [2, 4]), (3, [2, 3])):
+        folder = tmp_path / str(epochs)
+        assert run(*SMALL, "--epochs", epochs, "--checkpoint-every", 2, "--quiet", "--out", folder) == 0
+        found = [
+            torch.load(folder / name, weights_only=True)["epoch"]
+            for name in ("checkpoint.previous.pt", "checkpoint.pt")
+        ]
+        assert found == kept
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--lr", "0.1"), "--lr was 0.001 in"),
+        (("--batch-size", "8"), "--batch-size was 16 in"),
+        (("--seed", "1", "--epochs", "2"), "--seed was 0 in"),
+        (("--out", "elsewhere"), "leave out --out"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_a_run_of_other_settings_is_refused(arguments, words, tmp_path, run, capsys, example, monkeypatch):
+    assert run(*SMALL, "--epochs", 1, "--quiet", "--out", tmp_path) == 0
+    monkeypatch.setattr(example, "train", lambda *_, **__: pytest.fail("training began"))
+    assert run("--resume", tmp_path, *arguments) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_nothing_to_resume(tmp_path, run, capsys, no_training):
+    from fastvae.training import write_checkpoint
+
+    assert run("--resume", tmp_path / "absent") == 2
+    assert "No such file" in capsys.readouterr().err
+    (tmp_path / "checkpoint.pt").write_text("nothing")
+    assert run("--resume", tmp_path) == 2
+    assert "is not a checkpoint of fastvae" in capsys.readouterr().err
+    write_checkpoint(tmp_path / "checkpoint.pt", ConvVAE(), 1)
+    assert run("--resume", tmp_path) == 2
+    assert "no state of its training" in capsys.readouterr().err

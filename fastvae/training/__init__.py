@@ -1,18 +1,24 @@
 """Training: the loop of the reference example, what it shows, and what it leaves on disk."""
 
+from fastvae.training.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from fastvae.training.display import Display, make_display
 from fastvae.training.interrupt import stop_on_interrupt
-from fastvae.training.loop import EpochMetrics, Progress, train
+from fastvae.training.loop import train
+from fastvae.training.metrics import EpochMetrics, Progress
 from fastvae.training.precision import PRECISIONS
-from fastvae.training.records import versions, write_checkpoint, write_metrics, write_summary
+from fastvae.training.records import versions, write_metrics, write_summary
+from fastvae.training.state import TrainingState
 from fastvae.training.steps import training_step
 
 __all__ = [
     "PRECISIONS",
+    "Checkpoint",
     "Display",
     "EpochMetrics",
     "Progress",
+    "TrainingState",
     "make_display",
+    "read_checkpoint",
     "stop_on_interrupt",
     "train",
     "training_step",

@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Any, Protocol
 
-from fastvae.training.loop import EpochMetrics, Progress
+from fastvae.training.metrics import EpochMetrics, Progress
 
 # In plain lines, between the epochs: often enough to see that a long epoch is alive.
 _LINE_SECONDS = 30.0

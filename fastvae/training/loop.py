@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,41 +17,13 @@ from torch.optim import Adam
 from fastvae.evaluation import evaluate
 from fastvae.models import VAE
 from fastvae.training.memory import freed_memory_kept
+from fastvae.training.metrics import EpochMetrics, Progress
 from fastvae.training.precision import PRECISIONS, arithmetic
+from fastvae.training.state import TrainingState, restore, state_of
 from fastvae.training.steps import Steps
 
 # Each report reads from the device, so it waits for the steps that are queued there; a display needs no more than this.
 _REPORT_SECONDS = 0.5
-
-
-class EpochMetrics(NamedTuple):
-    """What an epoch came to. Losses are in nats per image.
-
-    epoch: from 1; step: steps since training began.
-    loss, reconstruction, kl: means over the epoch's steps, loss = reconstruction + beta * kl.
-    test_loss: the loss on the test images, with sampled z; test_mse: their mean squared error per pixel, with z = mu.
-    seconds: since training began, tests included.
-    """
-
-    epoch: int
-    step: int
-    loss: float
-    reconstruction: float
-    kl: float
-    test_loss: float
-    test_mse: float
-    seconds: float
-
-
-class Progress(NamedTuple):
-    """Where training is: the epoch, the steps done and planned, and the means over the steps since the last report."""
-
-    epoch: int
-    step: int
-    total_steps: int
-    loss: float
-    reconstruction: float
-    kl: float
 
 
 def train(
@@ -70,6 +41,8 @@ def train(
     should_stop: Callable[[], bool] = lambda: False,
     on_progress: Callable[[Progress], None] | None = None,
     on_epoch: Callable[[EpochMetrics], None] | None = None,
+    on_state: Callable[[TrainingState], None] | None = None,
+    resume: TrainingState | None = None,
 ) -> list[EpochMetrics]:
     """Train a model in place, and convert it to the channels_last memory format.
 
@@ -89,13 +62,18 @@ def train(
             the epoch so far.
         on_progress: called about twice a second, and at the end of each epoch.
         on_epoch: called with the metrics of each epoch.
+        on_state: called after on_epoch with what training needs, besides the model's weights, to go on from there.
+        resume: such a state, with the weights of that moment in the model and the other arguments as they were (epochs
+            may be more): training goes on as if it had not stopped, on a CPU bit for bit. `fastvae.training.checkpoint`
+            keeps states in files.
 
     Returns:
         The metrics of every epoch, the unfinished one included.
 
     Raises:
         ValueError: an argument out of range, a batch_size larger than the training set, images on another device,
-            graph="on" without a CUDA device, or fuse_output_layer with a decoder that does not end in such a layer.
+            graph="on" without a CUDA device, fuse_output_layer with a decoder that does not end in such a layer, or a
+            state of other images or batches.
         FloatingPointError: the loss of an epoch is not finite.
     """
     _check(model, train_images, test_images, epochs, batch_size, learning_rate, beta, graph, precision)
@@ -121,7 +99,7 @@ def train(
     )
     with arithmetic(precision), torch.cuda.device(device) if on_cuda else freed_memory_kept():
         try:
-            return _train(steps, test_images, epochs, beta, should_stop, on_progress, on_epoch)
+            return _train(steps, test_images, epochs, beta, should_stop, on_progress, on_epoch, on_state, resume)
         finally:
             steps.release()
 
@@ -134,33 +112,43 @@ def _train(
     should_stop: Callable[[], bool],
     on_progress: Callable[[Progress], None] | None,
     on_epoch: Callable[[EpochMetrics], None] | None,
+    on_state: Callable[[TrainingState], None] | None,
+    resume: TrainingState | None,
 ) -> list[EpochMetrics]:
     total_steps = epochs * steps.count
     rows: list[EpochMetrics] = []
-    step = 0
-    stopped = False
+    done = 0  # steps of this epoch
     began = last_report = time.perf_counter()
-    for epoch in range(1, epochs + 1):
-        steps.shuffle()
-        reported = done = 0
+    if resume is not None:
+        rows, done = list(resume.rows), restore(resume, steps)
+        began -= resume.seconds
+    stopped = False
+    for epoch in range(len(rows) + 1, epochs + 1):
+        if done == 0:
+            steps.shuffle()
+        reported = done
         while done < steps.count and not stopped:
-            ran = steps.run(done)
-            done, step = done + ran, step + ran
+            done += steps.run(done)
             stopped = should_stop()
             ends = stopped or done == steps.count
             if on_progress is not None and (ends or time.perf_counter() - last_report >= _REPORT_SECONDS):
+                step = (epoch - 1) * steps.count + done
                 on_progress(Progress(epoch, step, total_steps, *steps.history[reported:done].mean(0).tolist()))
                 reported, last_report = done, time.perf_counter()
         loss, reconstruction, kl = steps.history[:done].mean(0).tolist()
         if not math.isfinite(loss):
             raise FloatingPointError(f"training diverged: the mean loss of epoch {epoch} is {loss}")
         test = evaluate(steps.model, test_images, beta=beta)
-        row = EpochMetrics(epoch, step, loss, reconstruction, kl, *test, time.perf_counter() - began)
-        rows.append(row)
+        seconds = time.perf_counter() - began
+        row = EpochMetrics(epoch, (epoch - 1) * steps.count + done, loss, reconstruction, kl, *test, seconds)
         if on_epoch is not None:
             on_epoch(row)
+        if on_state is not None:
+            on_state(state_of(steps, rows if done < steps.count else [*rows, row], done % steps.count, seconds))
+        rows.append(row)
         if stopped or should_stop():
             break
+        done = 0
     return rows
 
 

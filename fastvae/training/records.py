@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: metrics.csv, summary.json and checkpoint.pt, each written atomically."""
+"""What a run says of itself: metrics.csv and summary.json, each written atomically."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from fastvae.files import replacing
-from fastvae.models import ConvVAE
-from fastvae.training.loop import EpochMetrics
+from fastvae.training.metrics import EpochMetrics
 
 
 def write_metrics(path: Path, rows: Iterable[EpochMetrics]) -> None:
@@ -33,29 +32,6 @@ def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
     """A JSON file."""
     with replacing(path) as file:
         file.write((json.dumps(summary, indent=2) + "\n").encode())
-
-
-def write_checkpoint(path: Path, model: ConvVAE, epoch: int) -> None:
-    """A file for ``torch.load(path, weights_only=True)``, with everything on the CPU.
-
-    It holds "model", the state_dict; "settings", the arguments of `ConvVAE`; and "epoch", the epochs trained, an
-    unfinished one included. To continue from it:
-
-        saved = torch.load(path, weights_only=True)
-        model = ConvVAE(**saved["settings"])
-        model.load_state_dict(saved["model"])
-    """
-    saved = {
-        "model": {name: value.detach().cpu() for name, value in model.state_dict().items()},
-        "settings": {
-            "image_shape": model.image_shape,
-            "latent_dim": model.latent_dim,
-            "channels": model.channels,
-        },
-        "epoch": epoch,
-    }
-    with replacing(path) as file:
-        torch.save(saved, file)
 
 
 def versions() -> dict[str, str | None]:

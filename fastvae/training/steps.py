@@ -67,7 +67,8 @@ class Steps:
     tensors that the graph reads: which images, beta, and the state of the generator. The images' device must be the
     current one.
 
-    history: [steps, 3], the loss, reconstruction and kl of each step of the epoch, on the device.
+    order: [N], the images of this epoch. history: [steps, 3], the loss, reconstruction and kl of each of its steps.
+    Both are on the device.
     """
 
     def __init__(
@@ -92,8 +93,8 @@ class Steps:
             )
         device = images.device
         self.history = torch.zeros(self.count, 3, device=device)
-        self._order = torch.empty(0, dtype=torch.int64, device=device)
-        # What the graph reads and writes; plain steps use _order and history themselves.
+        self.order = torch.empty(0, dtype=torch.int64, device=device)
+        # What the graph reads and writes; plain steps use order and history themselves.
         self._indices = torch.empty(self.at_a_time * batch_size, dtype=torch.int64, device=device)
         self._found = torch.empty(self.at_a_time, 3, device=device)
         self._graph = graph
@@ -102,12 +103,12 @@ class Steps:
 
     def shuffle(self) -> None:
         """Begin an epoch."""
-        self._order = torch.randperm(len(self.images), device=self.images.device)
+        self.order = torch.randperm(len(self.images), device=self.images.device)
 
     def run(self, first: int) -> int:
         """Run the epoch's steps from number `first`, as many as run at a time; returns how many."""
         count = self.at_a_time if first + self.at_a_time <= self.count else 1
-        indices = self._order[first * self.batch_size : (first + count) * self.batch_size]
+        indices = self.order[first * self.batch_size : (first + count) * self.batch_size]
         found = self.history[first : first + count]
         if self._graph and self._warm and self._replay is None and count == self.at_a_time:
             self._replay = self._captured()
