@@ -31,6 +31,8 @@ PROVIDERS = {
     "compile": Provider(on_cpu=True),
     "compile-max-autotune": Provider(capturable=False),
     "compile-graph": Provider(base="compile"),
+    "compile-nchw": Provider(),  # of the training step only: in torch's default memory format
+    "compile-nchw-graph": Provider(base="compile-nchw"),
     "fused": Provider(),
     "fused-graph": Provider(base="fused"),
     "fused-output": Provider(),  # of the training step only: with the last layer computed together with the loss

@@ -24,8 +24,8 @@ Cell = dict[str, Any]  # a case with the measurements of all its providers
 Run = dict[str, Any]
 
 FUSED = {
-    "fused": ("eager", "compile", "compile-max-autotune"),
-    "fused-graph": ("compile-graph",),
+    "fused": ("eager", "compile", "compile-max-autotune", "compile-nchw"),
+    "fused-graph": ("compile-graph", "compile-nchw-graph"),
     "fused-output-graph": ("fused-graph",),
 }
 # Two operations that between them are the whole ELBO path of a training loop.
@@ -40,6 +40,8 @@ COLORS = {
     "compile": "C0",
     "compile-max-autotune": "C9",
     "compile-graph": "C0",
+    "compile-nchw": "C2",
+    "compile-nchw-graph": "C2",
     "fused": "C3",
     "fused-graph": "C3",
     "fused-output": "C1",

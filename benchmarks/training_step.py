@@ -2,9 +2,10 @@
 
 Each provider gets what a user would give it: images as bytes on the device, channels_last, TF32, cuDNN's search for
 the best algorithm, the fused Adam. `eager` is PyTorch's own loop with fastvae's specification; `compile` is the loss
-compiled as a whole, its backward with it, and the fused update after it. `fused-output` computes the decoder's last
-layer together with the loss. Only `textbook` has nothing of it: the step as
-tutorials write it, on float images in torch's default memory format, with Adam as it comes.
+compiled as a whole, its backward with it, and the fused update after it; `compile-nchw` is the same in torch's default
+memory format, because the compiler copies what goes into a channels_last layer with one output channel. `fused-output`
+computes the decoder's last layer together with the loss. Only `textbook` has nothing of it: the step as tutorials write
+it, on float images in torch's default memory format, with Adam as it comes.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def make_model(provider: str, device: torch.device, seed: int = 0) -> tuple[Conv
     model = ConvVAE().to(device)
     if provider == "textbook":
         return model, Adam(model.parameters(), lr=LEARNING_RATE)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if provider != "compile-nchw":
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model, Adam(model.parameters(), lr=LEARNING_RATE, fused=True, capturable=device.type == "cuda")
 
 

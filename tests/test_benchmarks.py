@@ -426,7 +426,8 @@ def test_the_real_profiler_runs(gpu):
 
 
 # The others compute the training step alone.
-ALL = tuple(name for name in PROVIDERS if name not in ("textbook", "fused-output", "fused-output-graph", "jax"))
+OF_THE_STEP = ("textbook", "compile-nchw", "compile-nchw-graph", "fused-output", "fused-output-graph", "jax")
+ALL = tuple(name for name in PROVIDERS if name not in OF_THE_STEP)
 SMALL = Case("sigmoid_mse_loss", "launch", True, sizes="smoke")
 
 
@@ -753,7 +754,7 @@ def test_a_provider_that_only_some_cells_have_is_shown(results):
     results["cells"] = results["cells"][:1]
     training = copy.deepcopy(results["cells"][0]) | {"case": "training_step", "compulsory_bytes": None}
     training["providers"]["jax"] = training["providers"].pop("compile-max-autotune")
-    for name in ("textbook", "fused-output", "fused-output-graph"):
+    for name in OF_THE_STEP:
         training["providers"][name] = training["providers"]["jax"]
     results["cells"].append(training)
     header = next(line for line in report.markdown(results).splitlines() if line.startswith("| case | textbook"))

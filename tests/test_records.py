@@ -46,6 +46,23 @@ def test_checkpoint_restores_the_model(tmp_path, device):
     assert saved["epoch"] == 7
 
 
+def test_load(tmp_path, device):
+    """From the file and from its folder."""
+    model = ConvVAE((1, 7, 5), latent_dim=3, channels=(4,)).to(device)
+    write_checkpoint(tmp_path / "checkpoint.pt", model, 1)
+    x = torch.rand(4, 1, 7, 5)
+    expected = model.reconstruct(x.to(device), deterministic=True).cpu()
+    for path in (tmp_path, str(tmp_path / "checkpoint.pt")):
+        loaded = fastvae.load(path)
+        assert not loaded.training
+        torch.testing.assert_close(loaded.reconstruct(x, deterministic=True), expected)
+    with pytest.raises(FileNotFoundError, match=r"checkpoint\.pt"):
+        fastvae.load(tmp_path.parent)
+    (tmp_path / "other.pt").write_text("no checkpoint")
+    with pytest.raises(ValueError, match=r"other\.pt is not a checkpoint of fastvae"):
+        fastvae.load(tmp_path / "other.pt")
+
+
 def test_versions_are_those_installed():
     found = versions()
     assert found["torch"] == torch.__version__
