@@ -65,7 +65,19 @@ FILES = (
 )
 
 # What a run that goes on must have as it was, and what it takes over unless it is told otherwise.
-EXACT = ("dataset", "device", "backend", "precision", "batch_size", "latent_dim", "lr", "beta", "seed", "limit")
+EXACT = (
+    "dataset",
+    "device",
+    "backend",
+    "precision",
+    "batch_size",
+    "latent_dim",
+    "lr",
+    "beta",
+    "kl_warmup",
+    "seed",
+    "limit",
+)
 TAKEN_OVER = (*EXACT, "epochs", "graph", "data_dir", "deterministic", "checkpoint_every")
 
 EPOCHS = {"mnist": 30, "digits": 30}
@@ -200,6 +212,7 @@ def fit(
             batch_size=resolved["batch_size"],
             learning_rate=arguments.lr,
             beta=arguments.beta,
+            kl_warmup=arguments.kl_warmup,
             graph=arguments.graph,
             precision=arguments.precision,
             should_stop=should_stop,
@@ -351,6 +364,13 @@ def parse_arguments() -> tuple[argparse.Namespace, set[str]]:
     parser.add_argument("--latent-dim", type=positive_integer, default=16, help="default: 16")
     parser.add_argument("--lr", type=positive_number, default=1e-3, help="Adam's learning rate, default: 1e-3")
     parser.add_argument("--beta", type=non_negative_number, default=1.0, help="weight of the divergence, default: 1.0")
+    parser.add_argument(
+        "--kl-warmup",
+        type=non_negative_number,
+        default=0.0,
+        metavar="EPOCHS",
+        help="in which that weight grows from 0, default: 0",
+    )
     parser.add_argument("--seed", type=seed, default=0, help="default: 0")
     parser.add_argument("--limit", type=positive_integer, metavar="N", help="train on the first N images")
     parser.add_argument("--deterministic", action="store_true", help="reconstruct with z = mu instead of sampled z")

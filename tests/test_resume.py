@@ -45,7 +45,8 @@ def run(model, data, path, epochs=EPOCHS, stop_after=None, resume=None):
         epoch = row.epoch
 
     rows = train(
-        model, data, data[:7], epochs=epochs, batch_size=4, learning_rate=1e-2, graph="off", should_stop=should_stop,
+        model, data, data[:7], epochs=epochs, batch_size=4, learning_rate=1e-2, beta=2.0, kl_warmup=1.6, graph="off",
+        should_stop=should_stop,
         on_epoch=on_epoch, on_state=lambda state: write_checkpoint(path, model, epoch, state, {"lr": 1e-2}),
         resume=resume,
     )  # fmt: skip

@@ -322,6 +322,7 @@ def test_default_folder_and_defaults(tmp_path, example, monkeypatch):
         "latent_dim": 16,
         "lr": 1e-3,
         "beta": 1.0,
+        "kl_warmup": 0.0,
         "seed": 0,
         "limit": None,
         "deterministic": False,

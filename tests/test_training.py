@@ -15,6 +15,7 @@ from fastvae.evaluation import Evaluation, evaluate
 from fastvae.models import ConvVAE
 from fastvae.training import Progress, train, training_step
 from fastvae.training import loop as training_loop
+from fastvae.training import steps as training_steps
 
 SHAPE = (1, 8, 6)
 
@@ -55,6 +56,29 @@ def test_partial_batches_are_discarded_and_images_reshuffled(device):
     assert first != sorted(first)
     assert first != second
     assert [(row.epoch, row.step) for row in rows] == [(1, 4), (2, 8)]
+
+
+@pytest.mark.parametrize("kl_warmup", [0.0, 0.25, 1.5, 7.0])
+def test_the_weight_of_the_divergence_grows(kl_warmup, device, monkeypatch):
+    used, tested = [], []
+
+    def step(*arguments, beta, **named):
+        used.append(beta.item())
+        return training_step(*arguments, beta=beta, **named)
+
+    def test(*arguments, beta):
+        tested.append(beta)
+        return evaluate(*arguments, beta=beta)
+
+    monkeypatch.setattr(training_steps, "training_step", step)
+    monkeypatch.setattr(training_loop, "evaluate", test)
+    data = images(32, device)
+    train(
+        small_model(device), data, data[:5], epochs=3, batch_size=8, beta=2.0, kl_warmup=kl_warmup, graph="off"
+    )  # fmt: skip
+    expected = [min(1.0, number / (4 * kl_warmup)) if kl_warmup else 1.0 for number in range(12)]
+    assert used == pytest.approx([2.0 * share for share in expected])
+    assert tested == [2.0] * 3
 
 
 @pytest.mark.parametrize(("image_shape", "as_bytes"), [(SHAPE, True), ((3, 7, 5), True), (SHAPE, False)])
@@ -299,6 +323,8 @@ def test_the_loss_stays_finite_or_training_ends(device):
         ({"learning_rate": float("inf")}, "learning_rate must be positive and finite, got inf"),
         ({"beta": -0.1}, "beta must be finite and not negative, got -0.1"),
         ({"beta": float("nan")}, "beta must be finite and not negative, got nan"),
+        ({"kl_warmup": -1}, "kl_warmup must be finite and not negative, got -1"),
+        ({"kl_warmup": float("inf")}, "kl_warmup must be finite and not negative, got inf"),
         ({"test_images": images(0, "cpu")}, "test_images must hold at least one image"),
         (
             {"train_images": images(20, "cpu").to("meta")},

@@ -35,6 +35,7 @@ def train(
     batch_size: int,
     learning_rate: float = 1e-3,
     beta: float = 1.0,
+    kl_warmup: float = 0.0,
     graph: str = "auto",
     precision: str = "tf32",
     fuse_output_layer: bool = False,
@@ -51,6 +52,9 @@ def train(
     Args:
         train_images, test_images: [N, C, H, W] on the model's device; uint8 (read as x / 255) or floats in [0, 1].
         epochs, batch_size, learning_rate: positive; beta: the weight of the divergence, not negative.
+        kl_warmup: the epochs, whole or not, in which the weight grows from 0 to beta in equal steps (Bowman et al.,
+            "Generating Sentences from a Continuous Space", 2016); the steps of one graph share a weight. The test loss
+            has beta from the start.
         graph: "on": several steps run as one CUDA graph, which only a CUDA device can; "off"; "auto": where it can. The
             model must then do the same work at every step, without reading from the device.
         precision: of convolutions and matrix products, "fp32"; "tf32", where the hardware has it; or "bf16", by
@@ -76,7 +80,7 @@ def train(
             state of other images or batches.
         FloatingPointError: the loss of an epoch is not finite.
     """
-    _check(model, train_images, test_images, epochs, batch_size, learning_rate, beta, graph, precision)
+    _check(model, train_images, test_images, epochs, batch_size, learning_rate, beta, kl_warmup, graph, precision)
     device = train_images.device
     on_cuda = device.type == "cuda"
     # channels_last takes 11 to 25 % off a step on a CPU (batches of 128 and 32, one and two threads, the machine of
@@ -99,7 +103,9 @@ def train(
     )
     with arithmetic(precision), torch.cuda.device(device) if on_cuda else freed_memory_kept():
         try:
-            return _train(steps, test_images, epochs, beta, should_stop, on_progress, on_epoch, on_state, resume)
+            return _train(
+                steps, test_images, epochs, beta, kl_warmup, should_stop, on_progress, on_epoch, on_state, resume
+            )
         finally:
             steps.release()
 
@@ -109,6 +115,7 @@ def _train(
     test_images: Tensor,
     epochs: int,
     beta: float,
+    kl_warmup: float,
     should_stop: Callable[[], bool],
     on_progress: Callable[[Progress], None] | None,
     on_epoch: Callable[[EpochMetrics], None] | None,
@@ -116,6 +123,8 @@ def _train(
     resume: TrainingState | None,
 ) -> list[EpochMetrics]:
     total_steps = epochs * steps.count
+    warmup_steps = kl_warmup * steps.count
+    held_beta = beta
     rows: list[EpochMetrics] = []
     done = 0  # steps of this epoch
     began = last_report = time.perf_counter()
@@ -128,6 +137,11 @@ def _train(
             steps.shuffle()
         reported = done
         while done < steps.count and not stopped:
+            step = (epoch - 1) * steps.count + done
+            beta_now = beta * step / warmup_steps if step < warmup_steps else beta
+            if beta_now != held_beta:
+                steps.beta.fill_(beta_now)
+                held_beta = beta_now
             done += steps.run(done)
             stopped = should_stop()
             ends = stopped or done == steps.count
@@ -160,6 +174,7 @@ def _check(
     batch_size: int,
     learning_rate: float,
     beta: float,
+    kl_warmup: float,
     graph: str,
     precision: str,
 ) -> None:
@@ -173,6 +188,8 @@ def _check(
         raise ValueError(f"learning_rate must be positive and finite, got {learning_rate}")
     if not (beta >= 0 and math.isfinite(beta)):
         raise ValueError(f"beta must be finite and not negative, got {beta}")
+    if not (kl_warmup >= 0 and math.isfinite(kl_warmup)):
+        raise ValueError(f"kl_warmup must be finite and not negative, got {kl_warmup}")
     if graph not in ("auto", "on", "off"):
         raise ValueError(f'graph must be "auto", "on" or "off", got {graph!r}')
     if precision not in PRECISIONS:
