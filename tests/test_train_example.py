@@ -266,7 +266,8 @@ def test_missing_packages(tmp_path, run, no_training, capsys, monkeypatch, modul
 def test_divergence_is_one_line_and_code_1(tmp_path, run, capsys):
     assert run(*SMALL, "--lr", "1e9", "--epochs", "3", "--quiet", "--out", tmp_path / "run") == 1
     errors = capsys.readouterr().err
-    assert errors.startswith("train.py: training diverged: the mean loss of epoch 1 is nan")
+    assert errors.startswith("train.py: training diverged: at step 2, in epoch 1, the loss is ")
+    assert "not finite by now: encoder.conv1.weight, " in errors
     assert errors.count("\n") == 1
 
 

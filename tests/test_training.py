@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections import Counter
 
@@ -308,8 +309,51 @@ def test_a_step_needs_no_values():
 
 
 def test_the_loss_stays_finite_or_training_ends(device):
-    with pytest.raises(FloatingPointError, match=r"training diverged: the mean loss of epoch 1 is (nan|inf)"):
-        train(small_model(device), images(64, device), images(5, device), epochs=3, batch_size=8, learning_rate=1e4)
+    kept = []
+    with pytest.raises(FloatingPointError, match=r"training diverged: at step \d, in epoch 1, the loss is (nan|inf) "):
+        train(
+            small_model(device), images(64, device), images(5, device), epochs=3, batch_size=8, learning_rate=1e4,
+            on_state=kept.append,
+        )  # fmt: skip
+    assert not kept
+
+
+def poison(model, step, name):
+    """Put NaN into a parameter when training comes to that step, counted from 1."""
+    calls = itertools.count(1)
+
+    def hook(module, inputs):
+        if module.training and next(calls) == step:
+            with torch.no_grad():
+                dict(model.named_parameters())[name].view(-1)[0] = float("nan")
+
+    model.register_forward_pre_hook(hook)
+
+
+def test_the_step_that_was_not_finite_is_named(device):
+    """In the second epoch of 4 steps; the state of the first is kept."""
+    model, kept = small_model(device), []
+    poison(model, 7, "decoder.logits.bias")
+    with pytest.raises(FloatingPointError, match=r"at step 7, in epoch 2, the loss is nan \(reconstruction nan, kl \d"):
+        train(model, images(32, device), images(5, device), epochs=3, batch_size=8, graph="off", on_state=kept.append)
+    assert [len(state.rows) for state in kept] == [1]
+
+
+def test_an_update_that_was_not_finite_is_named(device, monkeypatch):
+    """The last of an epoch: its loss came before it."""
+    model, kept = small_model(device), []
+
+    def break_it(*arguments, **named):
+        with torch.no_grad():
+            model.encoder.moments.bias[0] = float("nan")
+        return evaluate(*arguments, **named)
+
+    monkeypatch.setattr(training_loop, "evaluate", break_it)
+    with pytest.raises(
+        FloatingPointError, match=r"after step 4, at the end of epoch 1, .* not finite: encoder\.moments"
+    ):
+        train(model, images(32, device), images(5, device), epochs=3, batch_size=8, on_state=kept.append)
+    assert not kept
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,8 @@ def train(
         ValueError: an argument out of range, a batch_size larger than the training set, images on another device,
             graph="on" without a CUDA device, fuse_output_layer with a decoder that does not end in such a layer, or a
             state of other images or batches.
-        FloatingPointError: the loss of an epoch is not finite.
+        FloatingPointError: a loss is not finite, seen at the next report or at the end of its epoch; on_state is not
+            called for that epoch, so that what it kept before is good.
     """
     _check(model, train_images, test_images, epochs, batch_size, learning_rate, beta, kl_warmup, graph, precision)
     device = train_images.device
@@ -147,12 +148,18 @@ def _train(
             ends = stopped or done == steps.count
             if on_progress is not None and (ends or time.perf_counter() - last_report >= _REPORT_SECONDS):
                 step = (epoch - 1) * steps.count + done
-                on_progress(Progress(epoch, step, total_steps, *steps.history[reported:done].mean(0).tolist()))
+                means = steps.history[reported:done].mean(0).tolist()
+                check_finite(means[0], steps, epoch, done)
+                on_progress(Progress(epoch, step, total_steps, *means))
                 reported, last_report = done, time.perf_counter()
         loss, reconstruction, kl = steps.history[:done].mean(0).tolist()
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"training diverged: the mean loss of epoch {epoch} is {loss}")
+        check_finite(loss, steps, epoch, done)
         test = evaluate(steps.model, test_images, beta=beta)
+        if not math.isfinite(test.loss) and broken(steps):  # the last step's update did it
+            raise FloatingPointError(
+                f"training diverged: after step {(epoch - 1) * steps.count + done}, at the end of epoch {epoch}, these "
+                f"are not finite: {', '.join(broken(steps))}"
+            )
         seconds = time.perf_counter() - began
         row = EpochMetrics(epoch, (epoch - 1) * steps.count + done, loss, reconstruction, kl, *test, seconds)
         if on_epoch is not None:
@@ -164,6 +171,25 @@ def _train(
             break
         done = 0
     return rows
+
+
+def check_finite(mean_loss: float, steps: Steps, epoch: int, done: int) -> None:
+    """Raise ``FloatingPointError`` if the mean loss is not finite, naming the step where it began."""
+    if math.isfinite(mean_loss):
+        return
+    history = steps.history[:done].cpu()
+    finite = history[:, 0].isfinite().tolist()
+    first = finite.index(False) if not all(finite) else done - 1  # a mean may overflow by itself
+    loss, reconstruction, kl = history[first].tolist()
+    raise FloatingPointError(
+        f"training diverged: at step {(epoch - 1) * steps.count + first + 1}, in epoch {epoch}, the loss is {loss:g} "
+        f"(reconstruction {reconstruction:g}, kl {kl:g}); not finite by now: {', '.join(broken(steps)) or 'no weight'}"
+    )
+
+
+def broken(steps: Steps) -> list[str]:
+    """The parameters that are not finite."""
+    return [name for name, value in steps.model.named_parameters() if not value.isfinite().all()]
 
 
 def _check(
