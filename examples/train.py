@@ -124,6 +124,10 @@ def run(arguments: argparse.Namespace, checkpoint: Checkpoint | None) -> None:
     batch_size = arguments.batch_size or BATCH_SIZES[dataset.name]
     if batch_size > len(train_images):
         raise UserError(f"--batch-size must be at most {len(train_images)}, the number of images, got {batch_size}")
+    if checkpoint is not None and checkpoint.run is not None and checkpoint.run["images"] != len(train_images):
+        raise UserError(
+            f"--resume: there were {checkpoint.run['images']} training images, there are {len(train_images)}"
+        )
     if arguments.graph == "on" and device.type != "cuda":
         raise UserError("--graph on needs a CUDA device (--graph auto)")
     total_steps = epochs * (len(train_images) // batch_size)
@@ -200,7 +204,7 @@ def fit(
     def keep(state: TrainingState) -> None:
         epoch = rows[-1].epoch
         if epoch % arguments.checkpoint_every == 0 or epoch == epochs or should_stop():
-            run = {name: resolved[name] for name in TAKEN_OVER}
+            run = {"images": len(train_images), **{name: resolved[name] for name in TAKEN_OVER}}
             write_checkpoint(folder / "checkpoint.pt", model, epoch, state, run)
 
     with contextlib.closing(make_display(epochs, arguments.quiet)) as display, stop_on_interrupt() as should_stop:
@@ -291,7 +295,8 @@ def take_over(arguments: argparse.Namespace, given: set[str]) -> Checkpoint:
         raise UserError(f"--resume: {error}") from error
     if checkpoint.state is None or checkpoint.run is None:
         raise UserError(f"--resume: {folder / 'checkpoint.pt'} holds a model but no state of its training")
-    for name, value in checkpoint.run.items():
+    for name in TAKEN_OVER:
+        value = checkpoint.run[name]
         if name not in given:
             setattr(arguments, name, Path(value) if name == "data_dir" and value is not None else value)
         elif name in EXACT and getattr(arguments, name) != value:

@@ -408,6 +408,16 @@ def test_a_run_of_other_settings_is_refused(arguments, words, tmp_path, run, cap
     assert words in capsys.readouterr().err
 
 
+def test_a_run_on_other_images_is_refused(tmp_path, run, capsys, example, monkeypatch):
+    """The same settings, but the data set has changed."""
+    assert run("--device", "cpu", "--batch-size", 500, "--epochs", 1, "--quiet", "--out", tmp_path) == 0
+    digits = load_digits()
+    monkeypatch.setattr(example, "load_digits", lambda: digits._replace(train_images=digits.train_images[:900]))
+    monkeypatch.setattr(example, "train", lambda *_, **__: pytest.fail("training began"))
+    assert run("--resume", tmp_path) == 2
+    assert "there were 1500 training images, there are 900" in capsys.readouterr().err
+
+
 def test_nothing_to_resume(tmp_path, run, capsys, no_training):
     from fastvae.training import write_checkpoint
 
