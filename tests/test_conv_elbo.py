@@ -135,7 +135,7 @@ def oracle(
     scale = 2 * abs(reconstruction_weight * grad_scale) / batch_size
     grad = scale * error * slope
     wrong = scale * (GRADIENT * U * terms * slopes + (slope + error) * slope * d + 2.0**-50 * error)
-    pixels = kernels.pixels_of_program(program_channels, 1)
+    pixels = kernels.pixels_of_program(program_channels, 1, most=128)
     of_a_sum = (math.log2(pixels) + 1 + batch * -(-height * width // pixels)) * U
 
     def to_weight(g: Tensor) -> Tensor:
