@@ -415,7 +415,7 @@ def test_a_float64_is_computed_by_the_reference(device, i) -> None:
 SHAPES = {"features": (2, 3, 2, 2), "weight": (3, 1, 3, 3), "bias": (1,), "target": (2, 1, 2, 2), "kl": (2,)}
 SHAPE_ERRORS = {
     "features must have shape [B, ...] with at least 2 dimensions": [[2]],
-    "features must have shape [B, C, H, W] with C from 1 to 256": [
+    "features must have shape [B, C, H, W] with C from 1 to 256 and H and W at least 1": [
         [2, 3], [2, 3, 2, 2, 2], [2, 0, 2, 2], [2, 257, 2, 2], [2, 3, 0, 2], [2, 3, 2, 0],
     ],
     "weight must have shape [3, O, k, k] with O from 1 to 4 and k odd, at most 5": [
