@@ -34,6 +34,8 @@ from fastvae.training.precision import PRECISIONS, arithmetic
 from fastvae.training.steps import Steps
 from training_step import BATCH_SIZE, make_model, make_step
 
+PROVIDERS = ("textbook", "eager", "compile", "fused", "fused-graph", "fused-output-graph")
+
 
 def choose_dataset(folder: Path | None) -> ImageDataset:
     return load_mnist(folder, download=False) if folder is not None else load_digits()
@@ -71,9 +73,6 @@ def train(
         "test_loss": test.loss,
         "test_mse": test.mse,
     }
-
-
-PROVIDERS = ("textbook", "eager", "compile", "fused", "fused-graph", "fused-output-graph")
 
 
 def make_epoch(provider: str, model: ConvVAE, optimizer: Adam, images: Tensor) -> Callable[[], Tensor]:
@@ -121,9 +120,7 @@ def synchronize(device: torch.device) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "provider", choices=("textbook", "eager", "compile", "fused", "fused-graph", "fused-output-graph")
-    )
+    parser.add_argument("provider", choices=PROVIDERS)
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of weights, shuffling and noise")

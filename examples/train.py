@@ -135,9 +135,7 @@ def run(arguments: argparse.Namespace, checkpoint: Checkpoint | None) -> None:
     torch.manual_seed(arguments.seed)
     channels, height, width = train_images.shape[1:]
     # Made on the CPU, so that a seed means the same initial weights on every device.
-    model = ConvVAE((channels, height, width), arguments.latent_dim)
-    if checkpoint is not None:
-        model.load_state_dict(checkpoint.model.state_dict())
+    model = ConvVAE((channels, height, width), arguments.latent_dim) if checkpoint is None else checkpoint.model
     model.to(device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
 

@@ -102,7 +102,7 @@ def program_tile(chunks, FLAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.con
         return tl.zeros([], tl.int64), program.to(tl.int64) * COLUMNS
     if ROWS > 1:
         return program.to(tl.int64) * ROWS, tl.zeros([], tl.int64)
-    # Unsigned: a signed division takes 8 instructions more.
+    # Unsigned: a signed division takes 6 instructions more (sm_90, triton 3.9).
     program, chunks = program.to(tl.uint32), tl.cast(chunks, tl.uint32)
     return (program // chunks).to(tl.int64), (program % chunks).to(tl.int64) * COLUMNS
 

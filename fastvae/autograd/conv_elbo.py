@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvae.autograd.elbo import as_tensor, refuse_transforms
+from fastvae.autograd.elbo import Scalar, as_tensor, refuse_transforms
 from fastvae.autograd.registration import is_traced, register
 from fastvae.kernels import conv_elbo as kernels
 from fastvae.kernels.layout import empty_gradients
-
-Scalar = float | Tensor
 
 
 def _fake(features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, kl: Tensor, *others: Any) -> Any:
