@@ -13,9 +13,10 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 REDUCTIONS = ("none", "batchmean", "sum", "mean")
 
 
-def check_reduction(reduction: str) -> None:
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+def check_reduction(reduction: str, more: tuple[str, ...] = ()) -> None:
+    """`more`: reductions that only this operation has."""
+    if reduction not in REDUCTIONS + more:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS + more)}, got {reduction!r}")
 
 
 def check_batch(name: str, tensor: Tensor) -> None:

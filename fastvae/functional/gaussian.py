@@ -15,6 +15,8 @@ Source: Kingma and Welling, "Auto-Encoding Variational Bayes", 2013, section 2.4
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -57,28 +59,35 @@ def gaussian_sample(
     return reference.gaussian.gaussian_sample(mu, logvar, eps=eps, generator=generator, batch_offset=batch_offset)
 
 
-def gaussian_kl(mu: Tensor, logvar: Tensor, *, reduction: str = "batchmean") -> Tensor:
+def gaussian_kl(mu: Tensor, logvar: Tensor, *, reduction: str = "batchmean", free_bits: float = 0.0) -> Tensor:
     """KL(N(mu, exp(logvar)) || N(0, I)) = sum_event (mu^2 + exp(logvar) - 1 - logvar) / 2, in nats.
 
     Args:
         mu, logvar: [B, ...], of one shape, dtype and device.
         reduction: "none" per sample, shape [B]; "batchmean" their mean; "sum" over everything; "mean" over every
-            element.
+            element; "per_dimension" the batch mean of each element of the event.
+        free_bits: in nats; with reduction "batchmean" or "per_dimension" only. Each dimension's batch mean counts as
+            at least so much, max(mean_B kl_d, free_bits), and has no gradient below: a dimension is not pushed onto
+            the prior for the last of its information. 0: off.
 
     Returns:
-        The divergence, float32 (float64), shape [B] or [].
+        The divergence, float32 (float64), shape [B], [], or that of an event.
 
     Raises:
         TypeError: not a floating-point tensor; mu and logvar of different dtypes.
-        ValueError: shapes or devices that differ, fewer than 2 dimensions, or an unknown reduction.
+        ValueError: shapes or devices that differ, fewer than 2 dimensions, an unknown reduction, a free_bits that is
+            negative, not finite, or given with another reduction.
+
+    Source of free_bits: Kingma et al., "Improved Variational Inference with Inverse Autoregressive Flow", 2016,
+        appendix C.
     """
     _check(mu, logvar)
-    check_reduction(reduction)
-    if takes_triton(mu):
+    _check_reduction(reduction, free_bits)
+    if takes_triton(mu) and reduction != "per_dimension" and not free_bits:
         from fastvae.autograd import gaussian as fused
 
         return fused.gaussian_kl(mu, logvar, reduction)
-    return reference.gaussian.gaussian_kl(mu, logvar, reduction=reduction)
+    return reference.gaussian.gaussian_kl(mu, logvar, reduction=reduction, free_bits=free_bits)
 
 
 def gaussian_sample_kl(
@@ -161,6 +170,18 @@ def _check(mu: Tensor, logvar: Tensor) -> None:
     check_like("logvar", logvar, "mu", mu)
     if logvar.dtype != mu.dtype:
         raise TypeError(f"logvar must have the dtype of mu, {mu.dtype}, got {logvar.dtype}")
+
+
+def _check_reduction(reduction: str, free_bits: float) -> None:
+    check_reduction(reduction, ("per_dimension",))
+    if isinstance(free_bits, bool) or not isinstance(free_bits, (int, float)):
+        raise TypeError(f"free_bits must be a number, got {type(free_bits).__name__}")
+    if not 0.0 <= free_bits < math.inf:
+        raise ValueError(f"free_bits must be finite and not negative, got {free_bits}")
+    if free_bits and reduction not in ("batchmean", "per_dimension"):
+        raise ValueError(
+            f'free_bits is of a batch mean: reduction must be "batchmean" or "per_dimension", got {reduction!r}'
+        )
 
 
 def _check_noise(
