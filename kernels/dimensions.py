@@ -35,7 +35,8 @@ def dimensions_forward_kernel(
     Shapes: mu and logvar [rows, columns] at distance row_stride; eps (None: made from seed and offset) and z [rows,
     columns], dense; kl float32 [columns]. A program has the columns of one of `chunks` tiles and every blocks-th tile
     of rows; with more than one block, partial is float32 [blocks, columns] and ticket int32 [1], zero.
-    Bytes per float32 element: reads 8 (12 with eps), writes 4 (0 without z); partial sums add at most 1 / ROWS of 8.
+    Bytes per float32 element: reads 8 (12 with eps), writes 4 (0 without z); 4 per column,
+    and 8 per column and block for partial sums.
     Launches: 1. Roundings: z 6; a term of kl 10; and one per tile of rows and per level of a sum.
     Deterministic: no floating-point atomics, sums are added in the order of their rows.
     """
@@ -120,8 +121,8 @@ def dimensions_backward_kernel(
 
     Shapes: as in `gaussian.gaussian_backward_kernel`, but kl_grad float32 [columns] if PER_COLUMN, else [], and kl,
     what forward wrote, [columns] (None: without free bits).
-    Bytes per float32 element: reads 12 (16 with eps, 8 without z_grad), writes 8, and 8 per column. Launches: 1.
-    Deterministic. Roundings: mu_grad 3; logvar_grad 10.
+    Bytes per float32 element: reads 12 (16 with eps, 8 without z_grad), writes 8; 8 more per column of a tile.
+    Launches: 1. Deterministic. Roundings: mu_grad 3; logvar_grad 10.
     """
     first_row, first_column = program_tile(chunks, FLAT, ROWS, COLUMNS)
     row = tl.arange(0, ROWS)
