@@ -29,6 +29,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
+import fastvae
+from conftest import Launches
+
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = {str(path.relative_to(ROOT)): path for path in [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]}
@@ -119,6 +122,13 @@ def test_the_python_of_a_page_runs_and_prints_what_it_shows(name, monkeypatch, t
     if name == "README.md":
         exec(README_SETUP, namespace)
     execute(PAGES[name], namespace)
+
+
+def test_what_is_said_of_random_numbers_is_true_of_the_kernels_too():
+    before = Launches.count
+    with fastvae.use_backend("triton"):
+        execute(DOCS / "random-numbers.md", {"__name__": "__page__"})
+    assert Launches.count > before
 
 
 # ------------------------------------------------------------------------------------------------------- commands
@@ -258,7 +268,7 @@ def test_the_compiled_code_in_performance_is_the_committed_one():
     assert len(rows) > 5
     for name, registers, load, store, body in rows:
         code = kernels[name]
-        wide = [str(code[key]) if code[key] else "–" for key in ("widest_load", "widest_store")]
+        wide = [str(code[key]) if code[key] else "-" for key in ("widest_load", "widest_store")]
         assert [registers, load, store, body] == [str(code["registers"]), *wide, f"{code['body']:.1f}"], name
 
 
