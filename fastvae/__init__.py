@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 from fastvae import functional, nn
 from fastvae.backend import Backend, backend_for, use_backend
+from fastvae.distributions import DiagonalGaussian
 
 if TYPE_CHECKING:
     from fastvae.models import ConvVAE
 
 __version__ = "0.1.0"
 
-__all__ = ["Backend", "__version__", "backend_for", "functional", "load", "nn", "use_backend"]
+__all__ = ["Backend", "DiagonalGaussian", "__version__", "backend_for", "functional", "load", "nn", "use_backend"]
 
 
 def load(path: str | os.PathLike[str]) -> ConvVAE:
