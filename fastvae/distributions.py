@@ -1,21 +1,20 @@
 """The encoder's posterior as a `torch.distributions.Distribution`.
 
-    q = DiagonalGaussian(encoder(x))        # moments = [mu | logvar] along dimension 1
-    z, kl = q.rsample_with_kl()             # one launch forward, one backward
+    q = DiagonalGaussian(encoder(x))  # moments = [mu | logvar] along dimension 1
+    z, kl = q.rsample_with_kl()  # one launch forward, one backward
 
-Where code has a torch distribution, the line that makes it changes, and what follows stays:
+In code around torch.distributions the line that makes the posterior changes; what follows stays:
 
-    q = Independent(Normal(mu, torch.exp(logvar / 2)), 1)       ->      q = DiagonalGaussian.from_mu_logvar(mu, logvar)
-    z = q.rsample()
-    kl = kl_divergence(q, Independent(Normal(zeros, ones), 1))      # or q.kl(), which is fused
+    q = Independent(Normal(mu, torch.exp(0.5 * logvar)), 1)  # before
+    q = DiagonalGaussian.from_mu_logvar(mu, logvar)
+    z, kl = q.rsample(), kl_divergence(q, prior)  # or q.kl(), which is fused
 
-Where code has diffusers' DiagonalGaussianDistribution, the line that samples it changes:
+In code around diffusers' DiagonalGaussianDistribution the line that samples it changes:
 
-    posterior = DiagonalGaussianDistribution(moments)
-    z, kl = posterior.sample(generator), posterior.kl()         ->      z, kl = DiagonalGaussian(
-                                                                            moments).rsample_with_kl(generator=generator)
+    z, kl = posterior.sample(generator), posterior.kl()  # before
+    z, kl = DiagonalGaussian(posterior.parameters).rsample_with_kl(generator=generator)
 
-There ``sample`` is differentiable and ``mode()`` a method. Here they are what torch.distributions makes of them:
+There ``sample`` is differentiable and ``mode()`` a method. Here they are what they are in torch.distributions:
 ``sample`` has no gradient, ``rsample`` has one, and ``mode`` is a property. Nor is logvar clamped to [-30, 20].
 """
 
