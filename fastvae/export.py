@@ -151,7 +151,10 @@ def read_safetensors(path: str | os.PathLike[str]) -> ConvVAE:
                 raise ValueError("it holds no settings of a ConvVAE")
             # Copies: a mapped tensor changes when its file is written to.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        return ConvVAE.from_state_dict(json.loads(metadata["settings"]), tensors)
+        with torch.device("meta"):  # no weights are drawn that would be thrown away
+            model = ConvVAE(**json.loads(metadata["settings"]))
+        model.load_state_dict(tensors, assign=True)  # in the dtypes of the file
+        return model
     except OSError:
         raise
     except Exception as error:  # a damaged file raises errors of many kinds

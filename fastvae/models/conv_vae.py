@@ -15,10 +15,8 @@ tensors: Glorot uniform weights and zero biases.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastvae.models.same_padding import KERNEL, Downsample, Upsample, halved
@@ -76,17 +74,6 @@ class ConvVAE(VAE):
         self.latent_dim = latent_dim
         self.channels = tuple(channels)
         self.reset_parameters()
-
-    @classmethod
-    def from_state_dict(cls, settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> ConvVAE:
-        """The model of these `settings` whose parameters are the tensors of `state`, in their dtypes, not copied.
-
-        Raises ``ValueError`` for bad settings, and ``RuntimeError`` for tensors of other names or shapes.
-        """
-        with torch.device("meta"):  # no weights are drawn that would be thrown away
-            model = cls(**settings)
-        model.load_state_dict(state, assign=True)
-        return model
 
     @property
     def settings(self) -> dict[str, Any]:
