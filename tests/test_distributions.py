@@ -10,7 +10,18 @@ from collections import Counter
 import pytest
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Independent, Laplace, Normal, kl_divergence
+from torch.distributions import (
+    AffineTransform,
+    Categorical,
+    Distribution,
+    ExpTransform,
+    Independent,
+    Laplace,
+    MixtureSameFamily,
+    Normal,
+    TransformedDistribution,
+    kl_divergence,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastvae
@@ -374,3 +385,24 @@ def test_divergences_broadcast_and_dispatch() -> None:
 def test_errors(call, error, message) -> None:
     with pytest.raises(error, match=message):
         call(DiagonalGaussian(torch.zeros(2, 6)))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda q: Independent(q, 1).log_prob(torch.ones(4, 3, dtype=torch.float64)),
+        lambda q: kl_divergence(Independent(q, 1), Independent(peer(*torch.ones(2, 4, 3).double()), 1)),
+        lambda q: TransformedDistribution(q, [AffineTransform(1.0, -2.0), ExpTransform()]).log_prob(
+            torch.full((4, 3), 0.3, dtype=torch.float64)
+        ),
+        lambda q: MixtureSameFamily(Categorical(torch.ones(4)), q, validate_args=False).log_prob(
+            torch.tensor([[0.5, -1.0, 2.0], [0.0, 0.1, 0.2]], dtype=torch.float64)
+        ),
+    ],
+    ids=["Independent", "Independents", "TransformedDistribution", "MixtureSameFamily"],
+)
+def test_inside_other_distributions(wrap) -> None:
+    mu, logvar = halves(4, 3)
+    torch.testing.assert_close(
+        wrap(DiagonalGaussian.from_mu_logvar(mu, logvar)), wrap(peer(mu, logvar)), rtol=1e-12, atol=1e-12
+    )
