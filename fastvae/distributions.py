@@ -87,8 +87,10 @@ class DiagonalGaussian(Distribution):
         return len(self._batch_shape) != 1 or self._batch_shape[0] != self._given[0].shape[0]
 
     def expand(self, batch_shape: Sequence[int], _instance: DiagonalGaussian | None = None) -> DiagonalGaussian:
-        """The same posteriors for a batch_shape to which [B] broadcasts; no memory is taken."""
-        torch.broadcast_shapes(batch_shape, self._batch_shape)
+        """The same posteriors for a batch_shape to which [B] broadcasts; no memory is taken. Raises ``ValueError``."""
+        shape, own = list(batch_shape), list(self._batch_shape)
+        if len(shape) < len(own) or any(n not in (1, m) for n, m in zip(own[::-1], shape[::-1], strict=False)):
+            raise ValueError(f"batch_shape must be one to which {own} broadcasts, got {shape}")
         expanded = cast("DiagonalGaussian", self._get_checked_instance(DiagonalGaussian, _instance))
         expanded._set(self._given, self._dim, torch.Size(batch_shape), self._event_shape, validate_args=False)
         expanded._validate_args = self._validate_args

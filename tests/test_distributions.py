@@ -367,7 +367,10 @@ def test_divergences_broadcast_and_dispatch() -> None:
         (lambda q: q.rsample(eps=torch.zeros(5, 2, 3)), ValueError, r"eps must have the shape of z, \[2, 3\]"),
         (lambda q: q.log_prob(torch.zeros(2, 1)), ValueError, r"value must end in event_shape, \[3\], got \[2, 1\]"),
         (lambda q: q.log_prob(torch.zeros(())), ValueError, r"value must end in event_shape, \[3\], got \[\]"),
-        (lambda q: q.expand((5,)), RuntimeError, "[Ss]hape"),
+        (lambda q: q.expand((5,)), ValueError, r"batch_shape must be one to which \[2\] broadcasts, got \[5\]"),
+        (lambda q: q.expand((2, 1)), ValueError, r"batch_shape must .* \[2\] broadcasts, got \[2, 1\]"),
+        (lambda q: q.expand(()), ValueError, r"batch_shape must .* \[2\] broadcasts, got \[\]"),
+        (lambda q: q.expand((3, 2)).expand((2,)), ValueError, r"\[3, 2\] broadcasts, got \[2\]"),
         (
             lambda q: q.kl(DiagonalGaussian(torch.zeros(2, 8))),
             ValueError,

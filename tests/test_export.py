@@ -6,7 +6,6 @@ import copy
 import importlib.util
 import json
 import math
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -110,16 +109,11 @@ def test_the_program_computes_what_the_model_does(folder, model, batch) -> None:
     torch.testing.assert_close(program(z), torch.sigmoid(model.decode(z)), rtol=0, atol=0)
 
 
-def test_the_program_needs_no_fastvae(folder) -> None:
-    code = f"""
-import sys
-sys.modules["fastvae"] = None  # `import fastvae` raises
-import torch
-images = torch.export.load({str(folder / "decoder.pt2")!r}).module()(torch.zeros(4, 5))
-assert images.shape == (4, 3, 9, 8), images.shape
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
+def test_the_program_needs_no_fastvae(folder, monkeypatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "fastvae"]:
+        monkeypatch.setitem(sys.modules, name, None)  # importing it raises
+    program = torch.export.load(folder / "decoder.pt2").module()
+    assert program(torch.zeros(4, 5)).shape == (4, 3, 9, 8)
 
 
 def test_onnx_names_its_inputs_and_outputs(folder) -> None:
