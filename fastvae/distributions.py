@@ -242,17 +242,17 @@ def _squared_distance(value: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
 
 @register_kl(DiagonalGaussian, DiagonalGaussian)
 def _kl_between(p: DiagonalGaussian, q: DiagonalGaussian) -> Tensor:
-    return _kl_of_halves(p, (p.mu, p.logvar), q, (q.mu, q.logvar))
+    return _kl_of_halves(p, p._halves(), q, q._halves())
 
 
 @register_kl(DiagonalGaussian, Independent)
 def _kl_to_independent(p: DiagonalGaussian, q: Independent[Normal]) -> Tensor:
-    return _kl_of_halves(p, (p.mu, p.logvar), q, _halves_of_normal(q))
+    return _kl_of_halves(p, p._halves(), q, _halves_of_normal(q))
 
 
 @register_kl(Independent, DiagonalGaussian)
 def _kl_from_independent(p: Independent[Normal], q: DiagonalGaussian) -> Tensor:
-    return _kl_of_halves(p, _halves_of_normal(p), q, (q.mu, q.logvar))
+    return _kl_of_halves(p, _halves_of_normal(p), q, q._halves())
 
 
 @register_kl(DiagonalGaussian, Normal)
@@ -286,4 +286,5 @@ def _kl_of_halves(
     difference = p_logvar - q_logvar
     # expm1 keeps what exp(difference) - 1 would lose for a small difference.
     terms = _squared_distance(p_mu, q_mu, q_logvar) + (torch.expm1(difference) - difference)
-    return 0.5 * terms.sum(tuple(range(-len(p.event_shape), 0)))
+    kl = 0.5 * terms.sum(tuple(range(-len(p.event_shape), 0)))
+    return kl.expand(torch.broadcast_shapes(kl.shape, p.batch_shape, q.batch_shape))
