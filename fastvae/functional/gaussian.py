@@ -50,7 +50,7 @@ def gaussian_sample(
         ValueError: shapes or devices that differ, fewer than 2 dimensions, a negative batch_offset, or eps together
             with generator or batch_offset.
     """
-    _check(mu, logvar)
+    check_halves(mu, logvar)
     _check_noise(mu.shape, "mu", mu, eps, generator, batch_offset)
     if takes_triton(mu, eps):
         from fastvae.autograd import gaussian as fused
@@ -81,7 +81,7 @@ def gaussian_kl(mu: Tensor, logvar: Tensor, *, reduction: str = "batchmean", fre
     Source of free_bits: Kingma et al., "Improved Variational Inference with Inverse Autoregressive Flow", 2016,
         appendix C.
     """
-    _check(mu, logvar)
+    check_halves(mu, logvar)
     _check_reduction(reduction, free_bits)
     if takes_triton(mu):
         from fastvae.autograd import gaussian as fused
@@ -105,7 +105,7 @@ def gaussian_sample_kl(
     Arguments, results and errors are those of the two functions; the divergence is per sample unless ``reduction``
     says otherwise.
     """
-    _check(mu, logvar)
+    check_halves(mu, logvar)
     _check_noise(mu.shape, "mu", mu, eps, generator, batch_offset)
     _check_reduction(reduction, free_bits)
     if takes_triton(mu, eps):
@@ -150,19 +150,8 @@ def gaussian_sample_kl_packed(
         ValueError: fewer than 2 dimensions, a dim that is out of range, the batch, or odd in size; and as in
             `gaussian_sample_kl`.
     """
-    check_batch("moments", moments)
-    if isinstance(dim, bool) or not isinstance(dim, int):
-        raise TypeError(f"dim must be an integer, got {type(dim).__name__}")
-    if not -moments.ndim <= dim < moments.ndim or dim % moments.ndim == 0:
-        raise ValueError(
-            f"dim must name a dimension of moments other than the batch, 1 to {moments.ndim - 1}, got {dim}"
-        )
-    dim %= moments.ndim
-    if moments.shape[dim] % 2:
-        raise ValueError(f"moments must have an even size along dim {dim}, got {list(moments.shape)}")
-    half = list(moments.shape)
-    half[dim] //= 2
-    _check_noise(torch.Size(half), "moments", moments, eps, generator, batch_offset)
+    dim, half = check_packed(moments, dim)
+    _check_noise(half, "moments", moments, eps, generator, batch_offset)
     _check_reduction(reduction, free_bits)
     if takes_triton(moments, eps):
         from fastvae.autograd import gaussian as fused
@@ -179,11 +168,28 @@ def gaussian_sample_kl_packed(
     )
 
 
-def _check(mu: Tensor, logvar: Tensor) -> None:
+def check_halves(mu: Tensor, logvar: Tensor) -> None:
     check_batch("mu", mu)
     check_like("logvar", logvar, "mu", mu)
     if logvar.dtype != mu.dtype:
         raise TypeError(f"logvar must have the dtype of mu, {mu.dtype}, got {logvar.dtype}")
+
+
+def check_packed(moments: Tensor, dim: int) -> tuple[int, torch.Size]:
+    """The dimension of moments = [mu | logvar] that is split, counted from the front, and the shape of one half."""
+    check_batch("moments", moments)
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"dim must be an integer, got {type(dim).__name__}")
+    if not -moments.ndim <= dim < moments.ndim or dim % moments.ndim == 0:
+        raise ValueError(
+            f"dim must name a dimension of moments other than the batch, 1 to {moments.ndim - 1}, got {dim}"
+        )
+    dim %= moments.ndim
+    if moments.shape[dim] % 2:
+        raise ValueError(f"moments must have an even size along dim {dim}, got {list(moments.shape)}")
+    half = list(moments.shape)
+    half[dim] //= 2
+    return dim, torch.Size(half)
 
 
 def _check_reduction(reduction: str, free_bits: float) -> None:

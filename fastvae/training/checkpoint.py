@@ -45,11 +45,7 @@ def write_checkpoint(
     """
     saved = {
         "model": {name: value.detach().cpu() for name, value in model.state_dict().items()},
-        "settings": {
-            "image_shape": model.image_shape,
-            "latent_dim": model.latent_dim,
-            "channels": model.channels,
-        },
+        "settings": model.settings,
         "epoch": epoch,
         "state": None if state is None else {**state._asdict(), "rows": [row._asdict() for row in state.rows]},
         "run": None if run is None else dict(run),
