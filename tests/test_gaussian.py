@@ -735,7 +735,8 @@ def test_modules(training, device, triton_backend) -> None:
     assert torch.equal(z, mu) and torch.equal(kl, F.gaussian_kl(mu, logvar, reduction="mean"))
     with torch.inference_mode():
         assert torch.equal(seeded(module(nn.GaussianSampling), mu, logvar), seeded(F.gaussian_sample, mu, logvar))
-    assert repr(module(nn.GaussianSamplingKL)) == "GaussianSamplingKL(dim=1, reduction='none', deterministic=False)"
+    text = "GaussianSamplingKL(dim=1, reduction='none', free_bits=0.0, deterministic=False)"
+    assert repr(module(nn.GaussianSamplingKL)) == text
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
