@@ -84,7 +84,7 @@ TAKEN_OVER = (*EXACT, "epochs", "graph", "data_dir", "strict", "deterministic", 
 
 EPOCHS = 30
 BATCH_SIZES = {"mnist": 128, "fashion-mnist": 128, "kmnist": 128, "digits": 16}
-LARGEST_BATCH_SIZE = 128
+BATCH_SIZE_RANGE = (16, 128)  # of one's own images
 
 
 class UserError(Exception):
@@ -114,6 +114,8 @@ def main() -> int:
 
 def run(arguments: argparse.Namespace, checkpoint: Checkpoint | None) -> None:
     say: Callable[[str], None] = (lambda line: None) if arguments.quiet else print
+    if arguments.dataset == "folder" and arguments.data_dir is not None:
+        say(f"reading   {printable(str(arguments.data_dir))} (may take minutes the first time)")
     try:
         plots.require_matplotlib()
         device = choose_device(arguments.device)
@@ -314,8 +316,9 @@ def choose_dataset(
 
 
 def default_batch_size(dataset: str, images: int) -> int:
-    """Of one's own images a hundredth: enough steps for a small set, and large batches for a large one."""
-    return BATCH_SIZES.get(dataset, max(1, min(images // 100, LARGEST_BATCH_SIZE)))
+    """Of one's own images a hundredth, in a range: enough steps for a small set, large batches for a large one."""
+    smallest, largest = BATCH_SIZE_RANGE
+    return BATCH_SIZES.get(dataset, min(max(images // 100, smallest), largest, images))
 
 
 def shape_in_words(shape: Sequence[int]) -> str:
@@ -328,7 +331,8 @@ def skipped_in_words(dataset: ImageDataset) -> str:
     """How many files, and the first of them; all of them are in summary.json."""
     first = "; ".join(f"{printable(item.path)}: {item.reason}" for item in dataset.skipped[:3])
     rest = ", ..." if len(dataset.skipped) > 3 else ""
-    return f"{len(dataset.skipped):,} files that cannot be read (--strict: stop): {first}{rest}"
+    files = "file" if len(dataset.skipped) == 1 else "files"
+    return f"{len(dataset.skipped):,} {files} that cannot be read (--strict: stop): {first}{rest}"
 
 
 def printable(text: str) -> str:
@@ -432,7 +436,7 @@ def parse_arguments() -> tuple[argparse.Namespace, set[str]]:
     parser.add_argument(
         "--batch-size",
         type=positive_integer,
-        help=f"default: {by_dataset(BATCH_SIZES)}, a hundredth of one's own images up to {LARGEST_BATCH_SIZE}",
+        help=f"default: {by_dataset(BATCH_SIZES)}, of one's own images a hundredth, {BATCH_SIZE_RANGE[0]} to {BATCH_SIZE_RANGE[1]}",
     )
     parser.add_argument("--latent-dim", type=positive_integer, default=16, help="default: 16")
     parser.add_argument("--lr", type=positive_number, default=1e-3, help="Adam's learning rate, default: 1e-3")
