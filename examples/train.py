@@ -1,4 +1,4 @@
-"""Train a convolutional VAE on handwritten digits and show what it learned.
+"""Train a convolutional VAE, on handwritten digits or images of one's own, and show what it learned.
 
     python examples/train.py                    scikit-learn's bundled digits on a CPU, MNIST on a CUDA device
     python examples/train.py --dataset mnist    MathWorks' example: 30 epochs in batches of 128
@@ -412,13 +412,13 @@ def parse_arguments() -> tuple[argparse.Namespace, set[str]]:
         "--data-dir",
         type=Path,
         metavar="DIR",
-        help="of the dataset's files; of a published dataset, absent ones are downloaded",
+        help="of the dataset's files, or for arrays the file; what is absent of a published dataset is downloaded",
     )
     parser.add_argument(
         "--image-size",
         type=positive_integer,
         metavar="N",
-        help="resize the images of a folder to N x N pixels, default: the size of all if it is one, else 64",
+        help="resize a folder's images to N x N pixels, default: the size they share, if not above 128, else 64",
     )
     parser.add_argument("--strict", action="store_true", help="stop at a file that cannot be read, default: skip it")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -436,7 +436,9 @@ def parse_arguments() -> tuple[argparse.Namespace, set[str]]:
     parser.add_argument(
         "--batch-size",
         type=positive_integer,
-        help=f"default: {by_dataset(BATCH_SIZES)}, of one's own images a hundredth, {BATCH_SIZE_RANGE[0]} to {BATCH_SIZE_RANGE[1]}",
+        help="default: {}; of one's own images a hundredth, {} to {}".format(
+            by_dataset(BATCH_SIZES), *BATCH_SIZE_RANGE
+        ),
     )
     parser.add_argument("--latent-dim", type=positive_integer, default=16, help="default: 16")
     parser.add_argument("--lr", type=positive_number, default=1e-3, help="Adam's learning rate, default: 1e-3")
