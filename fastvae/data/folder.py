@@ -76,19 +76,7 @@ def load_folder(
     if strict and skipped:
         raise _strict_error(root, skipped)
     folder = default_data_dir("folders") if cache_dir is None else Path(cache_dir).expanduser()
-    name = _cache_name(root, pictures, image_size)
-    bytes_path, about_path = folder / f"{name}.bytes", folder / f"{name}.json"
-    about = _read_about(about_path, bytes_path)
-    if about is None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with replacing(bytes_path) as file:
-                about = _decode(root, pictures, image_size, strict, file)
-            with replacing(about_path) as file:
-                file.write(json.dumps(about._asdict()).encode())
-        except OSError as error:
-            # A failed write does not name its file.
-            raise OSError(error.errno, f"{error.strerror} (see the variable FASTVAE_DATA)", str(folder)) from error
+    bytes_path, about = _decoded_once(folder, root, pictures, image_size, strict)
     skipped += [SkippedFile(*item) for item in about.skipped.items()]
     if strict and skipped:
         raise _strict_error(root, skipped)
@@ -164,6 +152,26 @@ def _labels(pictures: list[_Picture], class_names: list[str]) -> Tensor | None:
         return None
     numbers: dict[str | None, int] = {name: number for number, name in enumerate(class_names)}
     return torch.tensor([numbers[picture.label] for picture in pictures], dtype=torch.int64)
+
+
+def _decoded_once(
+    folder: Path, root: Path, pictures: list[_Picture], image_size: int | None, strict: bool
+) -> tuple[Path, _About]:
+    """The file of the pictures' bytes, which is written unless it is there."""
+    name = _cache_name(root, pictures, image_size)
+    bytes_path, about_path = folder / f"{name}.bytes", folder / f"{name}.json"
+    about = _read_about(about_path, bytes_path)
+    if about is None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with replacing(bytes_path) as file:
+                about = _decode(root, pictures, image_size, strict, file)
+            with replacing(about_path) as file:
+                file.write(json.dumps(about._asdict()).encode())
+        except OSError as error:
+            # A failed write does not name its file.
+            raise OSError(error.errno, f"{error.strerror} (see the variable FASTVAE_DATA)", str(folder)) from error
+    return bytes_path, about
 
 
 def _cache_name(root: Path, pictures: list[_Picture], image_size: int | None) -> str:
