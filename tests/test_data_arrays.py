@@ -353,3 +353,5 @@ def test_by_name(tmp_path):
     for name in ("mnist", "digits", "npy"):
         with pytest.raises(ValueError, match=f'image_size is for the dataset "folder" alone, got 64 for "{name}"'):
             load_dataset(name, tmp_path, image_size=64)
+        with pytest.raises(ValueError, match=f'channels is for the dataset "folder" alone, got 3 for "{name}"'):
+            load_dataset(name, tmp_path, channels=3)

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import re
 import struct
 import sys
 import tracemalloc
@@ -90,6 +91,23 @@ def test_one_colour_picture_makes_all_rgb_and_another_size_makes_all_64(tmp_path
         assert every(load_folder(tmp_path / "own")).shape == (12, 1, 64, 64)
         path.write_bytes(original)
     assert every(load_folder(tmp_path / "own", image_size=5)).shape == (12, 1, 5, 5)
+
+
+def test_the_shape_that_a_model_wants(tmp_path):
+    """Grayscale pictures for a model of colours, and the other way round."""
+    for mode in ("L", "RGB"):
+        fill(tmp_path / mode, 3, size=(9, 7), mode=mode)
+        for channels in (1, 3):
+            dataset = load_folder(tmp_path / mode, image_size=(4, 6), channels=channels)
+            assert every(dataset).shape == (3, channels, 4, 6)
+            same = load_folder(tmp_path / mode, channels=channels)
+            assert every(same).shape == (3, channels, 7, 9)
+        if mode == "L":
+            assert torch.equal(every(same), every(load_folder(tmp_path / mode)).expand(-1, 3, -1, -1))
+        else:
+            weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)  # ITU-R 601-2 luma, as Pillow has it
+            luma = (every(same) * weights).sum(1, keepdim=True)
+            assert (every(load_folder(tmp_path / mode, channels=1)) - luma).abs().max() < 1
 
 
 @pytest.mark.parametrize(("size", "expected"), [((128, 3), (3, 128)), ((129, 3), (64, 64)), ((3, 129), (64, 64))])
@@ -297,11 +315,18 @@ def test_no_folder_and_no_picture(tmp_path):
         load_folder(tmp_path / "own")
 
 
-@pytest.mark.parametrize("size", [0, -1])
+@pytest.mark.parametrize("size", [0, -1, (8, 0), (3, 8, 8)])
 def test_a_bad_size(size, tmp_path):
     fill(tmp_path, 3)
-    with pytest.raises(ValueError, match=f"image_size must be a positive number of pixels, got {size}"):
+    with pytest.raises(ValueError, match=rf"image_size must be a positive number of .*, got {re.escape(str(size))}"):
         load_folder(tmp_path, image_size=size)
+
+
+@pytest.mark.parametrize("channels", [0, 2, 4])
+def test_bad_channels(channels, tmp_path):
+    fill(tmp_path, 3)
+    with pytest.raises(ValueError, match=f"channels must be 1 or 3, got {channels}"):
+        load_folder(tmp_path, channels=channels)
 
 
 def test_without_pillow(tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ _SUFFIXES = (".png", ".jpg", ".jpeg")
 _SETS = ("train", "test")
 _LARGEST_SHARED_SIZE = 128
 _DEFAULT_SIZE = 64
+_MODES = {1: "L", 3: "RGB"}
 _TENTH = bytes([26])  # of the first bytes of hashes, 26 of 256 are below it
 _VERSION = 1  # of the files that are kept: another one where pictures are decoded in another way
 
@@ -38,7 +39,8 @@ class _Picture(NamedTuple):
 def load_folder(
     path: str | os.PathLike[str],
     *,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    channels: int | None = None,
     strict: bool = False,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> ImageDataset:
@@ -51,9 +53,10 @@ def load_folder(
     first N pictures are of all classes. The classes are the sub-folders at first level (of "train" and "test" if these
     are the sets), numbered in sorted order; a set of which a picture lies in none has no labels.
 
-    Pictures are cut to the square of their middle and resized (see `fastvae.data.pictures`) to ``image_size`` pixels;
-    None: to the size of all if that is one and not above 128, which need not be square, else to 64. They are grayscale,
-    C = 1, if all are, else RGB, C = 3.
+    Pictures are cut at the edges to the aspect ratio of ``image_size``, which is N for N x N pixels or (height, width),
+    and resized to it (see `fastvae.data.pictures`); None: the size of all if that is one and not above 128, else 64.
+    ``channels``: 1 for grayscale, 3 for RGB; None: grayscale if all are, else RGB. What a model was trained on is
+    ``image_size=model.image_shape[1:], channels=model.image_shape[0]``.
 
     They are decoded one by one into a file in ``cache_dir`` (None: ``default_data_dir("folders")``) that is mapped into
     memory, and found there again as long as no picture is changed, added or removed. It may be deleted at any time.
@@ -61,12 +64,15 @@ def load_folder(
     What cannot be read is named in ``skipped``, or, with ``strict``, raises ``ValueError``. Links are followed, each
     folder once.
 
-    Raises ``ValueError`` if one of the sets would be empty or image_size is not positive, ``OSError`` where the folder
-    cannot be read or cache_dir not written, and ``ImportError`` where Pillow is missing.
+    Raises ``ValueError`` if one of the sets would be empty, and for another image_size or channels, ``OSError`` where
+    the folder cannot be read or cache_dir not written, and ``ImportError`` where Pillow is missing.
     """
     require_pillow()
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size must be a positive number of pixels, got {image_size}")
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if size is not None and (len(size) != 2 or min(size) < 1):
+        raise ValueError(f"image_size must be a positive number of pixels or two, (height, width), got {image_size}")
+    if channels not in (None, *_MODES):
+        raise ValueError(f"channels must be 1 or 3, got {channels}")
     root = Path(path).expanduser()
     if not root.is_dir():
         root.stat()  # names what is absent
@@ -76,7 +82,7 @@ def load_folder(
     if strict and skipped:
         raise _strict_error(root, skipped)
     folder = default_data_dir("folders") if cache_dir is None else Path(cache_dir).expanduser()
-    bytes_path, about = _decoded_once(folder, root, pictures, image_size, strict)
+    bytes_path, about = _decoded_once(folder, root, pictures, size, channels, strict)
     skipped += [SkippedFile(*item) for item in about.skipped.items()]
     if strict and skipped:
         raise _strict_error(root, skipped)
@@ -155,17 +161,22 @@ def _labels(pictures: list[_Picture], class_names: list[str]) -> Tensor | None:
 
 
 def _decoded_once(
-    folder: Path, root: Path, pictures: list[_Picture], image_size: int | None, strict: bool
+    folder: Path,
+    root: Path,
+    pictures: list[_Picture],
+    size: tuple[int, int] | None,
+    channels: int | None,
+    strict: bool,
 ) -> tuple[Path, _About]:
     """The file of the pictures' bytes, which is written unless it is there."""
-    name = _cache_name(root, pictures, image_size)
+    name = _cache_name(root, pictures, size, channels)
     bytes_path, about_path = folder / f"{name}.bytes", folder / f"{name}.json"
     about = _read_about(about_path, bytes_path)
     if about is None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with replacing(bytes_path) as file:
-                about = _decode(root, pictures, image_size, strict, file)
+                about = _decode(root, pictures, size, channels, strict, file)
             with replacing(about_path) as file:
                 file.write(json.dumps(about._asdict()).encode())
         except OSError as error:
@@ -174,10 +185,10 @@ def _decoded_once(
     return bytes_path, about
 
 
-def _cache_name(root: Path, pictures: list[_Picture], image_size: int | None) -> str:
+def _cache_name(root: Path, pictures: list[_Picture], size: tuple[int, int] | None, channels: int | None) -> str:
     import PIL
 
-    digest = hashlib.sha256(json.dumps([_VERSION, PIL.__version__, str(root.resolve()), image_size]).encode())
+    digest = hashlib.sha256(json.dumps([_VERSION, PIL.__version__, str(root.resolve()), size, channels]).encode())
     for picture in pictures:
         try:
             status = os.stat(root / picture.path)
@@ -199,13 +210,21 @@ def _read_about(about_path: Path, bytes_path: Path) -> _About | None:
         return None
 
 
-def _decode(root: Path, pictures: list[_Picture], image_size: int | None, strict: bool, file: BinaryIO) -> _About:
+def _decode(
+    root: Path,
+    pictures: list[_Picture],
+    size: tuple[int, int] | None,
+    channels: int | None,
+    strict: bool,
+    file: BinaryIO,
+) -> _About:
     """Write the pictures' bytes into a file, [N, H, W, C].
 
-    It begins with what holds if all pictures are alike, grayscale and of one size, and starts again when one is not.
+    Where size or channels are None, it begins with what holds if all pictures are alike, of one size and grayscale, and
+    starts again when one is not.
     """
-    mode, size = "L", None if image_size is None else (image_size, image_size)
-    shared = image_size is None
+    shared = size is None
+    mode = _MODES[channels or 1]
     skipped: dict[str, str] = {}
     count = 0
     again = True
@@ -223,18 +242,18 @@ def _decode(root: Path, pictures: list[_Picture], image_size: int | None, strict
                 if strict:
                     raise _strict_error(root, [SkippedFile(picture.path, skipped[picture.path])]) from error
                 continue
-            size = size or image.size
-            if shared and (image.size != size or max(size) > _LARGEST_SHARED_SIZE):
+            size = size or (image.height, image.width)
+            if shared and ((image.height, image.width) != size or max(size) > _LARGEST_SHARED_SIZE):
                 size, shared, again = (_DEFAULT_SIZE, _DEFAULT_SIZE), False, True
-            if image.mode != mode and mode == "L":
-                mode, again = image.mode, True
+            if channels is None and image.mode == "RGB" and mode == "L":
+                mode, again = "RGB", True
             if again:
                 break
             file.write(fit(image, mode, *size).tobytes())
             count += 1
     if size is None or count == 0:
         raise ValueError(_no_picture(root, skipped))
-    return _About((count, size[1], size[0], 1 if mode == "L" else 3), skipped)
+    return _About((count, *size, 1 if mode == "L" else 3), skipped)
 
 
 def _reason(error: Exception) -> str:

@@ -31,7 +31,8 @@ def load_dataset(
     name: str,
     data_dir: str | os.PathLike[str] | None = None,
     *,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    channels: int | None = None,
     strict: bool = False,
 ) -> ImageDataset:
     """The dataset of that name, one of ``DATASETS``.
@@ -41,16 +42,17 @@ def load_dataset(
     - "folder": the pictures in ``data_dir``; see `load_folder`.
     - "npy", "npz", "idx": the arrays in ``data_dir``, a folder or a file; see `load_npy`, `load_npz`, `load_idx`.
 
-    ``image_size``, in pixels, is for "folder". ``strict``: what cannot be read raises instead of being skipped, as it
-    always does where images are not files of their own.
+    ``image_size``, in pixels, and ``channels`` are for "folder". ``strict``: what cannot be read raises instead of being
+    skipped, as it always does where images are not files of their own.
 
-    Raises ``ValueError`` for another name, without a data_dir that is needed, and for image_size with another dataset
-    than "folder", and what the functions raise.
+    Raises ``ValueError`` for another name, without a data_dir that is needed, and for image_size or channels with
+    another dataset than "folder", and what the functions raise.
     """
     if name not in DATASETS:
         raise ValueError(f"name must be one of {', '.join(DATASETS)}, got {name!r}")
-    if image_size is not None and name != "folder":
-        raise ValueError(f'image_size is for the dataset "folder" alone, got {image_size} for "{name}"')
+    for argument, value in (("image_size", image_size), ("channels", channels)):
+        if value is not None and name != "folder":
+            raise ValueError(f'{argument} is for the dataset "folder" alone, got {value} for "{name}"')
     if name in _PUBLISHED:
         return _PUBLISHED[name](data_dir)
     if name == "digits":
@@ -58,5 +60,5 @@ def load_dataset(
     if data_dir is None:
         raise ValueError(f'the dataset "{name}" needs data_dir, where its files are')
     if name == "folder":
-        return load_folder(data_dir, image_size=image_size, strict=strict)
+        return load_folder(data_dir, image_size=image_size, channels=channels, strict=strict)
     return _ARRAYS[name](data_dir)

@@ -63,7 +63,7 @@ def read_picture(path: Path) -> PIL.Image.Image:
     return opaque
 
 
-def fit(image: PIL.Image.Image, mode: str, width: int, height: int) -> NDArray[np.uint8]:
+def fit(image: PIL.Image.Image, mode: str, height: int, width: int) -> NDArray[np.uint8]:
     """The picture's bytes in "L", [height, width], or "RGB", [height, width, 3].
 
     What lies beyond the aspect ratio asked for is cut off, equally on both sides; the rest is resized with Lanczos's
