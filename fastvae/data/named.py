@@ -42,8 +42,8 @@ def load_dataset(
     - "folder": the pictures in ``data_dir``; see `load_folder`.
     - "npy", "npz", "idx": the arrays in ``data_dir``, a folder or a file; see `load_npy`, `load_npz`, `load_idx`.
 
-    ``image_size``, in pixels, and ``channels`` are for "folder". ``strict``: what cannot be read raises instead of being
-    skipped, as it always does where images are not files of their own.
+    ``image_size``, in pixels, and ``channels`` are for "folder". ``strict``: what cannot be read raises instead of
+    being skipped, as it always does where images are not files of their own.
 
     Raises ``ValueError`` for another name, without a data_dir that is needed, and for image_size or channels with
     another dataset than "folder", and what the functions raise.
