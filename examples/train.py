@@ -1,7 +1,8 @@
-"""Train a convolutional VAE on handwritten digits and show what it learned.
+"""Train a convolutional VAE, on handwritten digits or images of one's own, and show what it learned.
 
     python examples/train.py                    scikit-learn's bundled digits on a CPU, MNIST on a CUDA device
     python examples/train.py --dataset mnist    MathWorks' example: 30 epochs in batches of 128
+    python examples/train.py --dataset folder --data-dir DIR    PNG and JPEG files of your own
     python examples/train.py --resume DIR       go on with the run in DIR, as if it had not stopped
 
 Ctrl-C ends training after the current step; the model is still evaluated, everything is written, and the exit code is 0
@@ -26,7 +27,7 @@ import contextlib
 import itertools
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -35,7 +36,7 @@ import torch
 
 import fastvae
 from fastvae import plots
-from fastvae.data import DownloadError, ImageDataset, load_digits, load_mnist
+from fastvae.data import DATASETS, OWN_DATASETS, DownloadError, ImageDataset, load_dataset
 from fastvae.evaluation import reconstruction_errors
 from fastvae.models import ConvVAE
 from fastvae.training import (
@@ -67,6 +68,7 @@ FILES = (
 # What a run that goes on must have as it was, and what it takes over unless it is told otherwise.
 EXACT = (
     "dataset",
+    "image_size",
     "device",
     "backend",
     "precision",
@@ -78,10 +80,11 @@ EXACT = (
     "seed",
     "limit",
 )
-TAKEN_OVER = (*EXACT, "epochs", "graph", "data_dir", "deterministic", "checkpoint_every")
+TAKEN_OVER = (*EXACT, "epochs", "graph", "data_dir", "strict", "deterministic", "checkpoint_every")
 
-EPOCHS = {"mnist": 30, "digits": 30}
-BATCH_SIZES = {"mnist": 128, "digits": 16}
+EPOCHS = 30
+BATCH_SIZES = {"mnist": 128, "fashion-mnist": 128, "kmnist": 128, "digits": 16}
+BATCH_SIZE_RANGE = (16, 128)  # of one's own images
 
 
 class UserError(Exception):
@@ -111,17 +114,21 @@ def main() -> int:
 
 def run(arguments: argparse.Namespace, checkpoint: Checkpoint | None) -> None:
     say: Callable[[str], None] = (lambda line: None) if arguments.quiet else print
+    if arguments.dataset == "folder" and arguments.data_dir is not None:
+        say(f"reading   {printable(str(arguments.data_dir))} (may take minutes the first time)")
     try:
         plots.require_matplotlib()
         device = choose_device(arguments.device)
         backend = fastvae.backend_for(torch.empty(0, device=device))
-        dataset, reason = choose_dataset(arguments.dataset, arguments.data_dir, device)
+        dataset, reason = choose_dataset(
+            arguments.dataset, arguments.data_dir, device, arguments.image_size, arguments.strict
+        )
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         raise UserError(str(error)) from error
     train_images = dataset.train_images[: arguments.limit].to(device)
     test_images = dataset.test_images.to(device)
-    epochs = arguments.epochs or EPOCHS[dataset.name]
-    batch_size = arguments.batch_size or BATCH_SIZES[dataset.name]
+    epochs = arguments.epochs or EPOCHS
+    batch_size = arguments.batch_size or default_batch_size(dataset.name, len(train_images))
     if batch_size > len(train_images):
         raise UserError(f"--batch-size must be at most {len(train_images)}, the number of images, got {batch_size}")
     if checkpoint is not None and checkpoint.run is not None and checkpoint.run["images"] != len(train_images):
@@ -134,6 +141,11 @@ def run(arguments: argparse.Namespace, checkpoint: Checkpoint | None) -> None:
 
     torch.manual_seed(arguments.seed)
     channels, height, width = train_images.shape[1:]
+    if checkpoint is not None and checkpoint.model.image_shape != (channels, height, width):
+        raise UserError(
+            f"--resume: the images were {shape_in_words(checkpoint.model.image_shape)}, "
+            f"they are {shape_in_words((channels, height, width))}"
+        )
     # Made on the CPU, so that a seed means the same initial weights on every device.
     model = ConvVAE((channels, height, width), arguments.latent_dim) if checkpoint is None else checkpoint.model
     model.to(device)
@@ -143,6 +155,8 @@ def run(arguments: argparse.Namespace, checkpoint: Checkpoint | None) -> None:
     say(f"device    {device_name(device)}")
     say(f"backend   {backend}")
     say(f"dataset   {dataset.name}, {len(train_images):,} training and {len(test_images):,} test images; {reason}")
+    if dataset.skipped:
+        say(f"skipped   {skipped_in_words(dataset)}")
     say(f"model     {parameters:,} parameters")
     say(f"training  {epochs} epochs, {total_steps:,} steps of {batch_size} images")
     if checkpoint is not None:
@@ -161,7 +175,12 @@ def run(arguments: argparse.Namespace, checkpoint: Checkpoint | None) -> None:
             "final": last._asdict(),
             "planned_steps": total_steps,
             "settings": settings(arguments, epochs, batch_size),
-            "dataset": {"name": dataset.name, "training": len(train_images), "test": len(test_images)},
+            "dataset": {
+                "name": dataset.name,
+                "training": len(train_images),
+                "test": len(test_images),
+                "skipped": [item._asdict() for item in dataset.skipped],
+            },
             "parameters": parameters,
             "device": device_name(device),
             "backend": backend._asdict(),
@@ -267,19 +286,58 @@ def device_name(device: torch.device) -> str:
     return f"cpu, {torch.get_num_threads()} threads"
 
 
-def choose_dataset(name: str, data_dir: Path | None, device: torch.device) -> tuple[ImageDataset, str]:
-    """The dataset, and in words why it was chosen and how to get the other."""
-    if name == "mnist":
-        return load_mnist(data_dir), "asked for (the bundled digits: --dataset digits)"
+def choose_dataset(
+    name: str,
+    data_dir: Path | None,
+    device: torch.device,
+    image_size: int | None = None,
+    strict: bool = False,
+) -> tuple[ImageDataset, str]:
+    """The dataset, and in words why it was chosen and how to get another, or what its images are."""
+    if name in OWN_DATASETS and data_dir is None:
+        raise UserError(f"--dataset {name} needs --data-dir, where its files are")
+    if image_size is not None and name != "folder":
+        raise UserError("--image-size is for --dataset folder alone")
+    if name in OWN_DATASETS:
+        dataset = load_dataset(name, data_dir, image_size=image_size, strict=strict)
+        return dataset, f"{shape_in_words(dataset.train_images.shape[1:])}, from {printable(str(data_dir))}"
     if name == "digits":
-        return load_digits(), "asked for (MNIST: --dataset mnist)"
+        return load_dataset(name), "asked for (MNIST: --dataset mnist)"
+    if name != "auto":
+        return load_dataset(name, data_dir), "asked for (the bundled digits: --dataset digits)"
     if device.type == "cpu":
-        return load_digits(), "the choice for a CPU, where MNIST takes long (MNIST: --dataset mnist)"
+        return load_dataset("digits"), "the choice for a CPU, where MNIST takes long (MNIST: --dataset mnist)"
     try:
-        return load_mnist(data_dir), "the choice for a CUDA device (the bundled digits: --dataset digits)"
+        mnist = load_dataset("mnist", data_dir)
+        return mnist, "the choice for a CUDA device (the bundled digits: --dataset digits)"
     except (DownloadError, OSError) as error:
         cause = str(error).splitlines()[0].rstrip(":")
-        return load_digits(), f"as MNIST is not available: {cause} (why: --dataset mnist)"
+        return load_dataset("digits"), f"as MNIST is not available: {cause} (why: --dataset mnist)"
+
+
+def default_batch_size(dataset: str, images: int) -> int:
+    """Of one's own images a hundredth, in a range: enough steps for a small set, large batches for a large one."""
+    smallest, largest = BATCH_SIZE_RANGE
+    return BATCH_SIZES.get(dataset, min(max(images // 100, smallest), largest, images))
+
+
+def shape_in_words(shape: Sequence[int]) -> str:
+    """Of images (C, H, W)."""
+    channels, height, width = shape
+    return f"{width} x {height} pixels, {'grayscale' if channels == 1 else 'RGB'}"
+
+
+def skipped_in_words(dataset: ImageDataset) -> str:
+    """How many files, and the first of them; all of them are in summary.json."""
+    first = "; ".join(f"{printable(item.path)}: {item.reason}" for item in dataset.skipped[:3])
+    rest = ", ..." if len(dataset.skipped) > 3 else ""
+    files = "file" if len(dataset.skipped) == 1 else "files"
+    return f"{len(dataset.skipped):,} {files} that cannot be read (--strict: stop): {first}{rest}"
+
+
+def printable(text: str) -> str:
+    """On one line, and without what a terminal cannot be sent: names of files may hold any bytes."""
+    return "".join(sign if sign.isprintable() else "?" for sign in text)
 
 
 def take_over(arguments: argparse.Namespace, given: set[str]) -> Checkpoint:
@@ -349,8 +407,20 @@ def parse_arguments() -> tuple[argparse.Namespace, set[str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--dataset", choices=("auto", "mnist", "digits"), default="auto")
-    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="of MNIST's files, absent ones are downloaded")
+    parser.add_argument("--dataset", choices=("auto", *DATASETS), default="auto")
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        metavar="DIR",
+        help="of the dataset's files, or for arrays the file; what is absent of a published dataset is downloaded",
+    )
+    parser.add_argument(
+        "--image-size",
+        type=positive_integer,
+        metavar="N",
+        help="resize a folder's images to N x N pixels, default: the size they share, if not above 128, else 64",
+    )
+    parser.add_argument("--strict", action="store_true", help="stop at a file that cannot be read, default: skip it")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--backend", choices=("auto", "triton", "reference"), default="auto")
     parser.add_argument(
@@ -362,8 +432,14 @@ def parse_arguments() -> tuple[argparse.Namespace, set[str]]:
     parser.add_argument(
         "--precision", choices=PRECISIONS, default="tf32", help="of convolutions and matrix products, default: tf32"
     )
-    parser.add_argument("--epochs", type=positive_integer, help=f"default: {by_dataset(EPOCHS)}")
-    parser.add_argument("--batch-size", type=positive_integer, help=f"default: {by_dataset(BATCH_SIZES)}")
+    parser.add_argument("--epochs", type=positive_integer, help=f"default: {EPOCHS}")
+    parser.add_argument(
+        "--batch-size",
+        type=positive_integer,
+        help="default: {}; of one's own images a hundredth, {} to {}".format(
+            by_dataset(BATCH_SIZES), *BATCH_SIZE_RANGE
+        ),
+    )
     parser.add_argument("--latent-dim", type=positive_integer, default=16, help="default: 16")
     parser.add_argument("--lr", type=positive_number, default=1e-3, help="Adam's learning rate, default: 1e-3")
     parser.add_argument("--beta", type=non_negative_number, default=1.0, help="weight of the divergence, default: 1.0")

@@ -111,7 +111,7 @@ def test_end_to_end(tmp_path):
     assert summary["settings"]["epochs"] == 3
     assert summary["settings"]["batch_size"] == 16
     assert summary["settings"]["out"] == str(tmp_path / "run")
-    assert summary["dataset"] == {"name": "digits", "training": 64, "test": 297}
+    assert summary["dataset"] == {"name": "digits", "training": 64, "test": 297, "skipped": []}
     lines = result.stdout.splitlines()
     (line,) = [line for line in lines if line.startswith("dataset")]
     assert "digits" in line
@@ -243,11 +243,11 @@ def test_out_cannot_be_written(tmp_path, run, no_training, capsys, monkeypatch):
 
 
 def test_missing_data(tmp_path, example, run, no_training, capsys, monkeypatch):
-    def unavailable(data_dir):
-        assert data_dir == tmp_path / "data"
+    def unavailable(name, data_dir):
+        assert (name, data_dir) == ("mnist", tmp_path / "data")
         raise DownloadError("cannot download it, every mirror failed:\n  here: no\n  there: no")
 
-    monkeypatch.setattr(example, "load_mnist", unavailable)
+    monkeypatch.setattr(example, "load_dataset", unavailable)
     assert run("--dataset", "mnist", "--data-dir", tmp_path / "data", "--out", tmp_path / "run") == 2
     assert capsys.readouterr().err == ("train.py: error: cannot download it, every mirror failed: here: no there: no\n")
     assert list(tmp_path.iterdir()) == []
@@ -276,7 +276,7 @@ def test_choice_of_the_dataset(example, monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     digits = load_digits()
     mnist = digits._replace(name="mnist")
-    monkeypatch.setattr(example, "load_mnist", lambda data_dir: mnist)
+    monkeypatch.setattr(example, "load_dataset", lambda name, data_dir=None: mnist if name == "mnist" else digits)
     for name, device, expected, other in (
         ("auto", cpu, "digits", "--dataset mnist"),
         ("auto", cuda, "mnist", "--dataset digits"),
@@ -287,10 +287,12 @@ def test_choice_of_the_dataset(example, monkeypatch):
         assert dataset.name == expected
         assert other in reason
 
-    def unavailable(data_dir):
+    def unavailable(name, data_dir=None):
+        if name == "digits":
+            return digits
         raise DownloadError("cannot download it, every mirror failed:\n  here: no")
 
-    monkeypatch.setattr(example, "load_mnist", unavailable)
+    monkeypatch.setattr(example, "load_dataset", unavailable)
     dataset, reason = example.choose_dataset("auto", None, cuda)
     assert dataset.name == "digits"
     assert "cannot download it, every mirror failed" in reason
@@ -314,6 +316,8 @@ def test_default_folder_and_defaults(tmp_path, example, monkeypatch):
     assert vars(arguments) == {
         "dataset": "auto",
         "data_dir": None,
+        "image_size": None,
+        "strict": False,
         "device": "auto",
         "backend": "auto",
         "graph": "auto",
@@ -334,7 +338,7 @@ def test_default_folder_and_defaults(tmp_path, example, monkeypatch):
     }
     monkeypatch.setattr(sys, "argv", ["train.py", "--lr", "1e-3", "--quiet"])
     assert example.parse_arguments()[1] == {"lr", "quiet"}  # given, though as by default
-    assert (example.EPOCHS["mnist"], example.BATCH_SIZES["mnist"]) == (30, 128)
+    assert (example.EPOCHS, example.BATCH_SIZES["mnist"]) == (30, 128)
 
 
 def test_backend_flag(tmp_path, run, example, monkeypatch, capsys):
@@ -412,7 +416,8 @@ def test_a_run_on_other_images_is_refused(tmp_path, run, capsys, example, monkey
     """The same settings, but the data set has changed."""
     assert run("--device", "cpu", "--batch-size", 500, "--epochs", 1, "--quiet", "--out", tmp_path) == 0
     digits = load_digits()
-    monkeypatch.setattr(example, "load_digits", lambda: digits._replace(train_images=digits.train_images[:900]))
+    fewer = digits._replace(train_images=digits.train_images[:900])
+    monkeypatch.setattr(example, "load_dataset", lambda name: fewer)
     monkeypatch.setattr(example, "train", lambda *_, **__: pytest.fail("training began"))
     assert run("--resume", tmp_path) == 2
     assert "there were 1500 training images, there are 900" in capsys.readouterr().err

@@ -87,7 +87,8 @@ def train(
     # channels_last takes 11 to 25 % off a step on a CPU (batches of 128 and 32, one and two threads, the machine of
     # models/same_padding.py), and on a GPU it spares cuDNN its own conversions.
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    train_images = train_images.contiguous(memory_format=torch.channels_last)
+    if on_cuda:  # on a CPU each batch is brought to that format: images may be a file mapped into memory
+        train_images = train_images.contiguous(memory_format=torch.channels_last)
     # Fused: 4 dispatched operations per update; the foreach form takes 39, a loop over the parameters 128.
     optimizer = Adam(model.parameters(), lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True, capturable=on_cuda)
     beta_on_device = torch.tensor(beta, device=device)

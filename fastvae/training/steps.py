@@ -147,8 +147,9 @@ class Steps:
             from fastvae.kernels.batch import gather_batch
 
             batch: Tensor = gather_batch(self.images, indices)
-            return batch
-        return self.images[indices]
+        else:
+            batch = self.images[indices]
+        return batch.contiguous(memory_format=torch.channels_last)
 
     def _captured(self) -> Callable[[], None] | None:
         self.optimizer.zero_grad()  # so that the gradients are allocated in the graph
