@@ -20,11 +20,12 @@ __all__ = ["Backend", "__version__", "backend_for", "functional", "load", "nn", 
 def load(path: str | os.PathLike[str]) -> ConvVAE:
     """The model of a run: of its folder, or of its checkpoint.pt, see `fastvae.training.write_checkpoint`.
 
-    It is on the CPU and in evaluation mode. Raises ``OSError`` where there is no such file, and ``ValueError`` where it
-    is no checkpoint.
+    Of a run that kept a moving average of the weights, the model has the average. It is on the CPU and in evaluation
+    mode. Raises ``OSError`` where there is no such file, and ``ValueError`` where it is no checkpoint.
     """
     from fastvae.training.checkpoint import read_checkpoint  # here, so that importing fastvae stays quick
 
     path = Path(path)
-    model: ConvVAE = read_checkpoint(path / "checkpoint.pt" if path.is_dir() else path).model.eval()
-    return model
+    found = read_checkpoint(path / "checkpoint.pt" if path.is_dir() else path)
+    model: ConvVAE = found.model if found.average is None else found.average
+    return model.eval()

@@ -68,7 +68,8 @@ class Bar:
             )
         self.bar.set_description_str(f"epoch {progress.epoch}/{self.epochs}", refresh=False)
         self.bar.set_postfix_str(
-            f"loss {progress.loss:.1f}, reconstruction {progress.reconstruction:.1f}, KL {progress.kl:.1f}",
+            f"loss {progress.loss:.1f}, reconstruction {progress.reconstruction:.1f}, KL {progress.kl:.1f}"
+            f"{skipped(progress)}",
             refresh=False,
         )
         self.bar.update(progress.step - self.bar.n)
@@ -103,10 +104,15 @@ class Lines:
         left = (self.total_steps - values.step) / rate
         print(
             f"epoch {values.epoch}/{self.epochs}, step {values.step}: loss {values.loss:.2f}, "
-            f"reconstruction {values.reconstruction:.2f}, KL {values.kl:.2f}{test}, "
+            f"reconstruction {values.reconstruction:.2f}, KL {values.kl:.2f}{test}{skipped(values)}, "
             f"{rate:.1f} steps/s, {left:.0f} s left",
             flush=True,
         )
 
     def close(self) -> None:
         pass
+
+
+def skipped(values: Progress | EpochMetrics) -> str:
+    """Nothing where no step was skipped."""
+    return f", {values.skipped} skipped" if values.skipped else ""
