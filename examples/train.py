@@ -12,6 +12,8 @@ Files in --out, each written atomically; those of an earlier run are removed fir
     metrics.csv            a row for each epoch: losses in nats per image, seconds since training began
     checkpoint.pt          the model and the state of its training, written every --checkpoint-every epochs and at the
                            end; checkpoint.previous.pt is the one before
+    checkpoint.best.pt     with --patience: that of the epoch with the smallest test loss
+    tensorboard/           losses, images and latents of each epoch, where tensorboard is installed
     loss.png               the losses over the epochs
     reconstructions.png    test images and their reconstructions
     error_histogram.png    the reconstruction error of each test image
@@ -25,6 +27,7 @@ import argparse
 import contextlib
 import itertools
 import math
+import shutil
 import sys
 from collections.abc import Callable
 from datetime import datetime
@@ -32,17 +35,22 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, ReduceLROnPlateau
 
 import fastvae
 from fastvae import plots
 from fastvae.data import DownloadError, ImageDataset, load_digits, load_mnist
 from fastvae.evaluation import reconstruction_errors
-from fastvae.models import ConvVAE
+from fastvae.models import VAE, ConvVAE
+from fastvae.tensorboard import open_tensorboard
 from fastvae.training import (
     PRECISIONS,
     Checkpoint,
     EpochMetrics,
+    MovingAverage,
     TrainingState,
+    best_epoch,
     make_display,
     read_checkpoint,
     stop_on_interrupt,
@@ -57,6 +65,7 @@ FILES = (
     "metrics.csv",
     "checkpoint.pt",
     "checkpoint.previous.pt",
+    "checkpoint.best.pt",
     "loss.png",
     "reconstructions.png",
     "error_histogram.png",
@@ -75,10 +84,14 @@ EXACT = (
     "lr",
     "beta",
     "kl_warmup",
+    "clip_norm",
+    "schedule",
+    "ema",
+    "skip_nonfinite",
     "seed",
     "limit",
 )
-TAKEN_OVER = (*EXACT, "epochs", "graph", "data_dir", "deterministic", "checkpoint_every")
+TAKEN_OVER = (*EXACT, "epochs", "graph", "data_dir", "deterministic", "checkpoint_every", "patience")
 
 EPOCHS = {"mnist": 30, "digits": 30}
 BATCH_SIZES = {"mnist": 128, "digits": 16}
@@ -100,6 +113,9 @@ def main() -> int:
     except UserError as error:
         print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except OSError as error:  # the disk is full, for one
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 1
     except FloatingPointError as error:
         print(f"train.py: {error} (a smaller --lr may help)", file=sys.stderr)
         return 1
@@ -148,17 +164,25 @@ def run(arguments: argparse.Namespace, checkpoint: Checkpoint | None) -> None:
     if checkpoint is not None:
         say(f"resumed   after step {resumed_step(checkpoint, len(train_images) // batch_size):,}")
     resolved = {**settings(arguments, epochs, batch_size), "dataset": dataset.name, "device": device.type}
-    rows = fit(model, train_images, test_images, folder, arguments, resolved, checkpoint)
+    average = MovingAverage(model, arguments.ema) if arguments.ema else None
+    rows = fit(model, average, train_images, test_images, folder, arguments, resolved, checkpoint)
     last = rows[-1]
-    interrupted = last.step < total_steps
-    if interrupted:
+    if last.step == total_steps:
+        ended = "epochs"
+    elif arguments.patience and len(rows) - best_epoch(rows) >= arguments.patience:
+        ended = "patience"
+        say(f"stopped early: epoch {best_epoch(rows)} has the smallest test loss, and is in checkpoint.best.pt")
+    else:
+        ended = "interrupted"
         say("stopped early; evaluating")
-    write_figures(folder, model, test_images, rows, arguments)
+    write_figures(folder, model if average is None else average.model, test_images, rows, arguments)
     write_summary(
         folder / "summary.json",
         {
-            "interrupted": interrupted,
+            "interrupted": ended == "interrupted",
+            "ended": ended,
             "final": last._asdict(),
+            "best": rows[best_epoch(rows) - 1]._asdict(),
             "planned_steps": total_steps,
             "settings": settings(arguments, epochs, batch_size),
             "dataset": {"name": dataset.name, "training": len(train_images), "test": len(test_images)},
@@ -182,6 +206,7 @@ def resumed_step(checkpoint: Checkpoint, steps_per_epoch: int) -> int:
 
 def fit(
     model: ConvVAE,
+    average: MovingAverage | None,
     train_images: torch.Tensor,
     test_images: torch.Tensor,
     folder: Path,
@@ -189,14 +214,21 @@ def fit(
     resolved: dict[str, Any],
     checkpoint: Checkpoint | None,
 ) -> list[EpochMetrics]:
-    """Train, show the progress, and keep metrics.csv and checkpoint.pt up to date."""
+    """Train, show the progress, and keep metrics.csv, TensorBoard's files and checkpoint.pt up to date."""
     epochs = resolved["epochs"]
     state = None if checkpoint is None else checkpoint.state
     rows = [] if state is None else list(state.rows)
+    board = open_tensorboard(folder / "tensorboard", len(rows))
+
+    def schedule(optimizer: Optimizer) -> LRScheduler:
+        cosine = arguments.schedule == "cosine"
+        return CosineAnnealingLR(optimizer, epochs) if cosine else ReduceLROnPlateau(optimizer)
 
     def record(row: EpochMetrics) -> None:
         rows.append(row)
         write_metrics(folder / "metrics.csv", rows)
+        if board is not None:
+            board.epoch(row, model if average is None else average.model, test_images)
         display.epoch(row)
 
     def keep(state: TrainingState) -> None:
@@ -204,8 +236,14 @@ def fit(
         if epoch % arguments.checkpoint_every == 0 or epoch == epochs or should_stop():
             run = {"images": len(train_images), **{name: resolved[name] for name in TAKEN_OVER}}
             write_checkpoint(folder / "checkpoint.pt", model, epoch, state, run)
+        if arguments.patience and best_epoch(rows) == epoch:
+            write_checkpoint(folder / "checkpoint.best.pt", model, epoch, state, keep_previous=False)
 
-    with contextlib.closing(make_display(epochs, arguments.quiet)) as display, stop_on_interrupt() as should_stop:
+    with (
+        contextlib.closing(make_display(epochs, arguments.quiet)) as display,
+        contextlib.closing(board) if board is not None else contextlib.nullcontext(),
+        stop_on_interrupt() as should_stop,
+    ):
         return train(
             model,
             train_images,
@@ -215,6 +253,11 @@ def fit(
             learning_rate=arguments.lr,
             beta=arguments.beta,
             kl_warmup=arguments.kl_warmup,
+            clip_norm=arguments.clip_norm,
+            schedule=None if arguments.schedule == "constant" else schedule,
+            average=average,
+            patience=arguments.patience,
+            skip_nonfinite=arguments.skip_nonfinite,
             graph=arguments.graph,
             precision=arguments.precision,
             should_stop=should_stop,
@@ -227,7 +270,7 @@ def fit(
 
 def write_figures(
     folder: Path,
-    model: ConvVAE,
+    model: VAE,
     test_images: torch.Tensor,
     rows: list[EpochMetrics],
     arguments: argparse.Namespace,
@@ -300,6 +343,11 @@ def take_over(arguments: argparse.Namespace, given: set[str]) -> Checkpoint:
         elif name in EXACT and getattr(arguments, name) != value:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"--resume: {flag} was {value} in {folder}, got {getattr(arguments, name)}")
+    if arguments.schedule == "cosine" and arguments.epochs != checkpoint.run["epochs"]:
+        raise UserError(
+            f"--resume: --epochs was {checkpoint.run['epochs']} in {folder}, and --schedule cosine ends there, "
+            f"got {arguments.epochs}"
+        )
     arguments.out = folder
     return checkpoint
 
@@ -317,6 +365,7 @@ def prepare_folder(out: Path | None, dataset: str, new: bool) -> Path:
             if new:
                 (folder / name).unlink(missing_ok=True)
         if new:
+            shutil.rmtree(folder / "tensorboard", ignore_errors=True)
             write_metrics(folder / "metrics.csv", [])  # shows now, not after training, that files can be written
     except OSError as error:
         raise UserError(f"--out cannot be written: {error}") from error
@@ -374,6 +423,31 @@ def parse_arguments() -> tuple[argparse.Namespace, set[str]]:
         metavar="EPOCHS",
         help="in which that weight grows from 0, default: 0",
     )
+    parser.add_argument(
+        "--schedule",
+        choices=("constant", "cosine", "plateau"),
+        default="constant",
+        help="of the learning rate, in steps of an epoch: constant (default); cosine: to 0 over --epochs; plateau: a "
+        "tenth of it after 10 epochs without a better test loss",
+    )
+    parser.add_argument("--clip-norm", type=positive_number, metavar="NORM", help="the largest norm of the gradient")
+    parser.add_argument(
+        "--ema",
+        type=fraction,
+        metavar="DECAY",
+        help="test, show and save an exponential moving average of the weights, 0.999 for example",
+    )
+    parser.add_argument(
+        "--patience",
+        type=positive_integer,
+        metavar="EPOCHS",
+        help="end after so many epochs without a smaller test loss; the best epoch is kept",
+    )
+    parser.add_argument(
+        "--skip-nonfinite",
+        action="store_true",
+        help="leave out and count steps whose gradient is not finite, instead of ending",
+    )
     parser.add_argument("--seed", type=seed, default=0, help="default: 0")
     parser.add_argument("--limit", type=positive_integer, metavar="N", help="train on the first N images")
     parser.add_argument("--deterministic", action="store_true", help="reconstruct with z = mu instead of sampled z")
@@ -416,6 +490,12 @@ def positive_number(text: str) -> float:
 def non_negative_number(text: str) -> float:
     if not finite(text) or float(text) < 0:
         raise argparse.ArgumentTypeError(f"must be a number that is not negative, got {text!r}")
+    return float(text)
+
+
+def fraction(text: str) -> float:
+    if not finite(text) or not 0 < float(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, got {text!r}")
     return float(text)
 
 

@@ -142,7 +142,10 @@ def test_the_average_of_the_weights(device):
         model = small_model(device)
         average = MovingAverage(model, 0.75)
         asked = iter(range(1, 99))
-        rows = run(model, device, average=average, should_stop=lambda it=asked, end=steps: next(it) >= end)
+        rows = run(
+            model, device, epochs=1, batch_size=4, average=average,
+            should_stop=lambda it=asked, end=steps: next(it) >= end,
+        )  # fmt: skip
         weights.append(model.decoder.logits.bias.item())
         weight = max(0.25, 1 / steps)
         expected.append(weights[0] if steps == 1 else expected[-1] + weight * (weights[-1] - expected[-1]))

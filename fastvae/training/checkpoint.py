@@ -48,6 +48,8 @@ def write_checkpoint(
     one included; and, where given, "state" and "run", what training is to go on with: any settings that a later run is
     to be compared with. Whoever is killed while this writes leaves the file that was there before; that file is then
     kept beside the new one, as `previous`, unless ``keep_previous`` is false.
+
+    Raises ``OSError`` where it cannot be written; what was there stays.
     """
     saved = {
         "model": {name: value.detach().cpu() for name, value in model.state_dict().items()},
@@ -64,7 +66,13 @@ def write_checkpoint(
         with open(path, "rb") as old, replacing(previous(path)) as copy:
             shutil.copyfileobj(old, copy)
     with replacing(path) as file:
-        torch.save(saved, file)
+        try:
+            torch.save(saved, file)
+        except RuntimeError as error:
+            # Of torch's writer, in the wake of what the file itself raised.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
