@@ -3,6 +3,7 @@
     python examples/train.py                    scikit-learn's bundled digits on a CPU, MNIST on a CUDA device
     python examples/train.py --dataset mnist    MathWorks' example: 30 epochs in batches of 128
     python examples/train.py --resume DIR       go on with the run in DIR, as if it had not stopped
+    torchrun --nproc-per-node=N examples/train.py     in N processes, each with its GPU and its part of every batch
 
 Ctrl-C ends training after the current step; the model is still evaluated, everything is written, and the exit code is 0
 ("interrupted" in summary.json is true). A second Ctrl-C aborts, with exit code 130. What the user can put right ends in
@@ -27,6 +28,7 @@ import argparse
 import contextlib
 import itertools
 import math
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -49,9 +51,12 @@ from fastvae.training import (
     Checkpoint,
     EpochMetrics,
     MovingAverage,
+    Processes,
+    ProcessLost,
     TrainingState,
     best_epoch,
     make_display,
+    process_group,
     read_checkpoint,
     stop_on_interrupt,
     train,
@@ -108,13 +113,20 @@ def main() -> int:
         checkpoint = take_over(arguments, given) if arguments.resume else None
         # With "auto" the environment variable FASTVAE_BACKEND stays in force.
         asked = arguments.backend != "auto"
-        with fastvae.use_backend(arguments.backend) if asked else contextlib.nullcontext():
-            run(arguments, checkpoint)
+        device = choose_device(arguments.device)
+        with (
+            fastvae.use_backend(arguments.backend) if asked else contextlib.nullcontext(),
+            process_group(device.type),
+        ):
+            run(arguments, device, checkpoint)
     except UserError as error:
         print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except OSError as error:  # the disk is full, for one
         print(f"train.py: error: {error}", file=sys.stderr)
+        return 1
+    except ProcessLost as error:
+        print(f"train.py: {error} (--resume goes on from the last checkpoint)", file=sys.stderr)
         return 1
     except FloatingPointError as error:
         print(f"train.py: {error} (a smaller --lr may help)", file=sys.stderr)
@@ -125,11 +137,12 @@ def main() -> int:
     return 0
 
 
-def run(arguments: argparse.Namespace, checkpoint: Checkpoint | None) -> None:
+def run(arguments: argparse.Namespace, device: torch.device, checkpoint: Checkpoint | None) -> None:
+    processes = Processes(device)
+    arguments.quiet = arguments.quiet or processes.rank > 0
     say: Callable[[str], None] = (lambda line: None) if arguments.quiet else print
     try:
         plots.require_matplotlib()
-        device = choose_device(arguments.device)
         backend = fastvae.backend_for(torch.empty(0, device=device))
         dataset, reason = choose_dataset(arguments.dataset, arguments.data_dir, device)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
@@ -144,8 +157,16 @@ def run(arguments: argparse.Namespace, checkpoint: Checkpoint | None) -> None:
         raise UserError(
             f"--resume: there were {checkpoint.run['images']} training images, there are {len(train_images)}"
         )
-    if arguments.graph == "on" and device.type != "cuda":
-        raise UserError("--graph on needs a CUDA device (--graph auto)")
+    # A group of one process has other noise on a CPU than none.
+    together = processes.size if processes.together else None
+    if checkpoint is not None and checkpoint.run is not None and checkpoint.run["processes"] != together:
+        raise UserError(
+            f"--resume: torchrun had {checkpoint.run['processes'] or 'no'} processes, it has {together or 'no'}"
+        )
+    if batch_size % processes.size:
+        raise UserError(f"--batch-size must be a multiple of {processes.size}, the processes, got {batch_size}")
+    if arguments.graph == "on" and (device.type != "cuda" or processes.together):
+        raise UserError("--graph on needs a CUDA device, without torchrun (--graph auto)")
     total_steps = epochs * (len(train_images) // batch_size)
 
     torch.manual_seed(arguments.seed)
@@ -155,17 +176,28 @@ def run(arguments: argparse.Namespace, checkpoint: Checkpoint | None) -> None:
     model.to(device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
 
-    folder = prepare_folder(arguments.out, dataset.name, new=checkpoint is None)
+    # Of several processes only the first writes.
+    folder = prepare_folder(arguments.out, dataset.name, new=checkpoint is None) if processes.rank == 0 else Path()
     say(f"device    {device_name(device)}")
+    if processes.together:
+        say(f"processes {processes.size}, with {batch_size // processes.size} images of every batch each")
     say(f"backend   {backend}")
     say(f"dataset   {dataset.name}, {len(train_images):,} training and {len(test_images):,} test images; {reason}")
     say(f"model     {parameters:,} parameters")
     say(f"training  {epochs} epochs, {total_steps:,} steps of {batch_size} images")
     if checkpoint is not None:
         say(f"resumed   after step {resumed_step(checkpoint, len(train_images) // batch_size):,}")
-    resolved = {**settings(arguments, epochs, batch_size), "dataset": dataset.name, "device": device.type}
+    resolved = {
+        **settings(arguments, epochs, batch_size),
+        "dataset": dataset.name,
+        "device": device.type,
+        "images": len(train_images),
+        "processes": together,
+    }
     average = MovingAverage(model, arguments.ema) if arguments.ema else None
     rows = fit(model, average, train_images, test_images, folder, arguments, resolved, checkpoint)
+    if processes.rank > 0:
+        return
     last = rows[-1]
     if last.step == total_steps:
         ended = "epochs"
@@ -187,6 +219,7 @@ def run(arguments: argparse.Namespace, checkpoint: Checkpoint | None) -> None:
             "settings": settings(arguments, epochs, batch_size),
             "dataset": {"name": dataset.name, "training": len(train_images), "test": len(test_images)},
             "parameters": parameters,
+            "processes": processes.size,
             "device": device_name(device),
             "backend": backend._asdict(),
             "versions": versions(),
@@ -218,7 +251,7 @@ def fit(
     epochs = resolved["epochs"]
     state = None if checkpoint is None else checkpoint.state
     rows = [] if state is None else list(state.rows)
-    board = open_tensorboard(folder / "tensorboard", len(rows))
+    board = open_tensorboard(folder / "tensorboard", len(rows)) if Processes(test_images.device).rank == 0 else None
 
     def schedule(optimizer: Optimizer) -> LRScheduler:
         cosine = arguments.schedule == "cosine"
@@ -234,7 +267,7 @@ def fit(
     def keep(state: TrainingState) -> None:
         epoch = rows[-1].epoch
         if epoch % arguments.checkpoint_every == 0 or epoch == epochs or should_stop():
-            run = {"images": len(train_images), **{name: resolved[name] for name in TAKEN_OVER}}
+            run = {name: resolved[name] for name in ("images", "processes", *TAKEN_OVER)}
             write_checkpoint(folder / "checkpoint.pt", model, epoch, state, run)
         if arguments.patience and best_epoch(rows) == epoch:
             write_checkpoint(folder / "checkpoint.best.pt", model, epoch, state, keep_previous=False)
@@ -301,7 +334,12 @@ def choose_device(name: str) -> torch.device:
         raise UserError("--device cuda: there is no CUDA device, or this torch cannot use it (--device cpu)")
     if name == "auto":
         name = "cuda" if available else "cpu"
-    return torch.device(name)
+    if name == "cpu":
+        return torch.device("cpu")
+    number = int(os.environ.get("LOCAL_RANK", 0))  # torchrun's, of its processes on this machine
+    if number >= torch.cuda.device_count():
+        raise UserError(f"torchrun has more processes than there are CUDA devices, {torch.cuda.device_count()}")
+    return torch.device("cuda", number)
 
 
 def device_name(device: torch.device) -> str:

@@ -16,6 +16,7 @@ import torch
 
 from fastvae.data import DownloadError, load_digits
 from fastvae.models import ConvVAE
+from fastvae.training import TrainingState
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "train.py"
 FILES = {
@@ -478,6 +479,21 @@ def test_a_run_on_other_images_is_refused(tmp_path, run, capsys, example, monkey
     monkeypatch.setattr(example, "train", lambda *_, **__: pytest.fail("training began"))
     assert run("--resume", tmp_path) == 2
     assert "there were 1500 training images, there are 900" in capsys.readouterr().err
+
+
+def test_a_run_of_other_processes_is_refused(tmp_path, run, capsys, no_training):
+    from fastvae.training import write_checkpoint
+
+    run_of_two = {"dataset": "digits", "images": 64, "batch_size": 16, "limit": 64, "processes": 2}
+    names = ("device", "backend", "precision", "latent_dim", "lr", "beta", "kl_warmup", "clip_norm", "schedule", "ema")
+    names += ("skip_nonfinite", "seed", "epochs", "graph", "data_dir", "deterministic", "checkpoint_every", "patience")
+    state = TrainingState([], 0.0, torch.empty(0), torch.empty(0), {}, [])
+    defaults = {"device": "cpu", "backend": "auto", "epochs": 1}
+    write_checkpoint(
+        tmp_path / "checkpoint.pt", ConvVAE(), 1, state, {**dict.fromkeys(names), **defaults, **run_of_two}
+    )
+    assert run("--resume", tmp_path) == 2
+    assert "--resume: torchrun had 2 processes, it has no" in capsys.readouterr().err
 
 
 def test_nothing_to_resume(tmp_path, run, capsys, no_training):

@@ -3,6 +3,7 @@
 from fastvae.training.average import MovingAverage
 from fastvae.training.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from fastvae.training.display import Display, make_display
+from fastvae.training.distributed import Processes, ProcessLost, process_group
 from fastvae.training.interrupt import stop_on_interrupt
 from fastvae.training.loop import train
 from fastvae.training.metrics import EpochMetrics, Progress, best_epoch
@@ -17,10 +18,13 @@ __all__ = [
     "Display",
     "EpochMetrics",
     "MovingAverage",
+    "ProcessLost",
+    "Processes",
     "Progress",
     "TrainingState",
     "best_epoch",
     "make_display",
+    "process_group",
     "read_checkpoint",
     "stop_on_interrupt",
     "train",

@@ -31,6 +31,11 @@ class MovingAverage:
         self.decay = decay
         self.steps = torch.zeros((), device=next(model.parameters()).device)
 
+    def begin(self, model: VAE) -> None:
+        """Start with the weights that the model has."""
+        self.model.load_state_dict(model.state_dict())
+        self.steps.zero_()
+
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Take in the weights after a step."""

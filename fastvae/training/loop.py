@@ -9,15 +9,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from fastvae.evaluation import evaluate
+from fastvae.evaluation import Evaluation, evaluate
 from fastvae.models import VAE
 from fastvae.training.average import MovingAverage
+from fastvae.training.distributed import Processes, losses_named
 from fastvae.training.finite import broken, means
 from fastvae.training.memory import freed_memory_kept
 from fastvae.training.metrics import EpochMetrics, Progress, best_epoch
@@ -57,6 +59,11 @@ def train(
 
     Images are reshuffled every epoch; those left over from whole batches are skipped in that epoch.
 
+    Where torch.distributed has a process group, its processes train together, called alike and each with all images:
+    every batch is shared out evenly, as DistributedDataParallel has it, and the noise is that of the whole batch. The
+    weights and generators are those of the first process at the start; it alone tests, and calls on_progress, on_epoch
+    and on_state. Without a CUDA graph.
+
     Args:
         train_images, test_images: [N, C, H, W] on the model's device; uint8 (read as x / 255) or floats in [0, 1].
         epochs, batch_size, learning_rate: positive; beta: the weight of the divergence, not negative.
@@ -91,10 +98,12 @@ def train(
     Raises:
         ValueError: an argument out of range, a batch_size larger than the training set, images on another device,
             graph="on" without a CUDA device, fuse_output_layer with a decoder that does not end in such a layer, or a
-            state of other images or batches.
+            state of other images or batches; in several processes a batch_size that they cannot share evenly,
+            graph="on" or fuse_output_layer.
         FloatingPointError: a loss or a gradient is not finite, or with skip_nonfinite none of an epoch is finite, seen
             at the next report or at the end of its epoch; on_state is not called for that epoch, so that what it kept
             before is good.
+        ProcessLost: another process has ended.
     """
     _check(model, train_images, test_images, epochs, batch_size, learning_rate, beta, kl_warmup, graph, precision)
     if clip_norm is not None and not clip_norm > 0:
@@ -103,6 +112,12 @@ def train(
         raise ValueError(f"patience must be at least 1, got {patience}")
     device = train_images.device
     on_cuda = device.type == "cuda"
+    processes = Processes(device)
+    if processes.together:
+        if batch_size % processes.size:
+            raise ValueError(f"batch_size must be a multiple of {processes.size}, the processes, got {batch_size}")
+        if graph == "on" or fuse_output_layer:
+            raise ValueError('several processes train with graph "auto" or "off", and without fuse_output_layer')
     # channels_last takes 11 to 25 % off a step on a CPU (batches of 128 and 32, one and two threads, the machine of
     # models/same_padding.py), and on a GPU it spares cuDNN its own conversions.
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -116,20 +131,23 @@ def train(
     scheduler = None if schedule is None else schedule(optimizer)
     beta_on_device = torch.tensor(beta, device=device)
     autocast_dtype = torch.bfloat16 if precision == "bf16" else None
-    steps = Steps(
-        model,
-        optimizer,
-        train_images,
-        batch_size,
-        beta_on_device,
-        on_cuda and graph != "off",
-        autocast_dtype,
-        fuse_output_layer,
-        clip_norm,
-        skip_nonfinite,
-        average,
-    )
-    with arithmetic(precision), torch.cuda.device(device) if on_cuda else freed_memory_kept():
+    with losses_named(), arithmetic(precision), torch.cuda.device(device) if on_cuda else freed_memory_kept():
+        steps = Steps(
+            model,
+            optimizer,
+            train_images,
+            batch_size,
+            beta_on_device,
+            on_cuda and graph != "off" and not processes.together,
+            autocast_dtype,
+            fuse_output_layer,
+            clip_norm,
+            skip_nonfinite,
+            average,
+            processes,
+        )
+        if processes.rank:
+            on_progress, on_epoch, on_state = (call and _ignored for call in (on_progress, on_epoch, on_state))
         try:
             return _train(
                 steps,
@@ -149,6 +167,10 @@ def train(
             steps.release()
 
 
+def _ignored(report: object) -> None:
+    """What the other processes do with what they are told."""
+
+
 def _train(
     steps: Steps,
     scheduler: LRScheduler | None,
@@ -163,6 +185,7 @@ def _train(
     on_state: Callable[[TrainingState], None] | None,
     resume: TrainingState | None,
 ) -> list[EpochMetrics]:
+    processes = steps.processes
     total_steps = epochs * steps.count
     warmup_steps = kl_warmup * steps.count
     held_beta = beta
@@ -172,6 +195,9 @@ def _train(
     if resume is not None:
         rows, done = list(resume.rows), restore(resume, steps, scheduler)
         began -= resume.seconds
+    elif steps.average is not None:
+        steps.average.begin(steps.model)
+    processes.share_generators()
     stopped = False
     for epoch in range(len(rows) + 1, epochs + 1):
         if patience is not None and len(rows) - best_epoch(rows) >= patience:
@@ -186,17 +212,23 @@ def _train(
                 steps.beta.fill_(beta_now)
                 held_beta = beta_now
             done += steps.run(done)
-            stopped = should_stop()
+            if not processes.meet(done, steps.count):
+                continue
+            due = processes.rank == 0 and time.perf_counter() - last_report >= _REPORT_SECONDS
+            stopped, due = processes.any(should_stop(), due)
             ends = stopped or done == steps.count
-            if on_progress is not None and (ends or time.perf_counter() - last_report >= _REPORT_SECONDS):
-                step = (epoch - 1) * steps.count + done
-                on_progress(Progress(epoch, step, total_steps, *means(steps, reported, done, epoch)))
+            if ends or (due and on_progress is not None):
+                processes.average(steps.history[reported:done])
+                if on_progress is not None:
+                    step = (epoch - 1) * steps.count + done
+                    on_progress(Progress(epoch, step, total_steps, *means(steps, reported, done, epoch)))
                 reported, last_report = done, time.perf_counter()
         step = (epoch - 1) * steps.count + done
         loss, reconstruction, kl, skipped = means(steps, 0, done, epoch)
         if skipped == steps.count:
             raise FloatingPointError(f"training diverged: none of the steps of epoch {epoch}, to {step}, was finite")
-        test = evaluate(steps.model if steps.average is None else steps.average.model, test_images, beta=beta)
+        tested = steps.model if steps.average is None else steps.average.model
+        test = Evaluation(*processes.by_first(partial(evaluate, tested, test_images, beta=beta), 2))
         if not math.isfinite(test.loss) and broken(steps):  # the last step's update did it
             raise FloatingPointError(
                 f"training diverged: after step {step}, at the end of epoch {epoch}, these are not finite: "
@@ -216,7 +248,7 @@ def _train(
             finished = rows if done < steps.count else [*rows, row]
             on_state(state_of(steps, scheduler, finished, done % steps.count, seconds))
         rows.append(row)
-        if stopped or should_stop():
+        if stopped or processes.any(should_stop())[0]:
             break
         done = 0
     return rows
