@@ -185,8 +185,9 @@ def run(arguments: argparse.Namespace, device: torch.device, checkpoint: Checkpo
     say(f"dataset   {dataset.name}, {len(train_images):,} training and {len(test_images):,} test images; {reason}")
     say(f"model     {parameters:,} parameters")
     say(f"training  {epochs} epochs, {total_steps:,} steps of {batch_size} images")
+    first_step = 0 if checkpoint is None else resumed_step(checkpoint, len(train_images) // batch_size)
     if checkpoint is not None:
-        say(f"resumed   after step {resumed_step(checkpoint, len(train_images) // batch_size):,}")
+        say(f"resumed   after step {first_step:,}")
     resolved = {
         **settings(arguments, epochs, batch_size),
         "dataset": dataset.name,
@@ -195,7 +196,7 @@ def run(arguments: argparse.Namespace, device: torch.device, checkpoint: Checkpo
         "processes": together,
     }
     average = MovingAverage(model, arguments.ema) if arguments.ema else None
-    rows = fit(model, average, train_images, test_images, folder, arguments, resolved, checkpoint)
+    rows = fit(model, average, train_images, test_images, folder, arguments, resolved, checkpoint, first_step)
     if processes.rank > 0:
         return
     last = rows[-1]
@@ -246,6 +247,7 @@ def fit(
     arguments: argparse.Namespace,
     resolved: dict[str, Any],
     checkpoint: Checkpoint | None,
+    first_step: int,
 ) -> list[EpochMetrics]:
     """Train, show the progress, and keep metrics.csv, TensorBoard's files and checkpoint.pt up to date."""
     epochs = resolved["epochs"]
@@ -273,7 +275,7 @@ def fit(
             write_checkpoint(folder / "checkpoint.best.pt", model, epoch, state, keep_previous=False)
 
     with (
-        contextlib.closing(make_display(epochs, arguments.quiet)) as display,
+        contextlib.closing(make_display(epochs, arguments.quiet, first_step)) as display,
         contextlib.closing(board) if board is not None else contextlib.nullcontext(),
         stop_on_interrupt() as should_stop,
     ):

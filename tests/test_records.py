@@ -115,6 +115,21 @@ def test_lines_for_what_is_no_terminal(capsys, monkeypatch):
     shown.close()
 
 
+def test_time_left_of_a_run_that_goes_on(capsys, monkeypatch):
+    """The 36 steps of the earlier run took none of the 10 seconds."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
+    shown = make_display(2, first_step=36)
+    shown.progress(Progress(1, 37, 92, 30.0, 25.0, 5.0))
+    shown.began -= 10.0
+    shown.epoch(ROW)
+    assert "1.0 steps/s, 46 s left" in capsys.readouterr().out
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    bar = make_display(2, first_step=36)
+    bar.progress(Progress(1, 46, 92, 30.0, 25.0, 5.0))
+    assert (bar.bar.initial, bar.bar.n) == (36, 46)
+    bar.close()
+
+
 def test_a_bar_for_a_terminal(capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     shown = make_display(2)

@@ -39,7 +39,8 @@ def test_an_epoch_is_in_the_file_when_the_call_returns(model, images, tmp_path):
     for epoch in (1, 2):
         board.epoch(row(epoch), model, images)
         found = read(tmp_path)
-        assert [event.step for event in found.Scalars("loss")] == list(range(1, epoch + 1))
+        for events in (found.Scalars("loss"), found.Images("samples")):  # the first and the last that are written
+            assert [event.step for event in events] == list(range(1, epoch + 1))
     assert torch.equal(torch.get_rng_state(), before)
     assert [event.value for event in found.Scalars("loss")] == pytest.approx([20.5, 10.25])
     assert set(found.Tags()["scalars"]) == set(EpochMetrics._fields) - {"epoch", "step"}
