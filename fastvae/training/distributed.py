@@ -37,7 +37,7 @@ def process_group(device_type: str) -> Iterator[None]:
 
     torchrun ends all processes by SIGTERM when one has failed; in this block that is said. For the main thread only.
     """
-    if not dist.is_torchelastic_launched():
+    if not dist.is_available() or not dist.is_torchelastic_launched():
         yield
         return
     dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=_TIMEOUT)
@@ -62,7 +62,7 @@ def losses_named() -> Iterator[None]:
         yield
     except RuntimeError as error:
         # gloo's errors have no class of their own.
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
+        if "gloo" in str(error) or (dist.is_available() and isinstance(error, dist.DistError)):
             reason = str(error).partition("\n")[0]
             raise ProcessLost(f"another process has ended, or cannot be reached: {reason}") from error
         raise
