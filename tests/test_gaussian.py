@@ -801,7 +801,7 @@ NOISE_ERRORS = {
 REDUCTION_ERROR = (
     lambda f, x: f(x, reduction="avg"),
     ValueError,
-    "reduction must be one of none, batchmean, sum, mean, got 'avg'",
+    "reduction must be one of none, batchmean, sum, mean, per_dimension, got 'avg'",
 )
 PACKED_ERRORS = {
     "moments is None": (lambda f, x: f(None), TypeError, "moments must be a torch.Tensor, got NoneType"),

@@ -83,10 +83,10 @@ def gaussian_kl(mu: Tensor, logvar: Tensor, *, reduction: str = "batchmean", fre
     """
     _check(mu, logvar)
     _check_reduction(reduction, free_bits)
-    if takes_triton(mu) and reduction != "per_dimension" and not free_bits:
+    if takes_triton(mu):
         from fastvae.autograd import gaussian as fused
 
-        return fused.gaussian_kl(mu, logvar, reduction)
+        return fused.gaussian_kl(mu, logvar, reduction, float(free_bits))
     return reference.gaussian.gaussian_kl(mu, logvar, reduction=reduction, free_bits=free_bits)
 
 
@@ -98,6 +98,7 @@ def gaussian_sample_kl(
     generator: torch.Generator | None = None,
     batch_offset: int | None = None,
     reduction: str = "none",
+    free_bits: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """`gaussian_sample` and `gaussian_kl` of the same posterior, in one launch forward and one backward.
 
@@ -106,13 +107,19 @@ def gaussian_sample_kl(
     """
     _check(mu, logvar)
     _check_noise(mu.shape, "mu", mu, eps, generator, batch_offset)
-    check_reduction(reduction)
+    _check_reduction(reduction, free_bits)
     if takes_triton(mu, eps):
         from fastvae.autograd import gaussian as fused
 
-        return fused.gaussian_sample_kl(mu, logvar, 1, reduction, eps, generator, batch_offset)
+        return fused.gaussian_sample_kl(mu, logvar, 1, reduction, float(free_bits), eps, generator, batch_offset)
     return reference.gaussian.gaussian_sample_kl(
-        mu, logvar, eps=eps, generator=generator, batch_offset=batch_offset, reduction=reduction
+        mu,
+        logvar,
+        eps=eps,
+        generator=generator,
+        batch_offset=batch_offset,
+        reduction=reduction,
+        free_bits=free_bits,
     )
 
 
@@ -124,6 +131,7 @@ def gaussian_sample_kl_packed(
     generator: torch.Generator | None = None,
     batch_offset: int | None = None,
     reduction: str = "none",
+    free_bits: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """`gaussian_sample_kl` of an encoder's output that holds both halves, moments = [mu | logvar] along ``dim``.
 
@@ -132,7 +140,7 @@ def gaussian_sample_kl_packed(
     Args:
         moments: [B, ...] with an even size along ``dim``.
         dim: the dimension that is split; not the batch.
-        eps, generator, batch_offset, reduction: as in `gaussian_sample_kl`.
+        eps, generator, batch_offset, reduction, free_bits: as in `gaussian_sample_kl`.
 
     Returns:
         z, of the shape of one half, and the divergence.
@@ -155,13 +163,19 @@ def gaussian_sample_kl_packed(
     half = list(moments.shape)
     half[dim] //= 2
     _check_noise(torch.Size(half), "moments", moments, eps, generator, batch_offset)
-    check_reduction(reduction)
+    _check_reduction(reduction, free_bits)
     if takes_triton(moments, eps):
         from fastvae.autograd import gaussian as fused
 
-        return fused.gaussian_sample_kl(moments, None, dim, reduction, eps, generator, batch_offset)
+        return fused.gaussian_sample_kl(moments, None, dim, reduction, float(free_bits), eps, generator, batch_offset)
     return reference.gaussian.gaussian_sample_kl_packed(
-        moments, dim=dim, eps=eps, generator=generator, batch_offset=batch_offset, reduction=reduction
+        moments,
+        dim=dim,
+        eps=eps,
+        generator=generator,
+        batch_offset=batch_offset,
+        reduction=reduction,
+        free_bits=free_bits,
     )
 
 
