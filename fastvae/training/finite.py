@@ -50,11 +50,16 @@ def _explain(steps: Steps, first: int, last: int, epoch: int, mean_loss: float) 
         return  # a mean of norms that are finite
     at = min(finite.index(False), len(history) - 1)
     loss, reconstruction, kl, *norms = history[at].tolist()
-    by_now = f"not finite by now: {', '.join(broken(steps)) or 'no weight'}"
-    where = f"training diverged: at step {(epoch - 1) * steps.count + first + at + 1}, in epoch {epoch}, "
-    values = f"the loss is {loss:g} (reconstruction {reconstruction:g}, kl {kl:g})"
+    step = (epoch - 1) * steps.count + first + at + 1
+    by_now = ", ".join(broken(steps)) or "no weight"
     names = [name for name, parameter in steps.model.named_parameters() if parameter.grad is not None]
     found = [f"{name} (norm {norm:g})" for name, norm in zip(names, norms, strict=False) if not math.isfinite(norm)]
     if not (math.isfinite(loss) and found):
-        raise FloatingPointError(f"{where}{values}; {by_now}")
-    raise FloatingPointError(f"{where}these gradients are not finite: {', '.join(found)}; {values}; {by_now}")
+        raise FloatingPointError(
+            f"training diverged: at step {step}, in epoch {epoch}, the loss is {loss:g} (reconstruction "
+            f"{reconstruction:g}, kl {kl:g}); not finite by now: {by_now}"
+        )
+    raise FloatingPointError(
+        f"training diverged: at step {step}, in epoch {epoch}, these gradients are not finite: {', '.join(found)}; the "
+        f"loss is {loss:g} (reconstruction {reconstruction:g}, kl {kl:g}); not finite by now: {by_now}"
+    )
