@@ -116,7 +116,7 @@ def main() -> int:
         device = choose_device(arguments.device)
         with (
             fastvae.use_backend(arguments.backend) if asked else contextlib.nullcontext(),
-            process_group(device.type),
+            process_group(device),
         ):
             run(arguments, device, checkpoint)
     except UserError as error:

@@ -32,15 +32,19 @@ class ProcessLost(RuntimeError):
 
 
 @contextmanager
-def process_group(device_type: str) -> Iterator[None]:
-    """The default process group of what torchrun started: NCCL for "cuda", else gloo; without torchrun, nothing.
+def process_group(device: torch.device) -> Iterator[None]:
+    """The default process group of what torchrun started: NCCL for a CUDA device, which becomes the current one, else
+    gloo; without torchrun, nothing.
 
     torchrun ends all processes by SIGTERM when one has failed; in this block that is said. For the main thread only.
     """
     if not dist.is_available() or not dist.is_torchelastic_launched():
         yield
         return
-    dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=_TIMEOUT)
+    on_cuda = device.type == "cuda"
+    if on_cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_cuda else "gloo", timeout=_TIMEOUT)
 
     def terminate(number: int, frame: FrameType | None) -> None:
         # Not print, and no exception: this may come in the middle of either.
