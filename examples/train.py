@@ -4,6 +4,7 @@
     python examples/train.py --dataset mnist    MathWorks' example: 30 epochs in batches of 128
     python examples/train.py --dataset folder --data-dir DIR    PNG and JPEG files of your own
     python examples/train.py --resume DIR       go on with the run in DIR, as if it had not stopped
+    torchrun --nproc-per-node=N examples/train.py     in N processes, each with its GPU and its part of every batch
 
 Ctrl-C ends training after the current step; the model is still evaluated, everything is written, and the exit code is 0
 ("interrupted" in summary.json is true). A second Ctrl-C aborts, with exit code 130. What the user can put right ends in
@@ -13,6 +14,8 @@ Files in --out, each written atomically; those of an earlier run are removed fir
     metrics.csv            a row for each epoch: losses in nats per image, seconds since training began
     checkpoint.pt          the model and the state of its training, written every --checkpoint-every epochs and at the
                            end; checkpoint.previous.pt is the one before
+    checkpoint.best.pt     with --patience: that of the epoch with the smallest test loss
+    tensorboard/           losses, images and latents of each epoch, where tensorboard is installed
     loss.png               the losses over the epochs
     reconstructions.png    test images and their reconstructions
     error_histogram.png    the reconstruction error of each test image
@@ -26,6 +29,8 @@ import argparse
 import contextlib
 import itertools
 import math
+import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -33,18 +38,26 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, ReduceLROnPlateau
 
 import fastvae
 from fastvae import plots
 from fastvae.data import DATASETS, OWN_DATASETS, DownloadError, ImageDataset, load_dataset
 from fastvae.evaluation import reconstruction_errors
-from fastvae.models import ConvVAE
+from fastvae.models import VAE, ConvVAE
+from fastvae.tensorboard import open_tensorboard
 from fastvae.training import (
     PRECISIONS,
     Checkpoint,
     EpochMetrics,
+    MovingAverage,
+    Processes,
+    ProcessLost,
     TrainingState,
+    best_epoch,
     make_display,
+    process_group,
     read_checkpoint,
     stop_on_interrupt,
     train,
@@ -58,6 +71,7 @@ FILES = (
     "metrics.csv",
     "checkpoint.pt",
     "checkpoint.previous.pt",
+    "checkpoint.best.pt",
     "loss.png",
     "reconstructions.png",
     "error_histogram.png",
@@ -77,10 +91,14 @@ EXACT = (
     "lr",
     "beta",
     "kl_warmup",
+    "clip_norm",
+    "schedule",
+    "ema",
+    "skip_nonfinite",
     "seed",
     "limit",
 )
-TAKEN_OVER = (*EXACT, "epochs", "graph", "data_dir", "strict", "deterministic", "checkpoint_every")
+TAKEN_OVER = (*EXACT, "epochs", "graph", "data_dir", "strict", "deterministic", "checkpoint_every", "patience")
 
 EPOCHS = 30
 BATCH_SIZES = {"mnist": 128, "fashion-mnist": 128, "kmnist": 128, "digits": 16}
@@ -98,11 +116,21 @@ def main() -> int:
         checkpoint = take_over(arguments, given) if arguments.resume else None
         # With "auto" the environment variable FASTVAE_BACKEND stays in force.
         asked = arguments.backend != "auto"
-        with fastvae.use_backend(arguments.backend) if asked else contextlib.nullcontext():
-            run(arguments, checkpoint)
+        device = choose_device(arguments.device)
+        with (
+            fastvae.use_backend(arguments.backend) if asked else contextlib.nullcontext(),
+            process_group(device),
+        ):
+            run(arguments, device, checkpoint)
     except UserError as error:
         print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except OSError as error:  # the disk is full, for one
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 1
+    except ProcessLost as error:
+        print(f"train.py: {error} (--resume goes on from the last checkpoint)", file=sys.stderr)
+        return 1
     except FloatingPointError as error:
         print(f"train.py: {error} (a smaller --lr may help)", file=sys.stderr)
         return 1
@@ -112,13 +140,14 @@ def main() -> int:
     return 0
 
 
-def run(arguments: argparse.Namespace, checkpoint: Checkpoint | None) -> None:
+def run(arguments: argparse.Namespace, device: torch.device, checkpoint: Checkpoint | None) -> None:
+    processes = Processes(device)
+    arguments.quiet = arguments.quiet or processes.rank > 0
     say: Callable[[str], None] = (lambda line: None) if arguments.quiet else print
     if arguments.dataset == "folder" and arguments.data_dir is not None:
         say(f"reading   {printable(str(arguments.data_dir))} (may take minutes the first time)")
     try:
         plots.require_matplotlib()
-        device = choose_device(arguments.device)
         backend = fastvae.backend_for(torch.empty(0, device=device))
         dataset, reason = choose_dataset(
             arguments.dataset, arguments.data_dir, device, arguments.image_size, arguments.strict
@@ -135,8 +164,16 @@ def run(arguments: argparse.Namespace, checkpoint: Checkpoint | None) -> None:
         raise UserError(
             f"--resume: there were {checkpoint.run['images']} training images, there are {len(train_images)}"
         )
-    if arguments.graph == "on" and device.type != "cuda":
-        raise UserError("--graph on needs a CUDA device (--graph auto)")
+    # A group of one process has other noise on a CPU than none.
+    together = processes.size if processes.together else None
+    if checkpoint is not None and checkpoint.run is not None and checkpoint.run["processes"] != together:
+        raise UserError(
+            f"--resume: torchrun had {checkpoint.run['processes'] or 'no'} processes, it has {together or 'no'}"
+        )
+    if batch_size % processes.size:
+        raise UserError(f"--batch-size must be a multiple of {processes.size}, the processes, got {batch_size}")
+    if arguments.graph == "on" and (device.type != "cuda" or processes.together):
+        raise UserError("--graph on needs a CUDA device, without torchrun (--graph auto)")
     total_steps = epochs * (len(train_images) // batch_size)
 
     torch.manual_seed(arguments.seed)
@@ -151,28 +188,48 @@ def run(arguments: argparse.Namespace, checkpoint: Checkpoint | None) -> None:
     model.to(device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
 
-    folder = prepare_folder(arguments.out, dataset.name, new=checkpoint is None)
+    # Of several processes only the first writes.
+    folder = prepare_folder(arguments.out, dataset.name, new=checkpoint is None) if processes.rank == 0 else Path()
     say(f"device    {device_name(device)}")
+    if processes.together:
+        say(f"processes {processes.size}, with {batch_size // processes.size} images of every batch each")
     say(f"backend   {backend}")
     say(f"dataset   {dataset.name}, {len(train_images):,} training and {len(test_images):,} test images; {reason}")
     if dataset.skipped:
         say(f"skipped   {skipped_in_words(dataset)}")
     say(f"model     {parameters:,} parameters")
     say(f"training  {epochs} epochs, {total_steps:,} steps of {batch_size} images")
+    first_step = 0 if checkpoint is None else resumed_step(checkpoint, len(train_images) // batch_size)
     if checkpoint is not None:
-        say(f"resumed   after step {resumed_step(checkpoint, len(train_images) // batch_size):,}")
-    resolved = {**settings(arguments, epochs, batch_size), "dataset": dataset.name, "device": device.type}
-    rows = fit(model, train_images, test_images, folder, arguments, resolved, checkpoint)
+        say(f"resumed   after step {first_step:,}")
+    resolved = {
+        **settings(arguments, epochs, batch_size),
+        "dataset": dataset.name,
+        "device": device.type,
+        "images": len(train_images),
+        "processes": together,
+    }
+    average = MovingAverage(model, arguments.ema) if arguments.ema else None
+    rows = fit(model, average, train_images, test_images, folder, arguments, resolved, checkpoint, first_step)
+    if processes.rank > 0:
+        return
     last = rows[-1]
-    interrupted = last.step < total_steps
-    if interrupted:
+    if last.step == total_steps:
+        ended = "epochs"
+    elif arguments.patience and len(rows) - best_epoch(rows) >= arguments.patience:
+        ended = "patience"
+        say(f"stopped early: epoch {best_epoch(rows)} has the smallest test loss, and is in checkpoint.best.pt")
+    else:
+        ended = "interrupted"
         say("stopped early; evaluating")
-    write_figures(folder, model, test_images, rows, arguments)
+    write_figures(folder, model if average is None else average.model, test_images, rows, arguments)
     write_summary(
         folder / "summary.json",
         {
-            "interrupted": interrupted,
+            "interrupted": ended == "interrupted",
+            "ended": ended,
             "final": last._asdict(),
+            "best": rows[best_epoch(rows) - 1]._asdict(),
             "planned_steps": total_steps,
             "settings": settings(arguments, epochs, batch_size),
             "dataset": {
@@ -182,6 +239,7 @@ def run(arguments: argparse.Namespace, checkpoint: Checkpoint | None) -> None:
                 "skipped": [item._asdict() for item in dataset.skipped],
             },
             "parameters": parameters,
+            "processes": processes.size,
             "device": device_name(device),
             "backend": backend._asdict(),
             "versions": versions(),
@@ -201,30 +259,45 @@ def resumed_step(checkpoint: Checkpoint, steps_per_epoch: int) -> int:
 
 def fit(
     model: ConvVAE,
+    average: MovingAverage | None,
     train_images: torch.Tensor,
     test_images: torch.Tensor,
     folder: Path,
     arguments: argparse.Namespace,
     resolved: dict[str, Any],
     checkpoint: Checkpoint | None,
+    first_step: int,
 ) -> list[EpochMetrics]:
-    """Train, show the progress, and keep metrics.csv and checkpoint.pt up to date."""
+    """Train, show the progress, and keep metrics.csv, TensorBoard's files and checkpoint.pt up to date."""
     epochs = resolved["epochs"]
     state = None if checkpoint is None else checkpoint.state
     rows = [] if state is None else list(state.rows)
+    board = open_tensorboard(folder / "tensorboard", len(rows)) if Processes(test_images.device).rank == 0 else None
+
+    def schedule(optimizer: Optimizer) -> LRScheduler:
+        cosine = arguments.schedule == "cosine"
+        return CosineAnnealingLR(optimizer, epochs) if cosine else ReduceLROnPlateau(optimizer)
 
     def record(row: EpochMetrics) -> None:
         rows.append(row)
         write_metrics(folder / "metrics.csv", rows)
+        if board is not None:
+            board.epoch(row, model if average is None else average.model, test_images)
         display.epoch(row)
 
     def keep(state: TrainingState) -> None:
         epoch = rows[-1].epoch
         if epoch % arguments.checkpoint_every == 0 or epoch == epochs or should_stop():
-            run = {"images": len(train_images), **{name: resolved[name] for name in TAKEN_OVER}}
+            run = {name: resolved[name] for name in ("images", "processes", *TAKEN_OVER)}
             write_checkpoint(folder / "checkpoint.pt", model, epoch, state, run)
+        if arguments.patience and best_epoch(rows) == epoch:
+            write_checkpoint(folder / "checkpoint.best.pt", model, epoch, state, keep_previous=False)
 
-    with contextlib.closing(make_display(epochs, arguments.quiet)) as display, stop_on_interrupt() as should_stop:
+    with (
+        contextlib.closing(make_display(epochs, arguments.quiet, first_step)) as display,
+        contextlib.closing(board) if board is not None else contextlib.nullcontext(),
+        stop_on_interrupt() as should_stop,
+    ):
         return train(
             model,
             train_images,
@@ -234,6 +307,11 @@ def fit(
             learning_rate=arguments.lr,
             beta=arguments.beta,
             kl_warmup=arguments.kl_warmup,
+            clip_norm=arguments.clip_norm,
+            schedule=None if arguments.schedule == "constant" else schedule,
+            average=average,
+            patience=arguments.patience,
+            skip_nonfinite=arguments.skip_nonfinite,
             graph=arguments.graph,
             precision=arguments.precision,
             should_stop=should_stop,
@@ -246,7 +324,7 @@ def fit(
 
 def write_figures(
     folder: Path,
-    model: ConvVAE,
+    model: VAE,
     test_images: torch.Tensor,
     rows: list[EpochMetrics],
     arguments: argparse.Namespace,
@@ -277,7 +355,12 @@ def choose_device(name: str) -> torch.device:
         raise UserError("--device cuda: there is no CUDA device, or this torch cannot use it (--device cpu)")
     if name == "auto":
         name = "cuda" if available else "cpu"
-    return torch.device(name)
+    if name == "cpu":
+        return torch.device("cpu")
+    number = int(os.environ.get("LOCAL_RANK", 0))  # torchrun's, of its processes on this machine
+    if number >= torch.cuda.device_count():
+        raise UserError(f"torchrun has more processes than there are CUDA devices, {torch.cuda.device_count()}")
+    return torch.device("cuda", number)
 
 
 def device_name(device: torch.device) -> str:
@@ -358,6 +441,11 @@ def take_over(arguments: argparse.Namespace, given: set[str]) -> Checkpoint:
         elif name in EXACT and getattr(arguments, name) != value:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"--resume: {flag} was {value} in {folder}, got {getattr(arguments, name)}")
+    if arguments.schedule == "cosine" and arguments.epochs != checkpoint.run["epochs"]:
+        raise UserError(
+            f"--resume: --epochs was {checkpoint.run['epochs']} in {folder}, and --schedule cosine ends there, "
+            f"got {arguments.epochs}"
+        )
     arguments.out = folder
     return checkpoint
 
@@ -375,6 +463,7 @@ def prepare_folder(out: Path | None, dataset: str, new: bool) -> Path:
             if new:
                 (folder / name).unlink(missing_ok=True)
         if new:
+            shutil.rmtree(folder / "tensorboard", ignore_errors=True)
             write_metrics(folder / "metrics.csv", [])  # shows now, not after training, that files can be written
     except OSError as error:
         raise UserError(f"--out cannot be written: {error}") from error
@@ -450,6 +539,31 @@ def parse_arguments() -> tuple[argparse.Namespace, set[str]]:
         metavar="EPOCHS",
         help="in which that weight grows from 0, default: 0",
     )
+    parser.add_argument(
+        "--schedule",
+        choices=("constant", "cosine", "plateau"),
+        default="constant",
+        help="of the learning rate, in steps of an epoch: constant (default); cosine: to 0 over --epochs; plateau: a "
+        "tenth of it after 10 epochs without a better test loss",
+    )
+    parser.add_argument("--clip-norm", type=positive_number, metavar="NORM", help="the largest norm of the gradient")
+    parser.add_argument(
+        "--ema",
+        type=fraction,
+        metavar="DECAY",
+        help="test, show and save an exponential moving average of the weights, 0.999 for example",
+    )
+    parser.add_argument(
+        "--patience",
+        type=positive_integer,
+        metavar="EPOCHS",
+        help="end after so many epochs without a smaller test loss; the best epoch is kept",
+    )
+    parser.add_argument(
+        "--skip-nonfinite",
+        action="store_true",
+        help="leave out and count steps whose gradient is not finite, instead of ending",
+    )
     parser.add_argument("--seed", type=seed, default=0, help="default: 0")
     parser.add_argument("--limit", type=positive_integer, metavar="N", help="train on the first N images")
     parser.add_argument("--deterministic", action="store_true", help="reconstruct with z = mu instead of sampled z")
@@ -492,6 +606,12 @@ def positive_number(text: str) -> float:
 def non_negative_number(text: str) -> float:
     if not finite(text) or float(text) < 0:
         raise argparse.ArgumentTypeError(f"must be a number that is not negative, got {text!r}")
+    return float(text)
+
+
+def fraction(text: str) -> float:
+    if not finite(text) or not 0 < float(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, got {text!r}")
     return float(text)
 
 

@@ -22,8 +22,8 @@ def load(path: str | os.PathLike[str]) -> ConvVAE:
     """The model of a run: of its folder, or of its checkpoint.pt, see `fastvae.training.write_checkpoint`; or of a file
     whose name ends in .safetensors, see `fastvae.export.write_safetensors`.
 
-    It is on the CPU and in evaluation mode. Raises ``OSError`` where there is no such file, and ``ValueError`` where it
-    holds no such model.
+    Of a run that kept a moving average of the weights, the model has the average. It is on the CPU and in evaluation
+    mode. Raises ``OSError`` where there is no such file, and ``ValueError`` where it holds no such model.
     """
     path = Path(path)
     model: ConvVAE
@@ -35,5 +35,6 @@ def load(path: str | os.PathLike[str]) -> ConvVAE:
     else:
         from fastvae.training.checkpoint import read_checkpoint
 
-        model = read_checkpoint(path / "checkpoint.pt" if path.is_dir() else path).model
+        found = read_checkpoint(path / "checkpoint.pt" if path.is_dir() else path)
+        model = found.model if found.average is None else found.average
     return model.eval()

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 import fastvae.functional as F
 from fastvae.backend import backend_for
 from fastvae.functional import ELBO
 from fastvae.models import VAE
+from fastvae.training.average import MovingAverage
+from fastvae.training.distributed import Processes
+from fastvae.training.gradients import limit_gradients
 from fastvae.training.output_layer import OutputLayer, output_layer
 
 # A replay costs the host one launch, and the device two fills of the generator's state and two copies, whatever the
@@ -22,18 +27,25 @@ _STEPS_PER_GRAPH = range(16, 7, -1)
 
 
 def training_step(
-    model: VAE,
+    model: VAE | DistributedDataParallel,
     optimizer: Optimizer,
     images: Tensor,
     *,
     beta: float | Tensor = 1.0,
     autocast_dtype: torch.dtype | None = None,
     output: OutputLayer | None = None,
+    clip_norm: float | None = None,
+    skip_nonfinite: bool = False,
+    gradient_norms: Tensor | None = None,
+    batch_offset: int | None = None,
 ) -> ELBO:
     """One update of the model on a batch of images [B, C, H, W]; returns the loss before it, on the device.
 
     With ``autocast_dtype`` the model runs under autocast to it; the loss is float32 all the same. With ``output``, the
-    model's `output_layer`, that layer is computed together with the loss.
+    model's `output_layer`, that layer is computed together with the loss. ``clip_norm``, ``skip_nonfinite`` and
+    ``gradient_norms`` are those of `fastvae.training.gradients.limit_gradients`. Where the images are a part of a batch
+    that several processes share, the model is one of torch's DistributedDataParallel, without ``output``, and
+    ``batch_offset`` the number of images before these.
     """
     # No cache: it would keep casts of the weights of one captured step for the next.
     autocast = torch.autocast(images.device.type, autocast_dtype, autocast_dtype is not None, cache_enabled=False)
@@ -41,12 +53,12 @@ def training_step(
     gradients: tuple[Tensor | None, ...]
     if output is None:
         with autocast:
-            logits, _, kl = model(images)
+            logits, _, kl = model(images) if batch_offset is None else model(images, batch_offset)
         values, gradients = F.elbo_value_and_grad(logits, images, kl, beta=beta)
         roots = logits, kl
     else:
         with autocast:
-            z, kl = F.gaussian_sample_kl_packed(model.encode(images))
+            z, kl = F.gaussian_sample_kl_packed(cast(VAE, model).encode(images))
             features = output.features(z)
         weight, bias = output.layer.weight, output.layer.bias
         values, gradients = F.conv_elbo_value_and_grad(features, weight, bias, images, kl, relu=output.relu, beta=beta)
@@ -55,6 +67,7 @@ def training_step(
     # What is frozen takes no gradient.
     going = [(root, it) for root, it in zip(roots, gradients, strict=True) if root is not None and root.requires_grad]
     torch.autograd.backward([root for root, _ in going], [gradient for _, gradient in going])
+    limit_gradients(optimizer, clip_norm=clip_norm, skip_nonfinite=skip_nonfinite, norms=gradient_norms)
     optimizer.step()
     return values
 
@@ -67,8 +80,8 @@ class Steps:
     tensors that the graph reads: which images, beta, and the state of the generator. The images' device must be the
     current one.
 
-    order: [N], the images of this epoch. history: [steps, 3], the loss, reconstruction and kl of each of its steps.
-    Both are on the device.
+    order: [N], the images of this epoch. history: [steps, 3 + P], of each of its steps the loss, reconstruction and kl,
+    and the norms of the gradients of the P parameters before they are clipped. Both are on the device.
     """
 
     def __init__(
@@ -81,10 +94,17 @@ class Steps:
         graph: bool,
         autocast_dtype: torch.dtype | None = None,
         fuse_output_layer: bool = False,
+        clip_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        average: MovingAverage | None = None,
+        processes: Processes | None = None,
     ) -> None:
         self.model, self.optimizer, self.beta, self.autocast_dtype = model, optimizer, beta, autocast_dtype
         self.output = output_layer(model) if fuse_output_layer else None
+        self.clip_norm, self.skip_nonfinite, self.average = clip_norm, skip_nonfinite, average
         self.images, self.batch_size = images, batch_size
+        self.processes = Processes(images.device) if processes is None else processes
+        self._model = self.processes.wrap(model)
         self.count = len(images) // batch_size
         self.at_a_time = 1
         if graph:
@@ -92,11 +112,12 @@ class Steps:
                 (k for k in _STEPS_PER_GRAPH if k <= self.count), key=lambda k: self.count % k, default=1
             )
         device = images.device
-        self.history = torch.zeros(self.count, 3, device=device)
+        columns = 3 + sum(parameter.requires_grad for parameter in model.parameters())
+        self.history = torch.zeros(self.count, columns, device=device)
         self.order = torch.empty(0, dtype=torch.int64, device=device)
         # What the graph reads and writes; plain steps use order and history themselves.
         self._indices = torch.empty(self.at_a_time * batch_size, dtype=torch.int64, device=device)
-        self._found = torch.empty(self.at_a_time, 3, device=device)
+        self._found = torch.zeros(self.at_a_time, columns, device=device)
         self._graph = graph
         self._warm = False
         self._replay: Callable[[], None] | None = None
@@ -131,16 +152,22 @@ class Steps:
     def _take(self, indices: Tensor, found: Tensor) -> None:
         """A step for each row of `found`."""
         for row, chosen in zip(found, torch.split(indices, self.batch_size), strict=True):
-            batch = self._batch(chosen)
+            batch = self._batch(self.processes.part(chosen))
             values = training_step(
-                self.model,
+                self._model,
                 self.optimizer,
                 batch,
                 beta=self.beta,
                 autocast_dtype=self.autocast_dtype,
                 output=self.output,
+                clip_norm=self.clip_norm,
+                skip_nonfinite=self.skip_nonfinite,
+                gradient_norms=row[3:],
+                batch_offset=self.processes.offset(self.batch_size),
             )
-            torch.stack(values, out=row)
+            torch.stack(values, out=row[:3])
+            if self.average is not None:
+                self.average.update(self.model)
 
     def _batch(self, indices: Tensor) -> Tensor:
         if backend_for(self.images).name == "triton":
