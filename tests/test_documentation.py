@@ -160,8 +160,6 @@ def assert_program_accepts(script: Path, arguments: list[str], monkeypatch: pyte
         patch.setattr(sys, "argv", [str(script), *arguments])
         patch.syspath_prepend(str(script.parent))
         patch.chdir(ROOT)
-        # codegen.py refuses to compile what is interpreted; here it compiles nothing.
-        patch.delenv("TRITON_INTERPRET", raising=False)
         with pytest.raises(Parsed):
             runpy.run_path(str(script), run_name="__main__")
 
