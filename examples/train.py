@@ -91,6 +91,7 @@ EXACT = (
     "lr",
     "beta",
     "kl_warmup",
+    "free_bits",
     "clip_norm",
     "schedule",
     "ema",
@@ -149,13 +150,14 @@ def run(arguments: argparse.Namespace, device: torch.device, checkpoint: Checkpo
     try:
         plots.require_matplotlib()
         backend = fastvae.backend_for(torch.empty(0, device=device))
-        dataset, reason = choose_dataset(
-            arguments.dataset, arguments.data_dir, device, arguments.image_size, arguments.strict
-        )
+        with processes.first_alone():  # it downloads, or decodes, for all
+            dataset, reason = choose_dataset(
+                arguments.dataset, arguments.data_dir, device, arguments.image_size, arguments.strict
+            )
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         raise UserError(str(error)) from error
-    train_images = dataset.train_images[: arguments.limit].to(device)
-    test_images = dataset.test_images.to(device)
+    train_images = placed(dataset.train_images[: arguments.limit], device)
+    test_images = placed(dataset.test_images, device)
     epochs = arguments.epochs or EPOCHS
     batch_size = arguments.batch_size or default_batch_size(dataset.name, len(train_images))
     if batch_size > len(train_images):
@@ -197,6 +199,8 @@ def run(arguments: argparse.Namespace, device: torch.device, checkpoint: Checkpo
     say(f"dataset   {dataset.name}, {len(train_images):,} training and {len(test_images):,} test images; {reason}")
     if dataset.skipped:
         say(f"skipped   {skipped_in_words(dataset)}")
+    if train_images.device != device:
+        say(f"streamed  {train_images.nbytes / 1e9:.1f} GB of images stay on the CPU, batches go to the GPU")
     say(f"model     {parameters:,} parameters")
     say(f"training  {epochs} epochs, {total_steps:,} steps of {batch_size} images")
     first_step = 0 if checkpoint is None else resumed_step(checkpoint, len(train_images) // batch_size)
@@ -272,7 +276,8 @@ def fit(
     epochs = resolved["epochs"]
     state = None if checkpoint is None else checkpoint.state
     rows = [] if state is None else list(state.rows)
-    board = open_tensorboard(folder / "tensorboard", len(rows)) if Processes(test_images.device).rank == 0 else None
+    first = Processes(torch.device(resolved["device"])).rank == 0
+    board = open_tensorboard(folder / "tensorboard", len(rows)) if first else None
 
     def schedule(optimizer: Optimizer) -> LRScheduler:
         cosine = arguments.schedule == "cosine"
@@ -307,6 +312,7 @@ def fit(
             learning_rate=arguments.lr,
             beta=arguments.beta,
             kl_warmup=arguments.kl_warmup,
+            free_bits=arguments.free_bits,
             clip_norm=arguments.clip_norm,
             schedule=None if arguments.schedule == "constant" else schedule,
             average=average,
@@ -331,7 +337,8 @@ def write_figures(
 ) -> None:
     deterministic = arguments.deterministic
     plots.plot_losses(folder / "loss.png", rows)
-    shown = test_images[:20]
+    device = next(model.parameters()).device
+    shown = test_images[:20].to(device)
     reconstructions = model.reconstruct(shown, deterministic)
     plots.plot_reconstructions(
         folder / "reconstructions.png", shown.float() / 255, reconstructions, deterministic=deterministic
@@ -339,7 +346,7 @@ def write_figures(
     errors = reconstruction_errors(model, test_images, deterministic=deterministic)
     plots.plot_errors(folder / "error_histogram.png", errors, deterministic=deterministic)
     # A generator of its own, so that a seed means the same latents however long training was.
-    generator = torch.Generator(test_images.device).manual_seed(arguments.seed)
+    generator = torch.Generator(device).manual_seed(arguments.seed)
     plots.write_image_grid(folder / "generated.png", model.sample(64, generator))
 
 
@@ -361,6 +368,13 @@ def choose_device(name: str) -> torch.device:
     if number >= torch.cuda.device_count():
         raise UserError(f"torchrun has more processes than there are CUDA devices, {torch.cuda.device_count()}")
     return torch.device("cuda", number)
+
+
+def placed(images: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The images on the device, if they take at most a quarter of its free memory: activations need the rest."""
+    if device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] / 4:
+        return images
+    return images.to(device)
 
 
 def device_name(device: torch.device) -> str:
@@ -435,6 +449,10 @@ def take_over(arguments: argparse.Namespace, given: set[str]) -> Checkpoint:
     if checkpoint.state is None or checkpoint.run is None:
         raise UserError(f"--resume: {folder / 'checkpoint.pt'} holds a model but no state of its training")
     for name in TAKEN_OVER:
+        if name not in checkpoint.run:  # an option that is younger than the run
+            raise UserError(
+                f"--resume: {folder / 'checkpoint.pt'} is of an older fastvae, without --{name.replace('_', '-')}"
+            )
         value = checkpoint.run[name]
         if name not in given:
             setattr(arguments, name, Path(value) if name == "data_dir" and value is not None else value)
@@ -538,6 +556,13 @@ def parse_arguments() -> tuple[argparse.Namespace, set[str]]:
         default=0.0,
         metavar="EPOCHS",
         help="in which that weight grows from 0, default: 0",
+    )
+    parser.add_argument(
+        "--free-bits",
+        type=non_negative_number,
+        default=0.0,
+        metavar="NATS",
+        help="that each latent dimension may hold before its divergence counts, default: 0",
     )
     parser.add_argument(
         "--schedule",

@@ -39,14 +39,16 @@ class TensorBoard:
         for name, value in row._asdict().items():
             if name not in ("epoch", "step"):
                 writer.add_scalar(name, value, row.epoch)  # type: ignore[no-untyped-call]
-        mu, logvar = model.encode(images[:_ENCODED]).chunk(2, 1)
+        device = next(model.parameters()).device
+        images = images[:_ENCODED].to(device)
+        mu, logvar = model.encode(images).chunk(2, 1)
         writer.add_histogram("latents/mu", mu, row.epoch)  # type: ignore[no-untyped-call]
         kl = F.gaussian_kl(mu, logvar, reduction="per_dimension")
         writer.add_histogram("latents/kl_per_dimension", kl, row.epoch)  # type: ignore[no-untyped-call]
         shown = images[:_RECONSTRUCTED]
         originals = shown / 255 if shown.dtype is torch.uint8 else shown
         pairs = torch.cat([originals, torch.sigmoid(model.decode(mu[: len(shown)]))])
-        generator = torch.Generator(images.device).manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
         for name, grid in (
             ("reconstructions", tile(pairs, len(shown))),
             ("samples", tile(model.sample(_SAMPLED, generator), 8)),

@@ -62,12 +62,12 @@ def test_an_index_in_the_last_of_many_images(device, triton_backend):
     assert torch.allclose(batch.view(-1), storage[:4] / 255)
 
 
-def make(device, graph, count=7 * 12, batch_size=4, seed=1, **options):
+def make(device, graph, count=7 * 12, batch_size=4, seed=1, images_on=None, **options):
     torch.manual_seed(seed)
     model = ConvVAE((1, 8, 6), latent_dim=3, channels=(4, 6)).to(device)
     optimizer = Adam(model.parameters(), lr=0.01, fused=True, capturable=device.type == "cuda")
     data = torch.randint(0, 256, (count, 1, 8, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(2)).to(
-        device
+        images_on or device
     )
     return Steps(model, optimizer, data, batch_size, torch.ones((), device=device), graph, **options)
 
@@ -113,7 +113,7 @@ def test_captured_steps_are_the_plain_steps(count, device, stand_in):
     found, sizes = epochs(captured, 3)
     assert set(ones) == {1}
     assert sum(sizes) == sum(ones)
-    assert torch.equal(found, expected)
+    assert torch.equal(found[..., :3], expected[..., :3])
     for a, b in zip(plain.model.parameters(), captured.model.parameters(), strict=True):
         assert torch.equal(a, b)
     if captured.at_a_time > 1:
@@ -141,6 +141,51 @@ def test_captured_steps_with_every_option(device, stand_in):
     assert plain.average.steps == captured.average.steps == 3 * plain.count
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a real graph draws other noise on some versions of torch")
+@pytest.mark.parametrize("graph", [False, True])
+def test_images_that_are_brought_give_the_same_steps(graph, device, stand_in):
+    """From another place in memory, a group of steps at a time, and the odd steps of an epoch's end."""
+    resident, brought = (make(device, graph, count=23 * 4) for _ in range(2))
+    source = brought._source = torch.empty_like(brought.images[: brought.at_a_time * brought.batch_size])
+    for steps in (resident, brought):
+        torch.manual_seed(3)
+        epochs(steps, 2)
+    assert brought._source is source and len(source) < len(brought.images)
+    assert torch.equal(resident.history, brought.history)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graph", [False, True])
+def test_images_on_the_cpu_give_the_same_steps(graph, device):
+    resident = make(device, graph, count=128 * 23, batch_size=128)
+    brought = make(device, graph, count=128 * 23, batch_size=128, images_on="cpu")
+    for steps in (resident, brought):
+        torch.manual_seed(3)
+        epochs(steps, 2)
+    assert brought._source.is_cuda and not brought.images.is_cuda
+    assert torch.equal(resident.history, brought.history)
+
+
+def test_the_gradients_norms_cost_a_graph_nothing_unless_they_are_needed(device, stand_in):
+    captured, clipped = make(device, True), make(device, True, clip_norm=1.0)
+    for steps in (captured, clipped):
+        epochs(steps, 1)
+    assert not captured.history[:, 3:].any() and clipped.history[:, 3:].any(1).all()
+
+
+@pytest.mark.parametrize("fuse_output_layer", [False, True])
+def test_free_bits_in_steps(fuse_output_layer, device):
+    """Few change nothing; with many, each of the 3 dimensions counts as so many, and training goes another way."""
+    options = {"count": 8 * 4, "fuse_output_layer": fuse_output_layer}
+    plain, some, many = (make(device, False, free_bits=bits, **options) for bits in (0.0, 1e-6, 7.0))
+    for steps in (plain, some, many):
+        torch.manual_seed(3)
+        epochs(steps, 1)
+    assert torch.allclose(some.history[:, :3], plain.history[:, :3], rtol=1e-4)
+    assert torch.allclose(many.history[:, 2], torch.full((8,), 21.0, device=device))
+    assert not torch.allclose(many.history[1:, 1], plain.history[1:, 1], rtol=1e-4)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the failure is planted in a stand-in")
 def test_training_goes_on_where_capture_fails(device, stand_in, monkeypatch):
     def refuse(run):
@@ -153,7 +198,7 @@ def test_training_goes_on_where_capture_fails(device, stand_in, monkeypatch):
     torch.manual_seed(3)
     with pytest.warns(UserWarning, match="goes on without a CUDA graph.*not permitted"):
         found, _ = epochs(captured, 2)
-    assert torch.equal(found, expected)
+    assert torch.equal(found[..., :3], expected[..., :3])
 
 
 def test_every_epoch_shuffles_anew(device):
@@ -253,7 +298,7 @@ def test_a_real_graph_trains(backend, device):
         for graph, seed in ((False, 3), (True, 3), (True, 3), (True, 4)):
             steps = make(device, graph, count=128 * 26, batch_size=128)
             torch.manual_seed(seed)
-            results.append(epochs(steps, 4)[0])
+            results.append(epochs(steps, 4)[0][..., :3])
             steps.release()
     plain, first, again, other = results
     assert torch.equal(first, again)

@@ -101,6 +101,15 @@ class Processes:
             dist.broadcast(state, 0)
             torch.cuda.set_rng_state(state.cpu(), self.device)
 
+    @contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """The first process goes through this block before the others do."""
+        if self.rank:
+            dist.barrier()
+        yield
+        if self.together and not self.rank:
+            dist.barrier()
+
     def part(self, indices: Tensor) -> Tensor:
         """This process's images of a batch."""
         size = len(indices) // self.size

@@ -41,6 +41,7 @@ def train(
     learning_rate: float = 1e-3,
     beta: float = 1.0,
     kl_warmup: float = 0.0,
+    free_bits: float = 0.0,
     clip_norm: float | None = None,
     schedule: Callable[[Optimizer], LRScheduler] | None = None,
     average: MovingAverage | None = None,
@@ -65,11 +66,14 @@ def train(
     and on_state. Without a CUDA graph.
 
     Args:
-        train_images, test_images: [N, C, H, W] on the model's device; uint8 (read as x / 255) or floats in [0, 1].
+        train_images, test_images: [N, C, H, W], uint8 (read as x / 255) or floats in [0, 1]; on the model's device, or
+            on the CPU, from where they are brought as they are needed: sets that do not fit a GPU.
         epochs, batch_size, learning_rate: positive; beta: the weight of the divergence, not negative.
         kl_warmup: the epochs, whole or not, in which the weight grows from 0 to beta in equal steps (Bowman et al.,
             "Generating Sentences from a Continuous Space", 2016); the steps of one graph share a weight. The test loss
             has beta from the start.
+        free_bits: nats that each dimension of z may hold, in the mean over a batch, before its divergence counts
+            (`fastvae.functional.gaussian_kl`); of several processes each has its own mean. The test loss has none.
         clip_norm: the largest norm of all gradients together; larger ones are scaled to it.
         schedule: makes one of torch.optim.lr_scheduler's schedulers of an optimizer; it takes a step after each epoch.
             With `resume` it goes on as it was made first.
@@ -108,9 +112,11 @@ def train(
     _check(model, train_images, test_images, epochs, batch_size, learning_rate, beta, kl_warmup, graph, precision)
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm must be positive, got {clip_norm}")
+    if not 0 <= free_bits < math.inf:
+        raise ValueError(f"free_bits must be finite and not negative, got {free_bits}")
     if patience is not None and patience < 1:
         raise ValueError(f"patience must be at least 1, got {patience}")
-    device = train_images.device
+    device = next(model.parameters()).device
     on_cuda = device.type == "cuda"
     processes = Processes(device)
     if processes.together:
@@ -123,7 +129,7 @@ def train(
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if average is not None:
         average.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if on_cuda:  # on a CPU each batch is brought to that format: images may be a file mapped into memory
+    if train_images.is_cuda:  # on a CPU each batch is brought to that format: images may be a file mapped into memory
         train_images = train_images.contiguous(memory_format=torch.channels_last)
     # What changes must be a tensor on a GPU, for a captured graph to read; a scheduler writes into it.
     rate = torch.tensor(learning_rate, device=device) if on_cuda and schedule is not None else learning_rate
@@ -146,6 +152,7 @@ def train(
             skip_nonfinite,
             average,
             processes,
+            free_bits,
         )
         if processes.rank:
             on_progress, on_epoch, on_state = (call and _ignored for call in (on_progress, on_epoch, on_state))
@@ -287,7 +294,7 @@ def _check(
     if graph == "on" and device.type != "cuda":
         raise ValueError(f'graph="on" needs a CUDA device, got {device}')
     for name, images in (("train_images", train_images), ("test_images", test_images)):
-        if images.device != device:
-            raise ValueError(f"{name} must be on the model's device, {device}, got {images.device}")
+        if images.device != device and images.device.type != "cpu":
+            raise ValueError(f"{name} must be on the model's device, {device}, or the CPU, got {images.device}")
     if len(test_images) == 0:
         raise ValueError("test_images must hold at least one image, got none")

@@ -39,8 +39,8 @@ def state_of(
 ) -> TrainingState:
     """The state after `done` steps of the epoch that follows those of `rows`."""
     generators = [torch.get_rng_state()]
-    if steps.images.device.type == "cuda":
-        generators.append(torch.cuda.get_rng_state(steps.images.device))
+    if steps.device.type == "cuda":
+        generators.append(torch.cuda.get_rng_state(steps.device))
     return TrainingState(
         list(rows),
         seconds,
@@ -60,7 +60,7 @@ def restore(state: TrainingState, steps: Steps, scheduler: LRScheduler | None) -
     Raises ``ValueError`` for a state of other images, batches or devices, or of a run with or without what this one
     has not or has.
     """
-    on_cuda = steps.images.device.type == "cuda"
+    on_cuda = steps.device.type == "cuda"
     if len(state.generators) != 1 + on_cuda:
         raise ValueError("resume must be a state of the same kind of device")
     done = len(state.history)
@@ -80,10 +80,10 @@ def restore(state: TrainingState, steps: Steps, scheduler: LRScheduler | None) -
         scheduler.load_state_dict(state.schedule)
     if done:
         steps.order = state.order.to(steps.images.device)
-        steps.history[:done] = state.history.to(steps.images.device)
+        steps.history[:done] = state.history.to(steps.device)
     torch.set_rng_state(state.generators[0])
     if on_cuda:
-        torch.cuda.set_rng_state(state.generators[1], steps.images.device)
+        torch.cuda.set_rng_state(state.generators[1], steps.device)
     return done
 
 
