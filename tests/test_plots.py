@@ -22,9 +22,13 @@ ROWS = [EpochMetrics(epoch, 10 * epoch, 30 / epoch, 20 / epoch, 10 / epoch, 31 /
 @pytest.fixture
 def figures(monkeypatch):
     """The figures as they are saved."""
+    from matplotlib.figure import Figure
+
     saved = []
-    save = plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, path: (saved.append(figure), save(figure, path)))
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *args, **more: (saved.append(figure), save(figure, *args, **more))
+    )
     return saved
 
 
