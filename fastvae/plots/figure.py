@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from fastvae.files import replacing
 
@@ -23,12 +23,17 @@ def require_matplotlib() -> None:
         raise ImportError('figures need matplotlib: pip install "fastvae[examples]"') from error
 
 
-def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure of a size in inches. pyplot's would keep global state and pick a backend that may want a display."""
+def new_figure(
+    width: float, height: float, layout: Literal["constrained", "compressed"] = "constrained"
+) -> tuple[Figure, Axes]:
+    """A figure of a size in inches. pyplot's would keep global state and pick a backend that may want a display.
+
+    layout: "compressed" for axes of a fixed aspect, whose labels "constrained" would cut off.
+    """
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=_DOTS_PER_INCH, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=_DOTS_PER_INCH, layout=layout)
     return figure, figure.add_subplot()
 
 

@@ -51,7 +51,7 @@ def plot_image_rows(
 
 def _rows(images: Tensor, labels: Sequence[str]) -> tuple[Figure, Axes]:
     rows, columns, _, height, width = images.shape
-    figure, axes = new_figure(0.75 * columns + 1.3, 0.75 * rows * height / width + 0.4)
+    figure, axes = new_figure(0.75 * columns + 1.3, 0.75 * rows * height / width + 0.4, "compressed")
     axes.imshow(tile(images.flatten(0, 1), columns), cmap="gray", vmin=0.0, vmax=1.0, interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([height * (row + 0.5) - 0.5 for row in range(rows)], labels)
