@@ -1,13 +1,13 @@
 """Find the images that a trained VAE explains worse than those it was trained on.
 
-    python examples/anomaly.py runs/mnist-...                     which test images stand out
-    python examples/anomaly.py RUN --against digits               how well those of another dataset are told apart
-    python examples/anomaly.py RUN --normal 0 1 2                 other labels are anomalies, the model having seen none
+    python examples/anomaly.py runs/mnist-...          which test images stand out
+    python examples/anomaly.py RUN --against digits    how well the images of another dataset are told apart
+    python examples/anomaly.py RUN --normal 0 1 2      how well other labels are, by a model trained on these alone
 
-RUN is a folder that train.py wrote, or a checkpoint file. An image is flagged whose score is above the threshold, a
-percentile of the scores of the normal training images. The test images that are flagged although normal may be more
-than 100 minus that percentile: the model has not seen them. Ctrl-C leaves no half-written file; its exit code is 130.
-What the user can put right ends in one line and exit code 2.
+RUN is a folder that train.py wrote, or a checkpoint file. An image is flagged whose score is above the threshold: a
+percentile of the scores of the training images, with --normal of those of its labels. Normal test images may be flagged
+more often than that percentile says, as the model has not seen them; the counts are given. Ctrl-C leaves no
+half-written file; its exit code is 130. What the user can put right ends in one line and exit code 2.
 
 Files in --out, each written atomically; those of an earlier call are removed first:
     anomaly.json            threshold, counts, and with --against or --normal the area under the curve

@@ -75,7 +75,7 @@ def evaluate_run() -> None:
     say(f"error           {', '.join(f'{value:.4f} {name}' for name, value in mse.items())}, with z = mu")
     bounds = evaluation.elbo(model, images, seed=arguments.seed)
     elbo = bounds.mean().item()
-    say(f"ELBO            {in_words(elbo, dimensions)}; training's loss is {totals.loss:.2f} nats")
+    say(f"ELBO            {in_words(elbo, dimensions)}; the test loss of training is {totals.loss:.2f}")
     few = images[: arguments.likelihood_images]
     likelihoods = evaluation.log_likelihood(model, few, samples=arguments.samples, seed=arguments.seed)
     likelihood, elbo_of_few = likelihoods.mean().item(), bounds[: len(few)].mean().item()

@@ -58,7 +58,7 @@ def add_run_flags(parser: Parser, folder: str) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, or a checkpoint file")
     parser.add_argument("--dataset", metavar="NAME", help="default: the run's")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="of the dataset's files, default: the run's")
-    parser.add_argument("--limit", type=positive_integer, metavar="N", help="use the first N test images")
+    parser.add_argument("--limit", type=positive_integer, metavar="N", help="use the first N images of a set")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--seed", type=seed, default=0, help="of every random number, default: 0")
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"default: {folder} in the run's folder")

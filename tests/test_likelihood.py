@@ -140,6 +140,15 @@ def test_it_grows_with_the_samples(device):
     assert abs(means[2] - by_quadrature(model, images[:50]).mean()) < abs(bound - by_quadrature(model, images).mean())
 
 
+def test_either_backend(device, triton_backend):
+    """The fused operations draw the same noise, see `gaussian_sample`."""
+    model = ConvVAE(SHAPE, latent_dim=3, channels=(4,)).to(device)
+    images = some_images(device)
+    fused = log_likelihood(model, images, samples=3)
+    with fastvae.use_backend("reference"):
+        torch.testing.assert_close(log_likelihood(model, images, samples=3), fused, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("batch", [1, 7, 64])
 def test_batching_does_not_show(device, batch, monkeypatch):
     """Images in batches with a remainder, samples in chunks with one."""
