@@ -59,7 +59,7 @@ def plot_latent_map(path: Path, points: Tensor, labels: Tensor | None, *, axis_l
     """Points [N, 2], coloured by labels, integers [N], where there are any."""
     values = points.cpu().double().numpy()
     figure, axes = new_figure(7.2, 5.6)
-    size = min(12.0, 20_000 / len(values))  # fewer points are drawn larger
+    size = min(14.0, max(5.0, 20_000 / len(values)))  # fewer points are drawn larger
     if labels is None:
         axes.scatter(values[:, 0], values[:, 1], size, alpha=0.6, linewidths=0)
     else:
@@ -73,7 +73,8 @@ def plot_latent_map(path: Path, points: Tensor, labels: Tensor | None, *, axis_l
             members = values[(labels == label).cpu().numpy()]
             axes.scatter(members[:, 0], members[:, 1], size, alpha=0.6, linewidths=0, color=colour, label=str(label))
         columns = math.ceil(len(found) / _MANY)
-        figure.legend(loc="outside right upper", title="label", ncols=columns, fontsize="small", markerscale=2.0)
+        scale = math.sqrt(30.0 / size)  # the legend's points are of one size
+        figure.legend(loc="outside right upper", title="label", ncols=columns, fontsize="small", markerscale=scale)
     axes.set_xlabel(axis_labels[0])
     axes.set_ylabel(axis_labels[1])
     axes.set_title(f"Posterior means of {len(values):,} test images", fontsize="medium")
