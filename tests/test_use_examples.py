@@ -438,7 +438,11 @@ def test_an_interrupt_leaves_no_half_file(saved, run, name, monkeypatch, capsys)
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", interrupted)
     few = ("--samples", 2) if name == "evaluate" else ()
-    assert run(name, saved, *few, "--quiet") == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        assert run(name, saved, *few, "--quiet") == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr() == ("", f"{name}.py: aborted\n")
     left = {path.name for path in saved.rglob("*") if path.is_file()}
     assert left - {"checkpoint.pt"} < FILES[name]  # whole ones, written before
