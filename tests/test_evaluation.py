@@ -7,6 +7,7 @@ import torch
 
 import fastvae
 from fastvae.evaluation import evaluate, reconstruction_errors
+from fastvae.evaluation.batches import batch_size
 from fastvae.models import ConvVAE
 
 SHAPE = (3, 7, 5)
@@ -104,3 +105,15 @@ def test_nothing_is_left_attached(model, images):
 def test_no_images_is_an_error(model, images, measure):
     with pytest.raises(ValueError, match=r"images must hold at least one image, got shape \[0, 3, 7, 5\]"):
         measure(model, images[:0])
+
+
+def test_large_images_come_in_small_batches():
+    """As many pixels as 512 images of 28x28 have, and one image at least."""
+    sizes = {(28, 28): 512, (8, 8): 512, (64, 64): 98, (256, 256): 6, (1024, 1024): 1}
+    assert {size: batch_size(torch.empty(1).expand(9, 3, *size)) for size in sizes} == sizes
+
+
+@pytest.mark.gpu
+def test_images_on_the_cpu_are_brought_to_the_model(model, images):
+    assert evaluate(model, images.cpu()) == evaluate(model, images)
+    assert torch.equal(reconstruction_errors(model, images.cpu()), reconstruction_errors(model, images))

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from fastvae import plots
-from fastvae.files import replacing
+from fastvae.evaluation import ROC
+from fastvae.files import replacing, write_csv
 from fastvae.training import EpochMetrics
 
 ROWS = [EpochMetrics(epoch, 10 * epoch, 30 / epoch, 20 / epoch, 10 / epoch, 31 / epoch, 0.1, 1.0) for epoch in (1, 2)]
@@ -22,9 +23,13 @@ ROWS = [EpochMetrics(epoch, 10 * epoch, 30 / epoch, 20 / epoch, 10 / epoch, 31 /
 @pytest.fixture
 def figures(monkeypatch):
     """The figures as they are saved."""
+    from matplotlib.figure import Figure
+
     saved = []
-    save = plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, path: (saved.append(figure), save(figure, path)))
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *args, **more: (saved.append(figure), save(figure, *args, **more))
+    )
     return saved
 
 
@@ -115,6 +120,102 @@ def test_errors(tmp_path, figures, deterministic, latents):
     assert f"mean {errors.mean():.4f}" in axes.get_legend().get_texts()[0].get_text()
 
 
+def test_a_title_of_ones_own(tmp_path, figures):
+    images = torch.rand(2, 1, 6, 4)
+    plots.plot_reconstructions(tmp_path / "r.png", images, images, deterministic=True, title="The worst")
+    assert figures[0].axes[0].get_title() == "The worst, reconstructed with z = mu"
+
+
+@pytest.mark.parametrize(("rows", "columns", "channels"), [(2, 11, 1), (16, 9, 1), (1, 1, 3)])
+def test_image_rows(tmp_path, figures, rows, columns, channels):
+    """Each label stands in the middle of its row or column, and none is cut off."""
+    images = torch.rand(rows, columns, channels, 6, 4)
+    row_labels = [f"z[{row}], KL 0.00" for row in range(rows)]
+    column_labels = [str(column) for column in range(columns)]
+    plots.plot_image_rows(tmp_path / "rows.png", images, row_labels, column_labels, title="A title")
+    (axes,) = figures[0].axes
+    shown = axes.images[0].get_array().reshape(6 * rows, 4 * columns, channels)
+    for row, column in ((0, 0), (rows - 1, columns - 1)):
+        part = shown[6 * row : 6 * row + 6, 4 * column : 4 * column + 4]
+        np.testing.assert_array_equal(part, images[row, column].permute(1, 2, 0).numpy())
+    assert [label.get_text() for label in axes.get_yticklabels()] == row_labels
+    assert [label.get_text() for label in axes.get_xticklabels()] == column_labels
+    assert list(axes.get_yticks()) == [6 * row + 2.5 for row in range(rows)]
+    assert list(axes.get_xticks()) == [4 * column + 1.5 for column in range(columns)]
+    assert axes.get_title() == "A title"
+    pixels = read_png(tmp_path / "rows.png").min(2)
+    assert (pixels[:, 0] == 255).all() and (pixels[:, -1] == 255).all() and (pixels[0] == 255).all()
+
+
+def test_kl_per_dimension(tmp_path, figures):
+    kl, active = torch.tensor([0.5, 2.0, 0.0, 1.0]), torch.tensor([True, True, False, False])
+    plots.plot_kl_per_dimension(tmp_path / "kl.png", kl, active)
+    assert ink_fills_the_figure(tmp_path / "kl.png")
+    (axes,) = figures[0].axes
+    assert [bar.get_height() for bar in axes.patches] == [2.0, 1.0, 0.5, 0.0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "3", "0", "2"]
+    colours = [bar.get_facecolor() for bar in axes.patches]
+    assert colours[0] == colours[2] and colours[1] == colours[3] != colours[0]
+    assert axes.get_title() == "3.50 nats in 4 dimensions, 2 of them active"
+    assert "nats" in axes.get_ylabel()
+
+
+@pytest.mark.parametrize("classes", [1, 10, 11, 47])
+def test_latent_map(tmp_path, figures, classes):
+    """Every point is drawn, in one colour for each label, and no two labels share one."""
+    points, labels = torch.randn(300, 2), torch.arange(300) % classes * 2
+    plots.plot_latent_map(tmp_path / "map.png", points, labels, axis_labels=("across", "up"))
+    (axes,) = figures[0].axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("across", "up")
+    assert [group.get_label() for group in axes.collections] == [str(2 * label) for label in range(classes)]
+    assert len({tuple(group.get_facecolor()[0]) for group in axes.collections}) == classes
+    for label, group in enumerate(axes.collections):
+        np.testing.assert_allclose(group.get_offsets(), points[labels == 2 * label], rtol=1e-6)
+    (legend,) = figures[0].legends
+    assert len(legend.get_texts()) == classes
+    assert legend.get_window_extent().y0 >= 0  # all of it is in the figure
+    assert ink_fills_the_figure(tmp_path / "map.png")
+
+
+def test_latent_map_without_labels(tmp_path, figures):
+    plots.plot_latent_map(tmp_path / "map.png", torch.randn(9, 2), None, axis_labels=("across", "up"))
+    assert len(figures[0].axes[0].collections[0].get_offsets()) == 9
+    assert figures[0].legends == []
+
+
+def test_scores(tmp_path, figures):
+    """Sets of different sizes are comparable: shares, which add up to 1."""
+    torch.manual_seed(0)
+    sets = {"normal": torch.rand(400), "anomalies": 0.5 + torch.rand(30)}
+    plots.plot_scores(tmp_path / "scores.png", sets, 0.9, score_label="a score")
+    assert ink_fills_the_figure(tmp_path / "scores.png")
+    (axes,) = figures[0].axes
+    for stairs, (name, scores) in zip(axes.patches, sets.items(), strict=True):
+        values, edges, _ = stairs.get_data()
+        assert values.sum() == pytest.approx(1.0)
+        inside = (scores >= edges[3]) & (scores < edges[4])
+        assert values[3] == pytest.approx(inside.float().mean().item(), abs=1e-6)
+        above = (scores > 0.9).float().mean().item()
+        assert stairs.get_label() == f"{name}: {above:.1%} of {len(scores)} above"
+    assert list(axes.lines[0].get_xdata()) == [0.9, 0.9]
+    assert axes.get_xlabel() == "a score"
+
+
+def test_roc(tmp_path, figures):
+    curve = ROC(np.array([0.0, 0.2, 1.0]), np.array([0.0, 0.9, 1.0]), 0.85)
+    plots.plot_roc(tmp_path / "roc.png", curve, (0.1, 0.7))
+    assert ink_fills_the_figure(tmp_path / "roc.png")
+    (axes,) = figures[0].axes
+    assert axes.lines[0].get_xydata().tolist() == [[0, 0], [0.2, 0.9], [1, 1]]
+    assert axes.lines[2].get_xydata().tolist() == [[0.1, 0.7]]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "area under the curve 0.8500",
+        "chance",
+        "threshold: 10.0% and 70.0%",
+    ]
+    assert axes.get_xlabel().startswith("false positive rate")
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_image_grid(tmp_path, channels):
     """64 images of 28x28 make 224x224 pixels, shown threefold, without borders."""
@@ -188,6 +289,12 @@ def test_bins_of_equal_values(values):
     np.testing.assert_array_equal(plots.automatic_bins(np.array(values)), [0.0, 1.0])
 
 
+def test_tables(tmp_path):
+    write_csv(tmp_path / "t.csv", ("a", "b"), [(1, 0.123456789), ("x, y", None)])
+    assert (tmp_path / "t.csv").read_text() == 'a,b\n1,0.1234568\n"x, y",\n'
+    assert [entry.name for entry in tmp_path.iterdir()] == ["t.csv"]
+
+
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "file"
     with replacing(path) as file:
@@ -211,6 +318,11 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         lambda path: plots.plot_errors(path, torch.rand(9), deterministic=True),
         lambda path: plots.plot_reconstructions(path, *torch.rand(2, 4, 1, 5, 5), deterministic=True),
         lambda path: plots.write_image_grid(path, torch.rand(8, 1, 5, 5)),
+        lambda path: plots.plot_image_rows(path, torch.rand(1, 2, 1, 5, 5), ["a"], ["b", "c"], title="d"),
+        lambda path: plots.plot_kl_per_dimension(path, torch.rand(3), torch.ones(3, dtype=torch.bool)),
+        lambda path: plots.plot_latent_map(path, torch.rand(3, 2), None, axis_labels=("a", "b")),
+        lambda path: plots.plot_scores(path, {"a": torch.rand(3)}, 0.5, score_label="b"),
+        lambda path: plots.plot_roc(path, ROC(np.arange(2.0), np.arange(2.0), 0.5), (0.5, 0.5)),
     ],
 )
 def test_figures_are_written_atomically(tmp_path, monkeypatch, write):
@@ -249,6 +361,7 @@ def test_no_display_and_no_global_state(tmp_path):
     program = f"""
 import sys, os, pathlib
 from fastvae import plots
+from fastvae.evaluation import ROC
 assert "matplotlib" not in sys.modules
 import torch
 folder = pathlib.Path({str(tmp_path)!r})

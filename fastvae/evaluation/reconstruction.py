@@ -1,7 +1,6 @@
 """How well a model explains images: the test loss, and the squared error of each reconstruction.
 
-Noise comes from a generator of its own with a fixed seed: every epoch is measured with the same noise, and measuring
-leaves the random numbers of training where they were. Partial batches are kept.
+Every epoch is measured with the same noise, see `fastvae.evaluation.batches`.
 """
 
 from __future__ import annotations
@@ -12,10 +11,8 @@ import torch
 from torch import Tensor
 
 import fastvae.functional as F
+from fastvae.evaluation.batches import batches, seeded_generator
 from fastvae.models import VAE
-
-# Bounds the memory: at 28x28, the largest activations (32 channels in float32) take 51 MB.
-_BATCH = 512
 
 
 class Evaluation(NamedTuple):
@@ -31,14 +28,13 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def evaluate(model: VAE, images: Tensor, *, beta: float | Tensor = 1.0) -> Evaluation:
-    """The test loss and error of a model on images [N, C, H, W], on the model's device; uint8, or floats in [0, 1].
+    """The test loss and error of a model on images [N, C, H, W], uint8 or floats in [0, 1], on its device or the CPU.
 
     Raises ``ValueError`` if there are no images.
     """
-    _check(images)
-    generator = _generator(images)
+    generator = seeded_generator(model)
     losses, errors = [], []
-    for batch in torch.split(images, _BATCH):
+    for batch in batches(model, images):
         moments = model.encode(batch)
         z, kl = F.gaussian_sample_kl_packed(moments, generator=generator)
         losses.append(0.5 * F.sigmoid_mse_loss(model.decode(z), batch, reduction="none") + beta * kl)
@@ -54,21 +50,11 @@ def reconstruction_errors(model: VAE, images: Tensor, *, deterministic: bool = F
 
     Images as in `evaluate`. z is sampled, or z = mu with ``deterministic=True``.
     """
-    _check(images)
-    generator = _generator(images)
+    generator = seeded_generator(model)
     errors = []
-    for batch in torch.split(images, _BATCH):
+    for batch in batches(model, images):
         moments = model.encode(batch)
         mu = moments.chunk(2, 1)[0]
         z = mu if deterministic else F.gaussian_sample_kl_packed(moments, generator=generator)[0]
         errors.append(F.sigmoid_mse_loss(model.decode(z), batch, reduction="none") / batch[0].numel())
     return torch.cat(errors)
-
-
-def _generator(images: Tensor) -> torch.Generator:
-    return torch.Generator(images.device).manual_seed(0)
-
-
-def _check(images: Tensor) -> None:
-    if images.shape[0] == 0:
-        raise ValueError(f"images must hold at least one image, got shape {list(images.shape)}")

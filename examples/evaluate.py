@@ -1,0 +1,139 @@
+"""Measure what a trained VAE is worth, on the test images of the dataset it was trained on.
+
+    python examples/evaluate.py runs/mnist-...            writes into runs/mnist-.../evaluation
+    python examples/evaluate.py RUN --dataset digits      on images of another dataset of the same shape
+
+RUN is a folder that train.py wrote, or a checkpoint file. Ctrl-C leaves no half-written file; its exit code is 130.
+What the user can put right ends in one line and exit code 2.
+
+Bounds are of log p(x) in nats per image, of the Gaussian with variance 1 around each pixel that training fits, with its
+constant. They are densities of pixels in [0, 1]: compare them between such models only.
+
+Files in --out, each written atomically; those of an earlier evaluation are removed first:
+    evaluation.json            every number below, with settings and versions
+    images.csv                 a row for each image: label, mean squared error, bounds
+    error_histogram.png        the mean squared error of each image, with z = mu
+    kl_per_dimension.png       the divergence of each latent dimension, and which are active
+    worst_reconstructions.png  the images with the largest error, largest first
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from itertools import zip_longest
+
+import torch
+
+import fastvae
+from fastvae import evaluation, plots
+from fastvae.files import write_csv
+from fastvae.program import Parser, add_run_flags, open_run, positive_integer, prepare_folder, run_program
+from fastvae.training import versions, write_summary
+
+FILES = (
+    "evaluation.json",
+    "images.csv",
+    "error_histogram.png",
+    "kl_per_dimension.png",
+    "worst_reconstructions.png",
+)
+WORST = 20
+ACTIVE = 0.01  # the variance of mu above which a latent dimension is active
+
+
+def main() -> int:
+    """Run the program; returns its exit code."""
+    return run_program("evaluate.py", evaluate_run)
+
+
+def evaluate_run() -> None:
+    parser = Parser(__doc__)
+    add_run_flags(parser, "evaluation")
+    parser.add_argument(
+        "--samples", type=positive_integer, default=100, metavar="S", help="for each log-likelihood, default: 100"
+    )
+    parser.add_argument(
+        "--likelihood-images",
+        type=positive_integer,
+        default=1000,
+        metavar="N",
+        help="log-likelihoods of the first N images, default: 1000",
+    )
+    arguments = parser.parse_args()
+    say: Callable[[str], None] = (lambda line: None) if arguments.quiet else print
+    run = open_run(arguments)
+    model, images = run.model, run.images
+    folder = prepare_folder(arguments.out or run.checkpoint.parent / "evaluation", FILES)
+    dimensions = images[0].numel()
+    say(f"model           {run.checkpoint}, {run.epoch} epochs")
+    say(f"images          {run.dataset.name}, {len(images):,} test images on {images.device.type}")
+
+    errors = evaluation.reconstruction_errors(model, images, deterministic=True)
+    totals = evaluation.evaluate(model, images)
+    mse = {"mean": errors.mean().item(), "median": errors.quantile(0.5).item(), "largest": errors.max().item()}
+    say(f"error           {', '.join(f'{value:.4f} {name}' for name, value in mse.items())}, with z = mu")
+    bounds = evaluation.elbo(model, images, seed=arguments.seed)
+    elbo = bounds.mean().item()
+    say(f"ELBO            {in_words(elbo, dimensions)}; the test loss of training is {totals.loss:.2f}")
+    few = images[: arguments.likelihood_images]
+    likelihoods = evaluation.log_likelihood(model, few, samples=arguments.samples, seed=arguments.seed)
+    likelihood, elbo_of_few = likelihoods.mean().item(), bounds[: len(few)].mean().item()
+    say(
+        f"log p(x)        {in_words(likelihood, dimensions)}; {arguments.samples} samples, "
+        f"{len(few):,} images, whose ELBO is {elbo_of_few:.2f}"
+    )
+    posteriors = evaluation.posteriors(model, images)
+    active = evaluation.active_units(posteriors.mu, threshold=ACTIVE)
+    kl = posteriors.kl
+    say(f"active units    {int(active.sum())} of {active.numel()}; KL {kl.sum():.2f} nats")
+
+    labels = [None] * len(images) if run.labels is None else run.labels.tolist()
+    worst = errors.argsort(descending=True, stable=True)[:WORST]
+    rows = zip_longest(range(len(images)), labels, errors.tolist(), bounds.tolist(), likelihoods.tolist())
+    write_csv(folder / "images.csv", ("image", "label", "mse", "elbo", "log_likelihood"), rows)
+    plots.plot_errors(folder / "error_histogram.png", errors, deterministic=True)
+    plots.plot_kl_per_dimension(folder / "kl_per_dimension.png", kl, active)
+    plots.plot_reconstructions(
+        folder / "worst_reconstructions.png",
+        images[worst].float() / 255,
+        model.reconstruct(images[worst], deterministic=True),
+        deterministic=True,
+        title="The test images with the largest error",
+    )
+    write_summary(
+        folder / "evaluation.json",
+        {
+            "checkpoint": str(run.checkpoint),
+            "epoch": run.epoch,
+            "dataset": {"name": run.dataset.name, "images": len(images), "dimensions": dimensions},
+            "mse": mse,
+            "loss": totals.loss,
+            "elbo": {"nats": elbo, "bits_per_dimension": evaluation.bits_per_dimension(elbo, dimensions)},
+            "log_likelihood": {
+                "nats": likelihood,
+                "bits_per_dimension": evaluation.bits_per_dimension(likelihood, dimensions),
+                "samples": arguments.samples,
+                "images": len(few),
+                "elbo_of_these_images": elbo_of_few,
+            },
+            "active_units": {"count": int(active.sum()), "of": active.numel(), "variance_above": ACTIVE},
+            "kl_per_dimension": kl.tolist(),
+            "worst": [
+                {"image": index, "label": labels[index], "mse": errors[index].item()} for index in worst.tolist()
+            ],
+            "seed": arguments.seed,
+            "device": images.device.type,
+            "backend": fastvae.backend_for(torch.empty(0, device=images.device))._asdict(),
+            "versions": versions(),
+        },
+    )
+    say(f"written         {folder}: {', '.join(FILES)}")
+
+
+def in_words(nats: float, dimensions: int) -> str:
+    return f"{nats:.2f} nats, {evaluation.bits_per_dimension(nats, dimensions):.4f} bits per dimension"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""What every figure needs: matplotlib without a display, and files written atomically."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from fastvae.files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+
+_DOTS_PER_INCH = 150
+
+
+def require_matplotlib() -> None:
+    """Raise ``ImportError`` where matplotlib is missing."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError('figures need matplotlib: pip install "fastvae[examples]"') from error
+
+
+def new_figure(
+    width: float, height: float, layout: Literal["constrained", "compressed"] = "constrained"
+) -> tuple[Figure, Axes]:
+    """A figure of a size in inches. pyplot's would keep global state and pick a backend that may want a display.
+
+    layout: "compressed" for axes of a fixed aspect, whose labels "constrained" would cut off.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=_DOTS_PER_INCH, layout=layout)
+    return figure, figure.add_subplot()
+
+
+def tick_integers(axis: Axis) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+
+
+def save(figure: Figure, path: Path) -> None:
+    with replacing(path) as file:
+        figure.savefig(file, format="png")

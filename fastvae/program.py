@@ -1,0 +1,166 @@
+"""What the example programs that use a run share: their flags, the run itself, and errors that end in one line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+import fastvae
+from fastvae import plots
+from fastvae.data import ImageDataset, load_dataset
+from fastvae.models import ConvVAE
+from fastvae.training import read_checkpoint
+
+
+class UserError(Exception):
+    """What the user can put right; the message is printed on one line."""
+
+
+def run_program(name: str, body: Callable[[], None]) -> int:
+    """Run a program; returns its exit code: 2, and one line on standard error, for what the user can put right (also a
+    missing package, or a file that cannot be read or written), 130 after Ctrl-C, else 0.
+    """
+    try:
+        body()
+    except (UserError, ImportError, OSError) as error:
+        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{name}: aborted", file=sys.stderr)
+        return 130
+    return 0
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose help is a module's docstring, and which raises `UserError`."""
+
+    def __init__(self, documentation: str | None) -> None:
+        description, _, epilog = (documentation or "").partition("\n\n")
+        super().__init__(
+            description=description,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def add_run_flags(parser: Parser, folder: str) -> None:
+    """The flags of every program that uses a run; ``folder`` is where in the run it writes."""
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, or a checkpoint file")
+    parser.add_argument("--dataset", metavar="NAME", help="default: the run's")
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="of the dataset's files, default: the run's")
+    parser.add_argument("--limit", type=positive_integer, metavar="N", help="use the first N images of a set")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--seed", type=seed, default=0, help="of every random number, default: 0")
+    parser.add_argument("--out", type=Path, metavar="DIR", help=f"default: {folder} in the run's folder")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+
+class Run(NamedTuple):
+    """A run that `open_run` opened.
+
+    checkpoint: its file. epoch: how many epochs it was trained. model: on the device, in evaluation mode. dataset: on
+    the CPU. trained_images: how many of the dataset's training images the model has seen, the first ones; None where
+    the checkpoint does not say, or names another dataset. images, uint8, and labels (None where the dataset has none):
+    the test images, on the device.
+    """
+
+    checkpoint: Path
+    epoch: int
+    model: ConvVAE
+    dataset: ImageDataset
+    trained_images: int | None
+    images: Tensor
+    labels: Tensor | None
+
+
+def open_run(arguments: argparse.Namespace) -> Run:
+    """The run that the flags of `add_run_flags` name. Raises `UserError`, ``ImportError``, ``OSError``."""
+    plots.require_matplotlib()
+    device = choose_device(arguments.device)
+    path = arguments.run / "checkpoint.pt" if arguments.run.is_dir() else arguments.run
+    try:
+        # In channels_last the decoder takes half the time on a CPU.
+        model = fastvae.load(path).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        checkpoint = read_checkpoint(path)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    settings = checkpoint.run or {}
+    name = arguments.dataset or settings.get("dataset")
+    if name is None:
+        raise UserError(f"--dataset must be given: {path} does not say what it was trained on")
+    same = name == settings.get("dataset")
+    data_dir = arguments.data_dir or (settings.get("data_dir") if same else None)
+    dataset = open_dataset("--dataset", name, data_dir, model)
+    labels: Tensor | None = dataset.test_labels
+    return Run(
+        path,
+        checkpoint.epoch,
+        model,
+        dataset,
+        settings.get("images") if same else None,
+        dataset.test_images[: arguments.limit].to(device),
+        None if labels is None else labels[: arguments.limit],
+    )
+
+
+def open_dataset(flag: str, name: str, data_dir: Path | None, model: ConvVAE) -> ImageDataset:
+    """The dataset that a flag names, with test images that the model, and figures, can take. Raises `UserError`."""
+    try:
+        dataset = load_dataset(name, data_dir)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{flag} {name}: {error}") from error
+    shape = tuple(dataset.test_images.shape[1:])
+    if shape != tuple(model.image_shape):
+        raise UserError(f"{flag} {name}: its images have shape {list(shape)}, the model's {list(model.image_shape)}")
+    if shape[0] not in (1, 3):
+        raise UserError(f"{flag} {name}: figures are of images with 1 or 3 channels, got {shape[0]}")
+    if len(dataset.test_images) == 0:
+        raise UserError(f"{flag} {name}: it has no test images")
+    return dataset
+
+
+def choose_device(name: str) -> torch.device:
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise UserError("--device cuda: there is no CUDA device, or this torch cannot use it (--device cpu)")
+    if name == "auto":
+        name = "cuda" if available else "cpu"
+    return torch.device(name)
+
+
+def prepare_folder(folder: Path, names: Sequence[str]) -> Path:
+    """Make the folder, and remove files of these names that are left of an earlier run, so that what it holds is all of
+    one run. Raises `UserError`.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out must be a folder, got the file {folder}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            for path in (folder / name, *folder.glob(f".{name}.*.part")):  # parts: of a run that was killed
+                path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"--out cannot be written: {error}") from error
+    return folder
+
+
+def positive_integer(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"must be an integer from 0 to 2^63 - 1, got {text!r}")
+    return int(text)
