@@ -20,19 +20,10 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import NoReturn
 
 import fastvae
 from fastvae.export import Decoder, Encoder, write_onnx, write_program, write_safetensors
-
-
-class UserError(Exception):
-    """What the user can put right; the message is printed on one line."""
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+from fastvae.program import Parser, UserError
 
 
 def main() -> int:
@@ -82,14 +73,7 @@ def compared(runtime: str, difference: float | None) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    assert __doc__ is not None
-    description, _, epilog = __doc__.partition("\n\n")
-    parser = Parser(
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: the folder of RUN")
     return parser.parse_args()

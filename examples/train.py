@@ -28,14 +28,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import math
 import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -46,6 +45,16 @@ from fastvae import plots
 from fastvae.data import DATASETS, OWN_DATASETS, DownloadError, ImageDataset, load_dataset
 from fastvae.evaluation import reconstruction_errors
 from fastvae.models import VAE, ConvVAE
+from fastvae.program import (
+    Parser,
+    UserError,
+    choose_device,
+    fraction,
+    non_negative_number,
+    positive_integer,
+    positive_number,
+    seed,
+)
 from fastvae.tensorboard import open_tensorboard
 from fastvae.training import (
     PRECISIONS,
@@ -106,10 +115,6 @@ BATCH_SIZES = {"mnist": 128, "fashion-mnist": 128, "kmnist": 128, "digits": 16}
 BATCH_SIZE_RANGE = (16, 128)  # of one's own images
 
 
-class UserError(Exception):
-    """What the user can put right; the message is printed on one line."""
-
-
 def main() -> int:
     """Run the program; returns its exit code."""
     try:
@@ -117,7 +122,7 @@ def main() -> int:
         checkpoint = take_over(arguments, given) if arguments.resume else None
         # With "auto" the environment variable FASTVAE_BACKEND stays in force.
         asked = arguments.backend != "auto"
-        device = choose_device(arguments.device)
+        device = own_device(arguments.device)
         with (
             fastvae.use_backend(arguments.backend) if asked else contextlib.nullcontext(),
             process_group(device),
@@ -356,14 +361,11 @@ def settings(arguments: argparse.Namespace, epochs: int, batch_size: int) -> dic
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
-def choose_device(name: str) -> torch.device:
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise UserError("--device cuda: there is no CUDA device, or this torch cannot use it (--device cpu)")
-    if name == "auto":
-        name = "cuda" if available else "cpu"
-    if name == "cpu":
-        return torch.device("cpu")
+def own_device(name: str) -> torch.device:
+    """The device of this process."""
+    device = choose_device(name)
+    if device.type == "cpu":
+        return device
     number = int(os.environ.get("LOCAL_RANK", 0))  # torchrun's, of its processes on this machine
     if number >= torch.cuda.device_count():
         raise UserError(f"torchrun has more processes than there are CUDA devices, {torch.cuda.device_count()}")
@@ -499,21 +501,9 @@ def new_folder(dataset: str) -> Path:
     return folder
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def parse_arguments() -> tuple[argparse.Namespace, set[str]]:
     """The arguments, and the names of those that were given."""
-    assert __doc__ is not None
-    description, _, epilog = __doc__.partition("\n\n")
-    parser = Parser(
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--dataset", choices=("auto", *DATASETS), default="auto")
     parser.add_argument(
         "--data-dir",
@@ -608,43 +598,6 @@ def parse_arguments() -> tuple[argparse.Namespace, set[str]]:
 
 def by_dataset(defaults: dict[str, int]) -> str:
     return ", ".join(f"{value} ({dataset})" for dataset, value in defaults.items())
-
-
-def positive_integer(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
-    return int(text)
-
-
-def seed(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"must be an integer from 0 to 2^63 - 1, got {text!r}")
-    return int(text)
-
-
-def positive_number(text: str) -> float:
-    if not finite(text) or float(text) <= 0:
-        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
-    return float(text)
-
-
-def non_negative_number(text: str) -> float:
-    if not finite(text) or float(text) < 0:
-        raise argparse.ArgumentTypeError(f"must be a number that is not negative, got {text!r}")
-    return float(text)
-
-
-def fraction(text: str) -> float:
-    if not finite(text) or not 0 < float(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, got {text!r}")
-    return float(text)
-
-
-def finite(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
 
 
 if __name__ == "__main__":

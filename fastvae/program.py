@@ -1,8 +1,9 @@
-"""What the example programs that use a run share: their flags, the run itself, and errors that end in one line."""
+"""What the example programs share: flags, the run that they use, and errors that end in one line."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -116,7 +117,11 @@ def open_run(arguments: argparse.Namespace) -> Run:
 def open_dataset(flag: str, name: str, data_dir: Path | None, model: ConvVAE) -> ImageDataset:
     """The dataset that a flag names, with test images that the model, and figures, can take. Raises `UserError`."""
     try:
-        dataset = load_dataset(name, data_dir)
+        if name == "folder":  # pictures of any size are brought to the model's
+            channels, height, width = model.image_shape
+            dataset = load_dataset(name, data_dir, image_size=(height, width), channels=channels)
+        else:
+            dataset = load_dataset(name, data_dir)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{flag} {name}: {error}") from error
     shape = tuple(dataset.test_images.shape[1:])
@@ -164,3 +169,28 @@ def seed(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f"must be an integer from 0 to 2^63 - 1, got {text!r}")
     return int(text)
+
+
+def positive_number(text: str) -> float:
+    if not finite(text) or float(text) <= 0:
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
+    return float(text)
+
+
+def non_negative_number(text: str) -> float:
+    if not finite(text) or float(text) < 0:
+        raise argparse.ArgumentTypeError(f"must be a number that is not negative, got {text!r}")
+    return float(text)
+
+
+def fraction(text: str) -> float:
+    if not finite(text) or not 0 < float(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, got {text!r}")
+    return float(text)
+
+
+def finite(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False

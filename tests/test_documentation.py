@@ -146,7 +146,7 @@ class Parsed(BaseException):
 def assert_program_accepts(script: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a program up to where it has parsed its arguments."""
     assert script.is_file(), f"{script} does not exist"
-    if "argparse" not in script.read_text(encoding="utf-8"):
+    if not re.search(r"\bParser\b|ArgumentParser", script.read_text(encoding="utf-8")):
         assert not arguments, f"{script} takes no arguments, got {arguments}"
         return
     parse = argparse.ArgumentParser.parse_args
@@ -194,6 +194,8 @@ def assert_accepted(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None
         sources = [*ROOT.glob("fastvae/**/*.py"), *ROOT.glob("kernels/*.py")]
         assert any(variable in source.read_text(encoding="utf-8") for source in sources), variable
     program, *arguments = command
+    if program == "torchrun":
+        program, arguments = "python", [word for word in arguments if not word.startswith("--nproc-per-node=")]
     if program == "python":
         assert_program_accepts(ROOT / arguments[0], arguments[1:], monkeypatch)
     elif program == "pytest":
