@@ -62,7 +62,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(skip)
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # one of pytest-xdist's processes
+        session.config.workeroutput["launches"] = Launches.count
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    Launches.count += getattr(node, "workeroutput", {}).get("launches", 0)
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):
+        return
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "Triton's interpreter"
     print(f"{Launches.count} Triton launches on {where}")
 
