@@ -50,6 +50,9 @@ GAUSSIAN = {
         lambda library, *tensors: (library.gaussian_sample(*tensors),), ("mu", "logvar"), 3, 4, draws_noise=True
     ),
     "gaussian_kl": Operation(lambda library, *tensors: (library.gaussian_kl(*tensors),), ("mu", "logvar"), 2, 4),
+    "gaussian_kl_free_bits": Operation(
+        lambda library, *tensors: (library.gaussian_kl(*tensors, free_bits=0.5),), ("mu", "logvar"), 2, 4
+    ),
     "gaussian_sample_kl": Operation(
         lambda library, *tensors: library.gaussian_sample_kl(*tensors, reduction="batchmean"),
         ("mu", "logvar"),

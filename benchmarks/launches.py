@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
 
-from fastvae.kernels import batch, conv_elbo, elbo, gaussian, reconstruction
+from fastvae.kernels import batch, conv_elbo, dimensions, elbo, gaussian, reconstruction
 
 TYPES = {
     torch.float32: "fp32",
@@ -120,6 +120,7 @@ def record(call: Callable[[], Any]) -> list[Launch]:
 
     with (
         patch.object(gaussian, "launch", launch),
+        patch.object(dimensions, "launch", launch),
         patch.object(reconstruction, "launch", launch),
         patch.object(elbo, "launch", launch),
         patch.object(batch, "launch", launch),
@@ -143,20 +144,31 @@ def launches() -> Iterator[tuple[str, Launch]]:
         image = torch.empty(512, 32, 32, 32, dtype=dtype).to(memory_format=torch.channels_last)
         calls: dict[str, Callable[[], Any]] = {
             "gaussian_sample long": lambda d=dense: gaussian.gaussian_sample(d, d, None, *noise),
-            "gaussian_kl long": lambda d=dense: gaussian.gaussian_kl(d, d, "batchmean"),
+            "gaussian_kl long": lambda d=dense: gaussian.gaussian_kl(d, d, "batchmean", 0.0),
         }
         for size, moments in (("rows", small), ("long", long), ("channels_last", image)):
             z = torch.empty_like(moments.narrow(1, 0, moments.shape[1] // 2))
             calls |= {
                 f"gaussian_sample_kl packed {size}": lambda m=moments: gaussian.gaussian_sample_kl(
-                    m, None, 1, "none", None, *noise
+                    m, None, 1, "none", 0.0, None, *noise
                 ),
                 f"gaussian_backward packed {size}": lambda m=moments, z=z: gaussian.gaussian_backward(
-                    m, None, 1, "none", z, kl, True, True, None, *noise
+                    m, None, 1, "none", 0.0, z, kl, None, True, True, None, *noise
+                ),
+            }
+            if size == "channels_last":
+                continue
+            means = torch.empty(z.shape[1])
+            calls |= {
+                f"dimensions_forward packed {size}": lambda m=moments: gaussian.gaussian_sample_kl(
+                    m, None, 1, "per_dimension", 0.1, None, *noise
+                ),
+                f"dimensions_backward packed {size}": lambda m=moments, z=z, k=means: gaussian.gaussian_backward(
+                    m, None, 1, "per_dimension", 0.1, z, k[:1].expand(len(k)), k, True, True, None, *noise
                 ),
             }
         calls["gaussian_backward dense long"] = lambda d=dense: gaussian.gaussian_backward(
-            d, d, 1, "none", d, kl[:1].expand(512), True, True, None, *noise
+            d, d, 1, "none", 0.0, d, kl[:1].expand(512), None, True, True, None, *noise
         )
         pairs = {"long": (dense, dense)}
         if dtype is torch.float32:

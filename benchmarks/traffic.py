@@ -144,6 +144,13 @@ def operations(dtype: torch.dtype, target_dtype: torch.dtype | None = None) -> I
             "gaussian_sample_kl_packed eps", (moments,), lambda: F.gaussian_sample_kl_packed(moments, eps=eps),
             f"{both} + eps -> z", f"{both} + eps + z_grad -> {moment_grads}",
         )  # fmt: skip
+        # Of many samples, because what is written for each dimension is shared by them.
+        tall = tuple(t.detach().view(-1, 16).requires_grad_() for t in (mu, logvar))
+        yield operation(
+            "gaussian_sample_kl dimensions", tall,
+            lambda: F.gaussian_sample_kl(*tall, reduction="per_dimension", free_bits=0.1),
+            f"{both} -> z", f"{both} + z_grad -> {moment_grads}",
+        )  # fmt: skip
     yield operation(
         "sigmoid_mse_loss", (logits,), lambda: F.sigmoid_mse_loss(logits, target),
         "logits + target ->", "logits + target -> logits_grad",

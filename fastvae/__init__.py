@@ -8,23 +8,33 @@ from typing import TYPE_CHECKING
 
 from fastvae import functional, nn
 from fastvae.backend import Backend, backend_for, use_backend
+from fastvae.distributions import DiagonalGaussian
 
 if TYPE_CHECKING:
     from fastvae.models import ConvVAE
 
 __version__ = "0.1.0"
 
-__all__ = ["Backend", "__version__", "backend_for", "functional", "load", "nn", "use_backend"]
+__all__ = ["Backend", "DiagonalGaussian", "__version__", "backend_for", "functional", "load", "nn", "use_backend"]
 
 
 def load(path: str | os.PathLike[str]) -> ConvVAE:
-    """The model of a run: of its folder, or of its checkpoint.pt, see `fastvae.training.write_checkpoint`.
+    """The model of a run: of its folder, or of its checkpoint.pt, see `fastvae.training.write_checkpoint`; or of a file
+    whose name ends in .safetensors, see `fastvae.export.write_safetensors`.
 
-    It is on the CPU and in evaluation mode. Raises ``OSError`` where there is no such file, and ``ValueError`` where it
-    is no checkpoint.
+    Of a run that kept a moving average of the weights, the model has the average. It is on the CPU and in evaluation
+    mode. Raises ``OSError`` where there is no such file, and ``ValueError`` where it holds no such model.
     """
-    from fastvae.training.checkpoint import read_checkpoint  # here, so that importing fastvae stays quick
-
     path = Path(path)
-    model: ConvVAE = read_checkpoint(path / "checkpoint.pt" if path.is_dir() else path).model.eval()
-    return model
+    model: ConvVAE
+    # Imported here, so that importing fastvae stays quick.
+    if path.suffix == ".safetensors":
+        from fastvae.export import read_safetensors
+
+        model = read_safetensors(path)
+    else:
+        from fastvae.training.checkpoint import read_checkpoint
+
+        found = read_checkpoint(path / "checkpoint.pt" if path.is_dir() else path)
+        model = found.model if found.average is None else found.average
+    return model.eval()

@@ -12,7 +12,7 @@ from torch import Tensor
 from .elbo import Scalar, allocate_values, as_argument, store_values
 from .launch import launch, ticket
 from .layout import dense_strides, gradient_strides, has_dense_rows, with_strides
-from .numerics import load_scalar
+from .numerics import load_scalar, to_float32
 from .reconstruction import load_target, sigmoid_mse
 from .tiles import UNSPECIALIZED, drew_last_ticket, power_of_2, program_tile, sum_in_order
 
@@ -22,6 +22,28 @@ def rectified(x, RELU: tl.constexpr):
     if RELU:
         return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return x
+
+
+@triton.jit
+def image_tile(
+    chunks, channel_stride, INPUTS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    PIXEL_STRIDE: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """What a program has: (image, pixels [PIXELS], channels [CHANNELS], which of each there are, offsets of their
+    features [PIXELS, CHANNELS] in the image).
+    """
+    row, first = program_tile(chunks, False, 1, PIXELS)
+    pixel = first.to(tl.int32) + tl.arange(0, PIXELS)
+    channel = tl.arange(0, CHANNELS)
+    offsets = pixel.to(tl.int64)[:, None] * PIXEL_STRIDE + channel.to(tl.int64)[None, :] * channel_stride
+    return row, pixel, channel, pixel < HEIGHT * WIDTH, channel < INPUTS, offsets
+
+
+@triton.jit
+def has_neighbour(pixel, down: tl.constexpr, right: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """Which pixels have one in their image that is so far away."""
+    y, x = pixel // WIDTH + down, pixel % WIDTH + right
+    return (pixel < HEIGHT * WIDTH) & (y >= 0) & (y < HEIGHT) & (x >= 0) & (x < WIDTH)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -49,22 +71,18 @@ def conv_elbo_forward_kernel(
     Deterministic: no floating-point atomics, partial sums are added in order.
     What is beyond an image's border counts as 0, so that an infinite weight gives NaN there.
     """
-    row, first = program_tile(chunks, False, 1, PIXELS)
-    pixel = first.to(tl.int32) + tl.arange(0, PIXELS)
-    inside = pixel < HEIGHT * WIDTH
-    y, x = pixel // WIDTH, pixel % WIDTH
-    channel = tl.arange(0, CHANNELS)
-    is_channel = channel < INPUTS
-    own = pixel.to(tl.int64)[:, None] * PIXEL_STRIDE + channel.to(tl.int64)[None, :] * channel_stride
-    features_ptr += row * row_stride + own
+    row, pixel, channel, inside, is_channel, offsets = image_tile(
+        chunks, channel_stride, INPUTS, HEIGHT, WIDTH, PIXEL_STRIDE, PIXELS, CHANNELS
+    )
+    features_ptr += row * row_stride + offsets
 
     products = tl.tuple([tl.zeros([PIXELS, CHANNELS], tl.float32)] * OUTPUTS)
     for tap in tl.static_range(KERNEL * KERNEL):
         down, right = KERNEL // 2 - tap // KERNEL, KERNEL // 2 - tap % KERNEL
-        exists = inside & (y + down >= 0) & (y + down < HEIGHT) & (x + right >= 0) & (x + right < WIDTH)
+        exists = has_neighbour(pixel, down, right, HEIGHT, WIDTH)
         is_feature = exists[:, None] & is_channel[None, :]
         feature = tl.load(features_ptr + (down * WIDTH + right) * PIXEL_STRIDE, mask=is_feature, other=0.0)
-        feature = rectified(feature.to(tl.float32), RELU)
+        feature = rectified(to_float32(feature, FAST), RELU)
         added = ()
         for output in tl.static_range(OUTPUTS):
             weight = tl.load(
@@ -109,14 +127,10 @@ def conv_elbo_backward_kernel(
     Bytes per float32 feature: reads 4, writes 4, and 4 per pixel and output read for logits_grad; and the partial sums.
     Launches: 1. Roundings: features_grad OUTPUTS * KERNEL^2; a sum log2(PIXELS) + 1. Deterministic.
     """
-    row, first = program_tile(chunks, False, 1, PIXELS)
-    pixel = first.to(tl.int32) + tl.arange(0, PIXELS)
-    inside = pixel < HEIGHT * WIDTH
-    y, x = pixel // WIDTH, pixel % WIDTH
-    channel = tl.arange(0, CHANNELS)
-    is_channel = channel < INPUTS
+    row, pixel, channel, inside, is_channel, offsets = image_tile(
+        chunks, channel_stride, INPUTS, HEIGHT, WIDTH, PIXEL_STRIDE, PIXELS, CHANNELS
+    )
     is_feature = inside[:, None] & is_channel[None, :]
-    offsets = pixel.to(tl.int64)[:, None] * PIXEL_STRIDE + channel.to(tl.int64)[None, :] * channel_stride
     feature = tl.load(features_ptr + row * row_stride + offsets, mask=is_feature, other=0.0).to(tl.float32)
     hidden = rectified(feature, RELU)
 
@@ -128,7 +142,7 @@ def conv_elbo_backward_kernel(
         for tap in tl.static_range(taps):
             # The pixel whose logit this tap carries these features to.
             down, right = tap // KERNEL - KERNEL // 2, tap % KERNEL - KERNEL // 2
-            exists = inside & (y + down >= 0) & (y + down < HEIGHT) & (x + right >= 0) & (x + right < WIDTH)
+            exists = has_neighbour(pixel, down, right, HEIGHT, WIDTH)
             logits_grad = tl.load(logits_grads + (down * WIDTH + right), mask=exists, other=0.0)
             at = (channel * OUTPUTS + output) * taps + tap
             weight = tl.load(weight_ptr + at, mask=is_channel, other=0.0).to(tl.float32)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .dimensions import dimensions_backward, dimensions_forward
 from .launch import launch, ticket
 from .layout import dense_strides, gradient_strides, with_strides
 from .moments import Moments, halves, moments_tile, read_moments
@@ -147,6 +148,8 @@ def allocate_z(moments: Moments) -> Tensor:
 
 
 def allocate_kl(moments: Moments, reduction: str) -> Tensor:
+    if reduction == "per_dimension":
+        return moments.mu.new_empty_strided(moments.mu.shape[1:], moments.strides[1:], dtype=torch.float32)
     return moments.mu.new_empty([moments.batch] if reduction == "none" else [], dtype=torch.float32)
 
 
@@ -201,19 +204,26 @@ def gaussian_sample(mu: Tensor, logvar: Tensor, eps: Tensor | None, *rng: Any) -
     return z
 
 
-def gaussian_kl(mu: Tensor, logvar: Tensor, reduction: str) -> Tensor:
+def gaussian_kl(mu: Tensor, logvar: Tensor, reduction: str, free_bits: float) -> Tensor:
+    """free_bits, here and below, only with the reduction "per_dimension"."""
     moments = read_moments(mu, logvar, 1)
     kl = allocate_kl(moments, reduction)
-    gaussian_forward(moments, None, kl, reduction, None, NO_RNG)
+    if reduction == "per_dimension":
+        dimensions_forward(moments, None, kl, free_bits, None, NO_RNG)
+    else:
+        gaussian_forward(moments, None, kl, reduction, None, NO_RNG)
     return kl
 
 
 def gaussian_sample_kl(
-    mu: Tensor, logvar: Tensor | None, dim: int, reduction: str, eps: Tensor | None, *rng: Any
+    mu: Tensor, logvar: Tensor | None, dim: int, reduction: str, free_bits: float, eps: Tensor | None, *rng: Any
 ) -> tuple[Tensor, Tensor]:
     moments = read_moments(mu, logvar, dim)
     z, kl = allocate_z(moments), allocate_kl(moments, reduction)
-    gaussian_forward(moments, z, kl, reduction, eps, rng)
+    if reduction == "per_dimension":
+        dimensions_forward(moments, z, kl, free_bits, eps, rng)
+    else:
+        gaussian_forward(moments, z, kl, reduction, eps, rng)
     return z, kl
 
 
@@ -222,14 +232,18 @@ def gaussian_backward(
     logvar: Tensor | None,
     dim: int,
     reduction: str,
+    free_bits: float,
     z_grad: Tensor | None,
     kl_grad: Tensor | None,
+    kl: Tensor | None,
     needs_mu: bool,
     needs_logvar: bool,
     eps: Tensor | None,
     *rng: Any,
 ) -> list[Tensor]:
-    """The gradient of packed moments, or of those of mu and logvar that need it."""
+    """The gradient of packed moments, or of those of mu and logvar that need it. kl: what forward wrote, where there
+    are free bits.
+    """
     moments = read_moments(mu, logvar, dim)
     inputs = [mu] if logvar is None else [t for t, needed in ((mu, needs_mu), (logvar, needs_logvar)) if needed]
     # In the order that was read; only an input that was copied has a gradient of other strides.
@@ -239,6 +253,11 @@ def gaussian_backward(
         mu_grad, logvar_grad = halves(gradients[0], moments.mu.shape, dim)
     else:
         mu_grad, logvar_grad = gradients[0] if needs_mu else None, gradients[-1] if needs_logvar else None
+    if reduction == "per_dimension" and kl_grad is not None:
+        dimensions_backward(
+            moments, z_grad, kl_grad, kl, free_bits, eps, rng, mu_grad, logvar_grad, grad_row_stride=strides[0]
+        )
+        return [with_strides(gradient, gradient_strides(t)) for gradient, t in zip(gradients, inputs, strict=True)]
     kl_grad = None if kl_grad is None else kl_grad.resolve_neg()
     per_row = kl_grad is not None and reduction == "none" and kl_grad.stride(0) != 0
     tiling = moments.cut(per_row)

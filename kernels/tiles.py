@@ -72,8 +72,8 @@ def power_of_2(n: int) -> int:
 
 
 def reduction_scale(reduction: str, batch: int, event: int) -> float:
-    """What the sum over a sample ("none") or over everything is multiplied by."""
-    terms = {"batchmean": batch, "mean": batch * event}.get(reduction, 1)
+    """What the sum over a sample ("none"), over a batch ("per_dimension") or over everything is multiplied by."""
+    terms = {"batchmean": batch, "per_dimension": batch, "mean": batch * event}.get(reduction, 1)
     # Over nothing there is nothing to scale: the gradients are empty, and the sums are `empty_sum`.
     return 1.0 / terms if terms else 0.0
 

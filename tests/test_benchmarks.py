@@ -45,6 +45,7 @@ PACKED = Case("gaussian_sample_kl_packed", "bandwidth", True, sizes="smoke")
 BYTES = {
     "gaussian_sample": (8 + 4, 4 + 4 + 8),  # mu, logvar, z; logvar, the gradient of z, two gradients
     "gaussian_kl": (8, 8 + 8),
+    "gaussian_kl_free_bits": (8, 8 + 8),
     "gaussian_sample_kl": (8 + 4, 8 + 4 + 8),
     "gaussian_sample_kl_packed": (8 + 4, 8 + 4 + 8),
     "sigmoid_mse_loss": (8, 8 + 4),

@@ -26,6 +26,8 @@ BULK_TENSORS = {
     "gaussian_kl": 2,
     "gaussian_sample_kl": 3,
     "gaussian_backward": 5,
+    "dimensions_forward": 3,
+    "dimensions_backward": 5,
     "sigmoid_mse_forward": 2,
     "sigmoid_mse_backward": 3,
     "elbo_loss": 2,
@@ -76,6 +78,8 @@ def test_bulk_tensors_move_in_vectors_of_128_bits(table):
         per_tensor = code["elements_per_thread"] * itemsize / 16
         target = code["elements_per_thread"] / 16 if "uint8" in name else per_tensor
         expected = (BULK_TENSORS[name.split()[1]] - 1) * per_tensor + target
+        if "dimensions_backward packed long" in name:
+            expected += code["elements_per_thread"] / 4  # a tile is one row, and so is kl, in float32
         assert code["bulk"] == {"128": expected}, name
         # What is left are scalars: upstream gradients, weights, the pair of the noise, and sums; of a layer, also its
         # weights, and numbers of pixels.
@@ -95,6 +99,8 @@ def test_the_parts_of_a_kernel_are_what_they_are_called(table):
         # The rows of "rows", and images whose sums are asked for one by one, fit one program each; the sums of the
         # layer's backward are added by torch.
         alone = " rows " in kernel or kernel.startswith(("sigmoid_mse_forward images", "conv_elbo_backward"))
+        if kernel.startswith("dimensions"):
+            alone = " long " in kernel  # the other way round: rows are what is shared
         assert (code["finishing"] > 0) == (sums and not alone), name
         # The layer's masks are made for pixels, not for a whole tile, and so are fixed.
         assert (0 <= code["tails"] < 2 if layer else 0 < code["tails"] < 2) and code["body"] > 2, name

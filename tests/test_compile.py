@@ -276,17 +276,24 @@ def registered_calls(device):
     drawn, given = (None, seed, offset, 0, 0, 3), (eps, None, None, 0, 0, 0)
     return {
         "gaussian_sample": [(mu, logvar, *drawn), (transposed, logvar, *given)],
-        "gaussian_kl": [(mu, logvar, "none"), (transposed, logvar, "mean")],
+        "gaussian_kl": [
+            (mu, logvar, "none", 0.0),
+            (transposed, logvar, "mean", 0.0),
+            (transposed, logvar, "per_dimension", 0.5),
+        ],
         "gaussian_sample_kl": [
-            (moments, None, 1, "none", *drawn),
-            (image, None, 1, "sum", *drawn),
-            (mu, logvar, 1, "none", *given),
+            (moments, None, 1, "none", 0.0, *drawn),
+            (image, None, 1, "sum", 0.0, *drawn),
+            (image, None, 1, "per_dimension", 0.0, *drawn),
+            (mu, logvar, 1, "none", 0.0, *given),
         ],
         "gaussian_backward": [
-            (moments, None, 1, "none", eps, kl, True, False, *drawn),
-            (image, None, 1, "sum", None, one, True, False, *drawn),
-            (transposed, logvar, 1, "none", eps, None, True, True, *given),
-            (mu, logvar, 1, "none", eps, kl, False, True, *drawn),
+            (moments, None, 1, "none", 0.0, eps, kl, None, True, False, *drawn),
+            (image, None, 1, "sum", 0.0, None, one, None, True, False, *drawn),
+            (transposed, logvar, 1, "none", 0.0, eps, None, None, True, True, *given),
+            (mu, logvar, 1, "none", 0.0, eps, kl, None, False, True, *drawn),
+            (moments, None, 1, "per_dimension", 0.5, eps, kl[:4], kl[:4], True, False, *drawn),
+            (mu, logvar, 1, "per_dimension", 0.0, None, kl[:4], None, False, True, *drawn),
         ],
         "sigmoid_mse_forward": [(logits, target, "none"), (image, image.contiguous(), "mean")],
         "sigmoid_mse_backward": [

@@ -8,6 +8,7 @@ import hashlib
 import http.client
 import io
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -19,7 +20,21 @@ import numpy as np
 import pytest
 import torch
 
-from fastvae.data import DownloadError, ImageDataset, default_data_dir, load_digits, load_mnist, mnist, read_idx
+from fastvae import files
+from fastvae.data import (
+    FASHION_MNIST_MIRRORS,
+    KMNIST_MIRRORS,
+    DownloadError,
+    ImageDataset,
+    default_data_dir,
+    load_dataset,
+    load_digits,
+    load_fashion_mnist,
+    load_kmnist,
+    load_mnist,
+    mnist,
+    read_idx,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MNIST_FOLDER = REPOSITORY.parent / "shared" / "data" / "mnist"
@@ -380,7 +395,7 @@ def test_failure_while_writing_leaves_no_file(
             during.append(names_in(folder))
             raise WRITE_FAILURES[failure]
 
-    monkeypatch.setattr(mnist, "open", FailingFile, raising=False)
+    monkeypatch.setattr(files, "open", FailingFile, raising=False)
     with pytest.raises(type(WRITE_FAILURES[failure])) as raised:
         load_mnist(folder, mirrors=[published.mirror("one"), published.mirror("two")])
     # One attempt, for the next mirror cannot mend a disk; a partial file existed, beside the final name.
@@ -452,9 +467,60 @@ def test_default_data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, publi
         assert default_data_dir() == Path.home() / ".cache" / "fastvae" / "mnist"
 
 
+# ------------------------------------------------------------------------------------- the sets in MNIST's format
+
+OTHERS = {
+    "fashion-mnist": (load_fashion_mnist, "FASHION_MNIST_FILES", FASHION_MNIST_MIRRORS),
+    "kmnist": (load_kmnist, "KMNIST_FILES", KMNIST_MIRRORS),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_set_is_downloaded_into_a_folder_of_its_own(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, table, _ = OTHERS[name]
+    monkeypatch.setenv("FASTVAE_DATA", str(tmp_path / "elsewhere"))
+    published = Published(tmp_path / "published")
+    mirror = published.mirror("one")
+    expected = getattr(mnist, table)["train_images"].md5
+    with pytest.raises(DownloadError, match=rf"md5 of the \d+ bytes received is \w+, expected {expected}"):
+        load(mirrors=[mirror])  # not the published files
+    monkeypatch.setattr(mnist, table, published.files)
+    dataset = load(mirrors=[published.mirror("bad", corrupt="test_images"), mirror])
+    assert dataset.name == name
+    published.check(dataset._replace(name="mnist"))
+    assert names_in(tmp_path / "elsewhere") == [name]
+    assert names_in(tmp_path / "elsewhere" / name) == sorted(f"{file.name}.gz" for file in published.files.values())
+    forbid_network(monkeypatch)
+    published.check(load_dataset(name)._replace(name="mnist"))
+    published.check(load_dataset(name, tmp_path / "elsewhere" / name)._replace(name="mnist"))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_addresses_and_checksums_of_another_set(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load, table, mirrors = OTHERS[name]
+    asked: list[str] = []
+
+    def refuse(address: str, *, timeout: float) -> None:
+        asked.append(address)
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    with pytest.raises(DownloadError):
+        load(tmp_path)
+    assert asked == [f"{mirror}train-images-idx3-ubyte.gz" for mirror in mirrors]
+    tables = [mnist.MNIST_FILES, mnist.FASHION_MNIST_FILES, mnist.KMNIST_FILES]
+    assert len({file.md5 for files in tables for file in files.values()}) == 12
+    assert all(re.fullmatch("[0-9a-f]{32}", file.md5) for file in getattr(mnist, table).values())
+    assert [file._replace(md5="") for file in getattr(mnist, table).values()] == [
+        file._replace(md5="") for file in mnist.MNIST_FILES.values()
+    ]
+
+
 @needs_mnist
 def test_md5_table_is_that_of_the_published_files() -> None:
-    assert set(mnist.MNIST_FILES) == set(ImageDataset._fields) - {"name"}
+    assert set(mnist.MNIST_FILES) == set(ImageDataset._fields) - {"name", "class_names", "skipped"}
     for file in mnist.MNIST_FILES.values():
         content = (MNIST_FOLDER / f"{file.name}.gz").read_bytes()
         assert hashlib.md5(content).hexdigest() == file.md5, file.name
@@ -553,7 +619,7 @@ def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_import_needs_neither_scikit_learn_nor_triton() -> None:
     program = (
-        "import sys; sys.modules['sklearn'] = sys.modules['triton'] = None; import fastvae.data; "
+        "import sys; sys.modules['sklearn'] = sys.modules['triton'] = sys.modules['PIL'] = None; import fastvae.data; "
         "print(sorted(m for m in sys.modules if m.startswith(('sklearn.', 'triton.', 'matplotlib'))))"
     )
     result = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)

@@ -735,7 +735,8 @@ def test_modules(training, device, triton_backend) -> None:
     assert torch.equal(z, mu) and torch.equal(kl, F.gaussian_kl(mu, logvar, reduction="mean"))
     with torch.inference_mode():
         assert torch.equal(seeded(module(nn.GaussianSampling), mu, logvar), seeded(F.gaussian_sample, mu, logvar))
-    assert repr(module(nn.GaussianSamplingKL)) == "GaussianSamplingKL(dim=1, reduction='none', deterministic=False)"
+    text = "GaussianSamplingKL(dim=1, reduction='none', free_bits=0.0, deterministic=False)"
+    assert repr(module(nn.GaussianSamplingKL)) == text
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -801,7 +802,7 @@ NOISE_ERRORS = {
 REDUCTION_ERROR = (
     lambda f, x: f(x, reduction="avg"),
     ValueError,
-    "reduction must be one of none, batchmean, sum, mean, got 'avg'",
+    "reduction must be one of none, batchmean, sum, mean, per_dimension, got 'avg'",
 )
 PACKED_ERRORS = {
     "moments is None": (lambda f, x: f(None), TypeError, "moments must be a torch.Tensor, got NoneType"),

@@ -79,7 +79,7 @@ MOMENTS = {
 
 
 @pytest.mark.parametrize("case", MOMENTS)
-@pytest.mark.parametrize("reduction", ["none", "batchmean"])
+@pytest.mark.parametrize("reduction", ["none", "batchmean", "per_dimension"])
 def test_sample_kl_packed_is_one_launch_each_way(case, reduction, device, triton_backend):
     shape, memory_format = MOMENTS[case]
     moments = leaf(*shape, device=device, memory_format=memory_format)
@@ -87,6 +87,17 @@ def test_sample_kl_packed_is_one_launch_each_way(case, reduction, device, triton
         z, kl = F.gaussian_sample_kl_packed(moments, reduction=reduction)
     assert forward.without_draw(device) == {"triton": 1}
     z_grad, kl_grad = torch.randn_like(z), torch.randn_like(kl)
+    with Counted(triton_backend) as backward:
+        torch.autograd.backward((z, kl), (z_grad, kl_grad))
+    assert dict(backward.operations) == {"triton": 1}
+
+
+def test_free_bits_of_the_batch_are_a_launch_and_a_sum_and_one_launch_back(device, triton_backend):
+    moments = leaf(6, 8, device=device)
+    with Counted(triton_backend) as forward:
+        z, kl = F.gaussian_sample_kl_packed(moments, reduction="batchmean", free_bits=0.1)
+    assert forward.without_draw(device) == {"triton": 1, "sum": 1}
+    z_grad, kl_grad = torch.randn_like(z), torch.ones_like(kl)
     with Counted(triton_backend) as backward:
         torch.autograd.backward((z, kl), (z_grad, kl_grad))
     assert dict(backward.operations) == {"triton": 1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import csv
 import os
 import signal
@@ -11,18 +12,19 @@ import pytest
 import torch
 
 import fastvae
+from fastvae import files, plots
 from fastvae.models import ConvVAE
 from fastvae.training import EpochMetrics, Progress, display, make_display, stop_on_interrupt
 from fastvae.training.checkpoint import write_checkpoint
-from fastvae.training.records import versions, write_metrics
+from fastvae.training.records import versions, write_metrics, write_summary
 
-ROW = EpochMetrics(1, 46, 20.5, 12.25, 8.25, 21.0, 0.0246, 1.5)
+ROW = EpochMetrics(1, 46, 20.5, 12.25, 8.25, 21.0, 0.0246, 1.5, 0, 1e-3)
 
 
 def test_metrics_are_rewritten_whole(tmp_path):
     path = tmp_path / "metrics.csv"
     write_metrics(path, [])
-    header = "epoch,step,loss,reconstruction,kl,test_loss,test_mse,seconds"
+    header = "epoch,step,loss,reconstruction,kl,test_loss,test_mse,seconds,skipped,learning_rate"
     assert path.read_text() == header + "\n"
     write_metrics(path, [ROW, ROW._replace(epoch=2, step=92, loss=1 / 3)])
     with path.open() as file:
@@ -32,6 +34,29 @@ def test_metrics_are_rewritten_whole(tmp_path):
     assert rows[1]["epoch"] == "2"
     assert float(rows[1]["loss"]) == pytest.approx(1 / 3, rel=1e-6)
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+@pytest.mark.parametrize("pixels", [8, 280])
+def test_nothing_is_written_to_a_full_disk(pixels, tmp_path, monkeypatch):
+    """/dev/full refuses every byte, when it is written or when it is flushed: an OSError, and what was there stays."""
+
+    def full(path, mode):
+        return builtins.open("/dev/full", "wb")
+
+    for write, name in (
+        (lambda path: write_metrics(path, [ROW]), "metrics.csv"),
+        (lambda path: write_summary(path, {"loss": 1.0}), "summary.json"),
+        (lambda path: write_checkpoint(path, ConvVAE((1, pixels, pixels), 2, (2,)), 1), "checkpoint.pt"),
+        (lambda path: plots.plot_losses(path, [ROW]), "loss.png"),
+    ):
+        path = tmp_path / name
+        path.write_text("before")
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left on device"):
+            if name == "checkpoint.pt":
+                path.unlink()  # else the copy of it would fail first
+            patch.setattr(files, "open", full, raising=False)
+            write(path)
+        assert not path.exists() if name == "checkpoint.pt" else path.read_text() == "before"
 
 
 def test_checkpoint_restores_the_model(tmp_path, device):
@@ -85,7 +110,24 @@ def test_lines_for_what_is_no_terminal(capsys, monkeypatch):
     monkeypatch.setattr(display, "_LINE_SECONDS", 0.0)
     shown.progress(Progress(2, 50, 92, 30.0, 25.0, 5.0))
     assert "epoch 2/2, step 50: loss 30.00" in capsys.readouterr().out
+    shown.progress(Progress(2, 50, 92, 30.0, 25.0, 5.0, skipped=3))
+    assert "KL 5.00, 3 skipped, " in capsys.readouterr().out
     shown.close()
+
+
+def test_time_left_of_a_run_that_goes_on(capsys, monkeypatch):
+    """The 36 steps of the earlier run took none of the 10 seconds."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
+    shown = make_display(2, first_step=36)
+    shown.progress(Progress(1, 37, 92, 30.0, 25.0, 5.0))
+    shown.began -= 10.0
+    shown.epoch(ROW)
+    assert "1.0 steps/s, 46 s left" in capsys.readouterr().out
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    bar = make_display(2, first_step=36)
+    bar.progress(Progress(1, 46, 92, 30.0, 25.0, 5.0))
+    assert (bar.bar.initial, bar.bar.n) == (36, 46)
+    bar.close()
 
 
 def test_a_bar_for_a_terminal(capsys, monkeypatch):

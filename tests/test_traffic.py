@@ -16,6 +16,7 @@ import fastvae
 import fastvae.autograd.reconstruction
 import fastvae.functional as F
 from fastvae import kernels
+from fastvae.kernels.dimensions import dimensions_backward_kernel, dimensions_forward_kernel
 from fastvae.kernels.elbo import elbo_backward_kernel, elbo_forward_kernel
 from fastvae.kernels.gaussian import gaussian_backward_kernel, gaussian_forward_kernel
 from fastvae.kernels.reconstruction import sigmoid_mse_backward_kernel, sigmoid_mse_forward_kernel
@@ -35,6 +36,8 @@ READS_AND_WRITES = {
     "gaussian_sample_kl_packed backward": (12, 8, gaussian_backward_kernel, ()),
     "gaussian_sample_kl_packed eps forward": (12, 4, gaussian_forward_kernel, ("with eps",)),
     "gaussian_sample_kl_packed eps backward": (16, 8, gaussian_backward_kernel, ("with eps",)),
+    "gaussian_sample_kl dimensions forward": (8, 4, dimensions_forward_kernel, ()),
+    "gaussian_sample_kl dimensions backward": (12, 8, dimensions_backward_kernel, ()),
     "sigmoid_mse_loss forward": (8, 0, sigmoid_mse_forward_kernel, ()),
     "sigmoid_mse_loss backward": (8, 4, sigmoid_mse_backward_kernel, ()),
     "sigmoid_mse_loss both gradients forward": (8, 0, sigmoid_mse_forward_kernel, ()),

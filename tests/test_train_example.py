@@ -16,6 +16,7 @@ import torch
 
 from fastvae.data import DownloadError, load_digits
 from fastvae.models import ConvVAE
+from fastvae.training import TrainingState
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "train.py"
 FILES = {
@@ -68,14 +69,17 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 
 def check_folder(folder: Path, *, interrupted: bool, epochs: int | None = None) -> tuple[list[dict[str, float]], dict]:
     """Every file is there, is what it should be, and agrees with the others; nothing else is."""
-    assert {path.name for path in folder.iterdir()} - {"checkpoint.previous.pt"} == FILES
+    assert {path.name for path in folder.iterdir()} - {"checkpoint.previous.pt"} == {*FILES, "tensorboard"}
     rows = read_metrics(folder)
-    assert list(rows[0]) == ["epoch", "step", "loss", "reconstruction", "kl", "test_loss", "test_mse", "seconds"]
+    header = "epoch,step,loss,reconstruction,kl,test_loss,test_mse,seconds,skipped,learning_rate"
+    assert ",".join(rows[0]) == header
     assert [row["epoch"] for row in rows] == list(range(1, len(rows) + 1))
     if epochs is not None:
         assert len(rows) == epochs
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["interrupted"] is interrupted
+    assert summary["ended"] == ("interrupted" if interrupted else "epochs")
+    assert summary["best"]["test_loss"] == pytest.approx(min(row["test_loss"] for row in rows), rel=1e-6)
     assert summary["final"] == pytest.approx(rows[-1], rel=1e-6)
     assert (summary["final"]["step"] < summary["planned_steps"]) is interrupted
     assert set(summary["versions"]) == {"python", "torch", "triton", "fastvae"}
@@ -111,7 +115,7 @@ def test_end_to_end(tmp_path):
     assert summary["settings"]["epochs"] == 3
     assert summary["settings"]["batch_size"] == 16
     assert summary["settings"]["out"] == str(tmp_path / "run")
-    assert summary["dataset"] == {"name": "digits", "training": 64, "test": 297}
+    assert summary["dataset"] == {"name": "digits", "training": 64, "test": 297, "skipped": []}
     lines = result.stdout.splitlines()
     (line,) = [line for line in lines if line.startswith("dataset")]
     assert "digits" in line
@@ -152,7 +156,7 @@ def test_an_aborted_run_leaves_nothing_of_the_one_before(tmp_path, example, run,
     monkeypatch.setattr(example, "train", abort)
     assert run(*SMALL, "--out", folder) == 130
     assert capsys.readouterr().err == "train.py: aborted\n"
-    assert {path.name for path in folder.iterdir()} == {"metrics.csv", "notes.txt"}
+    assert {path.name for path in folder.iterdir()} == {"metrics.csv", "notes.txt", "tensorboard"}
     assert read_metrics(folder) == []
 
 
@@ -201,6 +205,10 @@ def test_interrupt_ends_training_and_writes_everything(tmp_path):
         (["--lr", "fast"], "argument --lr: must be a positive number, got 'fast'"),
         (["--beta", "nan"], "argument --beta: must be a number that is not negative, got 'nan'"),
         (["--beta=-1"], "argument --beta: must be a number that is not negative, got '-1'"),
+        (["--ema", "1"], "argument --ema: must be a number between 0 and 1, got '1'"),
+        (["--clip-norm", "0"], "argument --clip-norm: must be a positive number, got '0'"),
+        (["--patience", "0"], "argument --patience: must be a positive integer, got '0'"),
+        (["--schedule", "step"], "argument --schedule: invalid choice: 'step'"),
         (["--seed=-1"], "argument --seed: must be an integer from 0 to 2^63 - 1, got '-1'"),
         (["--limit", "0"], "argument --limit: must be a positive integer, got '0'"),
         (["--epoch", "1"], "unrecognized arguments: --epoch 1"),
@@ -243,11 +251,11 @@ def test_out_cannot_be_written(tmp_path, run, no_training, capsys, monkeypatch):
 
 
 def test_missing_data(tmp_path, example, run, no_training, capsys, monkeypatch):
-    def unavailable(data_dir):
-        assert data_dir == tmp_path / "data"
+    def unavailable(name, data_dir):
+        assert (name, data_dir) == ("mnist", tmp_path / "data")
         raise DownloadError("cannot download it, every mirror failed:\n  here: no\n  there: no")
 
-    monkeypatch.setattr(example, "load_mnist", unavailable)
+    monkeypatch.setattr(example, "load_dataset", unavailable)
     assert run("--dataset", "mnist", "--data-dir", tmp_path / "data", "--out", tmp_path / "run") == 2
     assert capsys.readouterr().err == ("train.py: error: cannot download it, every mirror failed: here: no there: no\n")
     assert list(tmp_path.iterdir()) == []
@@ -276,7 +284,7 @@ def test_choice_of_the_dataset(example, monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     digits = load_digits()
     mnist = digits._replace(name="mnist")
-    monkeypatch.setattr(example, "load_mnist", lambda data_dir: mnist)
+    monkeypatch.setattr(example, "load_dataset", lambda name, data_dir=None: mnist if name == "mnist" else digits)
     for name, device, expected, other in (
         ("auto", cpu, "digits", "--dataset mnist"),
         ("auto", cuda, "mnist", "--dataset digits"),
@@ -287,10 +295,12 @@ def test_choice_of_the_dataset(example, monkeypatch):
         assert dataset.name == expected
         assert other in reason
 
-    def unavailable(data_dir):
+    def unavailable(name, data_dir=None):
+        if name == "digits":
+            return digits
         raise DownloadError("cannot download it, every mirror failed:\n  here: no")
 
-    monkeypatch.setattr(example, "load_mnist", unavailable)
+    monkeypatch.setattr(example, "load_dataset", unavailable)
     dataset, reason = example.choose_dataset("auto", None, cuda)
     assert dataset.name == "digits"
     assert "cannot download it, every mirror failed" in reason
@@ -314,6 +324,8 @@ def test_default_folder_and_defaults(tmp_path, example, monkeypatch):
     assert vars(arguments) == {
         "dataset": "auto",
         "data_dir": None,
+        "image_size": None,
+        "strict": False,
         "device": "auto",
         "backend": "auto",
         "graph": "auto",
@@ -324,6 +336,11 @@ def test_default_folder_and_defaults(tmp_path, example, monkeypatch):
         "lr": 1e-3,
         "beta": 1.0,
         "kl_warmup": 0.0,
+        "clip_norm": None,
+        "schedule": "constant",
+        "ema": None,
+        "patience": None,
+        "skip_nonfinite": False,
         "seed": 0,
         "limit": None,
         "deterministic": False,
@@ -334,7 +351,7 @@ def test_default_folder_and_defaults(tmp_path, example, monkeypatch):
     }
     monkeypatch.setattr(sys, "argv", ["train.py", "--lr", "1e-3", "--quiet"])
     assert example.parse_arguments()[1] == {"lr", "quiet"}  # given, though as by default
-    assert (example.EPOCHS["mnist"], example.BATCH_SIZES["mnist"]) == (30, 128)
+    assert (example.EPOCHS, example.BATCH_SIZES["mnist"]) == (30, 128)
 
 
 def test_backend_flag(tmp_path, run, example, monkeypatch, capsys):
@@ -354,6 +371,56 @@ def test_backend_flag(tmp_path, run, example, monkeypatch, capsys):
         assert run(*SMALL, "--backend", "triton", "--out", tmp_path / "run") in (2, 130)
     assert seen[:2] == ["asked for", "asked for"]
     capsys.readouterr()
+
+
+def test_options_of_training(tmp_path, run, example, monkeypatch, capsys):
+    """They reach the loop; what is shown and loaded is the average; the best epoch is kept."""
+    import fastvae
+    from fastvae.training import loop, read_checkpoint
+
+    losses = iter([90.0, 80.0, 81.0, 82.0, 83.0])
+    real = loop.evaluate
+    monkeypatch.setattr(loop, "evaluate", lambda *a, **k: real(*a, **k)._replace(loss=next(losses)))
+    options = ("--ema", 0.5, "--patience", 2, "--schedule", "cosine", "--clip-norm", 1, "--skip-nonfinite")
+    assert run(*SMALL, *options, "--epochs", 5, "--out", tmp_path) == 0
+    assert "stopped early: epoch 2 has the smallest test loss, and is in checkpoint.best.pt" in capsys.readouterr().out
+    rows = read_metrics(tmp_path)
+    assert [row["learning_rate"] for row in rows] == pytest.approx([1e-3, 9.0451e-4, 6.5451e-4, 3.4549e-4], rel=1e-4)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["ended"], summary["interrupted"], summary["best"]["epoch"]) == ("patience", False, 2)
+    assert read_checkpoint(tmp_path / "checkpoint.best.pt").epoch == 2
+    assert not (tmp_path / "checkpoint.best.previous.pt").exists()
+    images = load_digits().test_images
+    mse = (fastvae.load(tmp_path).reconstruct(images, deterministic=True) - images / 255).square().mean().item()
+    assert mse == pytest.approx(rows[-1]["test_mse"], rel=1e-4)
+    # What it was called with is refused where it would be another, and taken over where it is not given.
+    monkeypatch.setattr(example, "train", lambda *_, **__: pytest.fail("training began"))
+    for arguments, words in (
+        (("--ema", 0.9), "--ema was 0.5 in"),
+        (("--epochs", 7), "--epochs was 5 in"),
+        (("--clip-norm", 2), "--clip-norm was 1.0 in"),
+        (("--schedule", "constant"), "--schedule was cosine in"),
+    ):
+        assert run("--resume", tmp_path, *arguments) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line(tmp_path, run, example, monkeypatch, capsys):
+    """/dev/full takes nothing: what was there stays, and the run ends."""
+    import builtins
+
+    from fastvae import files
+
+    def full(path, mode):
+        return builtins.open("/dev/full" if "checkpoint.pt" in str(path) else path, mode.replace("x", "w"))
+
+    assert run(*SMALL, "--epochs", 1, "--quiet", "--out", tmp_path) == 0
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    monkeypatch.setattr(files, "open", full, raising=False)
+    assert run("--resume", tmp_path, "--epochs", 2) == 1
+    errors = capsys.readouterr().err
+    assert errors == "train.py: error: [Errno 28] No space left on device\n"
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
 # ---------------------------------------------------------------------------------------------------------- going on
@@ -412,10 +479,26 @@ def test_a_run_on_other_images_is_refused(tmp_path, run, capsys, example, monkey
     """The same settings, but the data set has changed."""
     assert run("--device", "cpu", "--batch-size", 500, "--epochs", 1, "--quiet", "--out", tmp_path) == 0
     digits = load_digits()
-    monkeypatch.setattr(example, "load_digits", lambda: digits._replace(train_images=digits.train_images[:900]))
+    fewer = digits._replace(train_images=digits.train_images[:900])
+    monkeypatch.setattr(example, "load_dataset", lambda name: fewer)
     monkeypatch.setattr(example, "train", lambda *_, **__: pytest.fail("training began"))
     assert run("--resume", tmp_path) == 2
     assert "there were 1500 training images, there are 900" in capsys.readouterr().err
+
+
+def test_a_run_of_other_processes_is_refused(tmp_path, run, capsys, no_training):
+    from fastvae.training import write_checkpoint
+
+    run_of_two = {"dataset": "digits", "images": 64, "batch_size": 16, "limit": 64, "processes": 2}
+    names = ("device", "backend", "precision", "latent_dim", "lr", "beta", "kl_warmup", "clip_norm", "schedule", "ema")
+    names += ("skip_nonfinite", "seed", "epochs", "graph", "data_dir", "deterministic", "checkpoint_every", "patience")
+    state = TrainingState([], 0.0, torch.empty(0), torch.empty(0), {}, [])
+    defaults = {"device": "cpu", "backend": "auto", "epochs": 1}
+    write_checkpoint(
+        tmp_path / "checkpoint.pt", ConvVAE(), 1, state, {**dict.fromkeys(names), **defaults, **run_of_two}
+    )
+    assert run("--resume", tmp_path) == 2
+    assert "--resume: torchrun had 2 processes, it has no" in capsys.readouterr().err
 
 
 def test_nothing_to_resume(tmp_path, run, capsys, no_training):

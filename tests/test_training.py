@@ -372,7 +372,7 @@ def test_an_update_that_was_not_finite_is_named(device, monkeypatch):
         ({"test_images": images(0, "cpu")}, "test_images must hold at least one image"),
         (
             {"train_images": images(20, "cpu").to("meta")},
-            "train_images must be on the model's device, cpu, got meta",
+            "train_images must be on the model's device, cpu, or the CPU, got meta",
         ),
         ({"train_images": images(20, "cpu", (1, 6, 8))}, r"x must have shape \[B, 1, 8, 6\], got"),
     ],

@@ -25,11 +25,13 @@ def _fake_sample(mu: Tensor, logvar: Tensor, *noise: Any) -> Tensor:
     return kernels.allocate_z(kernels.read_moments(mu, logvar, 1))
 
 
-def _fake_kl(mu: Tensor, logvar: Tensor, reduction: str) -> Tensor:
+def _fake_kl(mu: Tensor, logvar: Tensor, reduction: str, free_bits: float) -> Tensor:
     return kernels.allocate_kl(kernels.read_moments(mu, logvar, 1), reduction)
 
 
-def _fake_sample_kl(mu: Tensor, logvar: Tensor | None, dim: int, reduction: str, *noise: Any) -> tuple[Tensor, Tensor]:
+def _fake_sample_kl(
+    mu: Tensor, logvar: Tensor | None, dim: int, reduction: str, free_bits: float, *noise: Any
+) -> tuple[Tensor, Tensor]:
     moments = kernels.read_moments(mu, logvar, dim)
     return kernels.allocate_z(moments), kernels.allocate_kl(moments, reduction)
 
@@ -39,8 +41,10 @@ def _fake_backward(
     logvar: Tensor | None,
     dim: int,
     reduction: str,
+    free_bits: float,
     z_grad: Tensor | None,
     kl_grad: Tensor | None,
+    kl: Tensor | None,
     needs_mu: bool,
     needs_logvar: bool,
     *noise: Any,
@@ -53,24 +57,37 @@ def _fake_backward(
 register(
     f"gaussian_sample(Tensor mu, Tensor logvar, Tensor? eps, {_RNG}) -> Tensor", kernels.gaussian_sample, _fake_sample
 )
-register("gaussian_kl(Tensor mu, Tensor logvar, str reduction) -> Tensor", kernels.gaussian_kl, _fake_kl)
 register(
-    f"gaussian_sample_kl(Tensor mu, Tensor? logvar, int dim, str reduction, Tensor? eps, {_RNG}) -> (Tensor, Tensor)",
+    "gaussian_kl(Tensor mu, Tensor logvar, str reduction, float free_bits) -> Tensor", kernels.gaussian_kl, _fake_kl
+)
+register(
+    "gaussian_sample_kl(Tensor mu, Tensor? logvar, int dim, str reduction, float free_bits, Tensor? eps, "
+    f"{_RNG}) -> (Tensor, Tensor)",
     kernels.gaussian_sample_kl,
     _fake_sample_kl,
 )
 register(
-    "gaussian_backward(Tensor mu, Tensor? logvar, int dim, str reduction, Tensor? z_grad, Tensor? kl_grad, "
-    f"bool needs_mu, bool needs_logvar, Tensor? eps, {_RNG}) -> Tensor[]",
+    "gaussian_backward(Tensor mu, Tensor? logvar, int dim, str reduction, float free_bits, Tensor? z_grad, "
+    f"Tensor? kl_grad, Tensor? kl, bool needs_mu, bool needs_logvar, Tensor? eps, {_RNG}) -> Tensor[]",
     kernels.gaussian_backward,
     _fake_backward,
 )
 
 
-def _save(ctx: Any, mu: Tensor, logvar: Tensor | None, dim: int, reduction: str, eps: Tensor | None, *rng: Any) -> None:
+def _save(
+    ctx: Any,
+    kl: Tensor | None,
+    mu: Tensor,
+    logvar: Tensor | None,
+    dim: int,
+    reduction: str,
+    free_bits: float,
+    eps: Tensor | None,
+    *rng: Any,
+) -> None:
     seed_tensor, offset_tensor, *ctx.numbers = rng
-    ctx.save_for_backward(mu, logvar, eps, seed_tensor, offset_tensor)
-    ctx.dim, ctx.reduction = dim, reduction
+    ctx.save_for_backward(mu, logvar, eps, seed_tensor, offset_tensor, kl if free_bits else None)
+    ctx.options = dim, reduction, free_bits
     ctx.set_materialize_grads(False)
 
 
@@ -78,13 +95,13 @@ def _gradients(ctx: Any, z_grad: Tensor | None, kl_grad: Tensor | None) -> tuple
     """The gradients of (mu, logvar), or of (moments, None)."""
     if z_grad is None and kl_grad is None:
         return None, None
-    mu, logvar, eps, seed_tensor, offset_tensor = ctx.saved_tensors
+    mu, logvar, eps, seed_tensor, offset_tensor, kl = ctx.saved_tensors
     rng = seed_tensor, offset_tensor, *ctx.numbers
     if is_differentiated(z_grad, kl_grad):
-        return _differentiable_gradients(mu, logvar, ctx.dim, ctx.reduction, z_grad, kl_grad, eps, *rng)
+        return _differentiable_gradients(mu, logvar, *ctx.options, z_grad, kl_grad, kl, eps, *rng)
     needs_mu, needs_logvar = ctx.needs_input_grad[:2]
     launcher = _operations.gaussian_backward if is_traced(mu) else kernels.gaussian_backward
-    gradients = launcher(mu, logvar, ctx.dim, ctx.reduction, z_grad, kl_grad, needs_mu, needs_logvar, eps, *rng)
+    gradients = launcher(mu, logvar, *ctx.options, z_grad, kl_grad, kl, needs_mu, needs_logvar, eps, *rng)
     if logvar is None:
         return gradients[0], None
     return gradients[0] if needs_mu else None, gradients[-1] if needs_logvar else None
@@ -95,12 +112,14 @@ def _differentiable_gradients(
     logvar: Tensor | None,
     dim: int,
     reduction: str,
+    free_bits: float,
     z_grad: Tensor | None,
     kl_grad: Tensor | None,
+    kl: Tensor | None,
     eps: Tensor | None,
     *rng: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The formulas of `kernels.gaussian_backward_kernel` in plain PyTorch, around the same noise."""
+    """The formulas of the backward kernels in plain PyTorch, around the same noise."""
     moments = kernels.read_moments(mu, logvar, dim)
     wide_mu, wide_logvar = in_float32(moments.mu), in_float32(moments.logvar)
     mu_grad = torch.zeros_like(wide_mu)
@@ -115,6 +134,8 @@ def _differentiable_gradients(
         logvar_grad = logvar_grad + 0.5 * z_grad * torch.exp(0.5 * wide_logvar) * eps
     if kl_grad is not None:
         scale = kl_grad * kernels.reduction_scale(reduction, moments.batch, moments.event)
+        if kl is not None:
+            scale = torch.where(kl.detach() <= free_bits, 0.0, scale)
         if reduction == "none":
             scale = scale.view(-1, *[1] * (wide_mu.ndim - 1))
         mu_grad = mu_grad + scale * wide_mu
@@ -145,7 +166,7 @@ class GaussianSample(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         mu, logvar, eps, *rng = inputs
-        _save(ctx, mu, logvar, 1, "none", eps, *rng)
+        _save(ctx, None, mu, logvar, 1, "none", 0.0, eps, *rng)
 
     @staticmethod
     def backward(ctx: Any, z_grad: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -155,26 +176,28 @@ class GaussianSample(torch.autograd.Function):
 
 
 class GaussianKL(torch.autograd.Function):
-    """kl of (mu, logvar, reduction)."""
+    """kl of (mu, logvar, reduction, free_bits)."""
 
     @staticmethod
-    def forward(mu: Tensor, logvar: Tensor, reduction: str) -> Tensor:
-        return (_operations if is_traced(mu) else kernels).gaussian_kl(mu, logvar, reduction)
+    def forward(mu: Tensor, logvar: Tensor, reduction: str, free_bits: float) -> Tensor:
+        return (_operations if is_traced(mu) else kernels).gaussian_kl(mu, logvar, reduction, free_bits)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        mu, logvar, reduction = inputs
-        _save(ctx, mu, logvar, 1, reduction, None, *kernels.NO_RNG)
+        mu, logvar, reduction, free_bits = inputs
+        _save(ctx, output, mu, logvar, 1, reduction, free_bits, None, *kernels.NO_RNG)
 
     @staticmethod
     def backward(ctx: Any, kl_grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, None, kl_grad), None
+        return *_gradients(ctx, None, kl_grad), None, None
 
     vmap = refuse_vmap("gaussian_kl")
 
 
 class GaussianSampleKL(torch.autograd.Function):
-    """(z, kl) of (mu, logvar, dim, reduction, eps, *rng); with logvar None, mu holds both, halves along dim."""
+    """(z, kl) of (mu, logvar, dim, reduction, free_bits, eps, *rng); with logvar None, mu holds both, halves along
+    dim.
+    """
 
     @staticmethod
     def forward(
@@ -182,6 +205,7 @@ class GaussianSampleKL(torch.autograd.Function):
         logvar: Tensor | None,
         dim: int,
         reduction: str,
+        free_bits: float,
         eps: Tensor | None,
         seed_tensor: Tensor | None,
         offset_tensor: Tensor | None,
@@ -191,16 +215,16 @@ class GaussianSampleKL(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         operations = _operations if is_traced(mu) else kernels
         return operations.gaussian_sample_kl(
-            mu, logvar, dim, reduction, eps, seed_tensor, offset_tensor, seed, offset, batch_offset
+            mu, logvar, dim, reduction, free_bits, eps, seed_tensor, offset_tensor, seed, offset, batch_offset
         )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _save(ctx, *inputs)
+        _save(ctx, output[1], *inputs)
 
     @staticmethod
     def backward(ctx: Any, z_grad: Tensor | None, kl_grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, z_grad, kl_grad), None, None, None, None, None, None, None, None
+        return *_gradients(ctx, z_grad, kl_grad), None, None, None, None, None, None, None, None, None
 
     vmap = refuse_vmap("gaussian_sample_kl(_packed)")
 
@@ -217,8 +241,10 @@ def gaussian_sample(
     return apply(GaussianSample, mu, logvar, eps, *_noise(mu, eps, generator, batch_offset))
 
 
-def gaussian_kl(mu: Tensor, logvar: Tensor, reduction: str) -> Tensor:
-    return apply(GaussianKL, mu, logvar, reduction)
+def gaussian_kl(mu: Tensor, logvar: Tensor, reduction: str, free_bits: float) -> Tensor:
+    if free_bits and reduction == "batchmean":
+        return apply(GaussianKL, mu, logvar, "per_dimension", free_bits).sum()
+    return apply(GaussianKL, mu, logvar, reduction, free_bits)
 
 
 def gaussian_sample_kl(
@@ -226,9 +252,13 @@ def gaussian_sample_kl(
     logvar: Tensor | None,
     dim: int,
     reduction: str,
+    free_bits: float,
     eps: Tensor | None,
     generator: torch.Generator | None,
     batch_offset: int | None,
 ) -> tuple[Tensor, Tensor]:
     noise = _noise(mu, eps, generator, batch_offset)
-    return apply(GaussianSampleKL, mu, logvar, dim, reduction, eps, *noise)
+    if free_bits and reduction == "batchmean":
+        z, kl = apply(GaussianSampleKL, mu, logvar, dim, "per_dimension", free_bits, eps, *noise)
+        return z, kl.sum()
+    return apply(GaussianSampleKL, mu, logvar, dim, reduction, free_bits, eps, *noise)

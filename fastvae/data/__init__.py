@@ -1,17 +1,41 @@
-"""Image datasets as uint8 tensors: MNIST (downloaded once) and a small bundled default that needs no network."""
+"""Image datasets as uint8 tensors: published ones, a small bundled default that needs no network, and one's own."""
 
+from .dataset import ImageDataset, SkippedFile
 from .digits import load_digits
+from .folder import load_folder
 from .idx import read_idx
-from .mnist import MNIST_MIRRORS, DownloadError, ImageDataset, default_data_dir, load_mnist
-from .named import load_dataset
+from .idx_pair import load_idx
+from .mnist import (
+    FASHION_MNIST_MIRRORS,
+    KMNIST_MIRRORS,
+    MNIST_MIRRORS,
+    DownloadError,
+    default_data_dir,
+    load_fashion_mnist,
+    load_kmnist,
+    load_mnist,
+)
+from .named import DATASETS, OWN_DATASETS, load_dataset
+from .numpy_files import load_npy, load_npz
 
 __all__ = [
+    "DATASETS",
+    "FASHION_MNIST_MIRRORS",
+    "KMNIST_MIRRORS",
     "MNIST_MIRRORS",
+    "OWN_DATASETS",
     "DownloadError",
     "ImageDataset",
+    "SkippedFile",
     "default_data_dir",
     "load_dataset",
     "load_digits",
+    "load_fashion_mnist",
+    "load_folder",
+    "load_idx",
+    "load_kmnist",
     "load_mnist",
+    "load_npy",
+    "load_npz",
     "read_idx",
 ]

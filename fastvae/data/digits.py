@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .mnist import ImageDataset
+from .dataset import ImageDataset
 
 _TRAIN_COUNT = 1500
 _LARGEST_VALUE = 16.0  # each value counts the ink pixels of a 4x4 block

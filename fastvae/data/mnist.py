@@ -1,6 +1,8 @@
-"""MNIST: the four original files, found on disk or downloaded once and verified.
+"""MNIST and two sets in its format: their four published files, found on disk or downloaded once and verified.
 
-LeCun, Cortes, Burges, "The MNIST Database of Handwritten Digits".
+LeCun, Cortes, Burges, "The MNIST Database of Handwritten Digits". Xiao, Rasul, Vollgraf, "Fashion-MNIST: a Novel Image
+Dataset for Benchmarking Machine Learning Algorithms", 2017. Clanuwat et al., "Deep Learning for Classical Japanese
+Literature" (KMNIST), 2018.
 """
 
 from __future__ import annotations
@@ -9,8 +11,7 @@ import hashlib
 import http.client
 import os
 import urllib.request
-import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,17 +20,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastvae.files import replacing
+
+from .dataset import ImageDataset
 from .idx import read_idx
-
-
-class ImageDataset(NamedTuple):
-    """Images uint8 [N, C, H, W], 0..255; labels int64 [N]. All on the CPU."""
-
-    name: str
-    train_images: Tensor
-    train_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
 
 
 class DownloadError(RuntimeError):
@@ -44,22 +38,47 @@ class PublishedFile(NamedTuple):
     shape: tuple[int, ...]
 
 
-MNIST_FILES = {
-    "train_images": PublishedFile("train-images-idx3-ubyte", "f68b3c2dcbeaaa9fbdd348bbdeb94873", (60_000, 28, 28)),
-    "train_labels": PublishedFile("train-labels-idx1-ubyte", "d53e105ee54ea40749a09fcbcd1e9432", (60_000,)),
-    "test_images": PublishedFile("t10k-images-idx3-ubyte", "9fb629c4189551a2d022fa330f9573f3", (10_000, 28, 28)),
-    "test_labels": PublishedFile("t10k-labels-idx1-ubyte", "ec29112dd5afa0611ce80d1b7f02629c", (10_000,)),
-}
+def _published(train_images: str, train_labels: str, test_images: str, test_labels: str) -> dict[str, PublishedFile]:
+    """A set's files by their md5."""
+    return {
+        "train_images": PublishedFile("train-images-idx3-ubyte", train_images, (60_000, 28, 28)),
+        "train_labels": PublishedFile("train-labels-idx1-ubyte", train_labels, (60_000,)),
+        "test_images": PublishedFile("t10k-images-idx3-ubyte", test_images, (10_000, 28, 28)),
+        "test_labels": PublishedFile("t10k-labels-idx1-ubyte", test_labels, (10_000,)),
+    }
 
+
+MNIST_FILES = _published(
+    "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+    "d53e105ee54ea40749a09fcbcd1e9432",
+    "9fb629c4189551a2d022fa330f9573f3",
+    "ec29112dd5afa0611ce80d1b7f02629c",
+)
 MNIST_MIRRORS = (
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
     "https://storage.googleapis.com/cvdf-datasets/mnist/",
 )
 
+FASHION_MNIST_FILES = _published(
+    "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+    "25c81989df183df01b3e8a0aad5dffbe",
+    "bef4ecab320f06d8554ea6380940ec79",
+    "bb300cfdad3c16e7a12a480ee83cd310",
+)
+FASHION_MNIST_MIRRORS = ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",)
 
-def default_data_dir() -> Path:
-    """The folder ``mnist`` in ``$FASTVAE_DATA``, or in ``~/.cache/fastvae`` where that is unset or empty."""
-    return Path(os.environ.get("FASTVAE_DATA") or "~/.cache/fastvae").expanduser() / "mnist"
+KMNIST_FILES = _published(
+    "bdb82020997e1d708af4cf47b453dcf7",
+    "e144d726b3acfaa3e44228e80efcd344",
+    "5c965bf0a639b31b8f53240b1b52f4d7",
+    "7320c461ea6c1c855c0b718fb2a4b134",
+)
+KMNIST_MIRRORS = ("http://codh.rois.ac.jp/kmnist/dataset/kmnist/",)
+
+
+def default_data_dir(name: str = "mnist") -> Path:
+    """The folder ``name`` in ``$FASTVAE_DATA``, or in ``~/.cache/fastvae`` where that is unset or empty."""
+    return Path(os.environ.get("FASTVAE_DATA") or "~/.cache/fastvae").expanduser() / name
 
 
 def load_mnist(
@@ -81,21 +100,62 @@ def load_mnist(
     ``DownloadError`` when every mirror fails, ``OSError`` when the file cannot be written. A failed download leaves no
     file behind.
     """
+    return _load("mnist", MNIST_FILES, data_dir, download, mirrors, timeout)
+
+
+def load_fashion_mnist(
+    data_dir: str | os.PathLike[str] | None = None,
+    *,
+    download: bool = True,
+    mirrors: Sequence[str] = FASHION_MNIST_MIRRORS,
+    timeout: float = 10.0,
+) -> ImageDataset:
+    """Fashion-MNIST: articles of clothing in ten classes, of the shapes and file names of MNIST; see `load_mnist`.
+
+    The default ``data_dir`` is ``default_data_dir("fashion-mnist")``. As the names of the files are those of MNIST,
+    each set needs a folder of its own.
+    """
+    return _load("fashion-mnist", FASHION_MNIST_FILES, data_dir, download, mirrors, timeout)
+
+
+def load_kmnist(
+    data_dir: str | os.PathLike[str] | None = None,
+    *,
+    download: bool = True,
+    mirrors: Sequence[str] = KMNIST_MIRRORS,
+    timeout: float = 10.0,
+) -> ImageDataset:
+    """KMNIST: handwritten Japanese characters in ten classes, of the shapes and file names of MNIST; see `load_mnist`.
+
+    The default ``data_dir`` is ``default_data_dir("kmnist")``. As the names of the files are those of MNIST, each set
+    needs a folder of its own.
+    """
+    return _load("kmnist", KMNIST_FILES, data_dir, download, mirrors, timeout)
+
+
+def _load(
+    name: str,
+    files: Mapping[str, PublishedFile],
+    data_dir: str | os.PathLike[str] | None,
+    download: bool,
+    mirrors: Sequence[str],
+    timeout: float,
+) -> ImageDataset:
     if isinstance(mirrors, str) or not mirrors:
         raise ValueError(f"mirrors must be a non-empty sequence of base addresses, got {mirrors!r}")
     if not timeout > 0:
         raise ValueError(f"timeout must be a positive number of seconds, got {timeout!r}")
-    folder = default_data_dir() if data_dir is None else Path(data_dir).expanduser()
-    found = {field: _find(folder, file.name) for field, file in MNIST_FILES.items()}
-    absent = [MNIST_FILES[field].name for field, path in found.items() if path is None]
+    folder = default_data_dir(name) if data_dir is None else Path(data_dir).expanduser()
+    found = {field: _find(folder, file.name) for field, file in files.items()}
+    absent = [files[field].name for field, path in found.items() if path is None]
     if absent and not download:
         raise FileNotFoundError(f"{folder} lacks {', '.join(absent)} (packed or unpacked), and download=False")
     arrays = {
-        field: read_idx(found[field] or _download(file, folder, mirrors, timeout), expected_shape=file.shape)
-        for field, file in MNIST_FILES.items()
+        field: read_idx(found[field] or _download(file, files, folder, mirrors, timeout), expected_shape=file.shape)
+        for field, file in files.items()
     }
     return ImageDataset(
-        "mnist",
+        name,
         _images(arrays["train_images"]),
         _labels(arrays["train_labels"]),
         _images(arrays["test_images"]),
@@ -117,7 +177,9 @@ def _find(folder: Path, name: str) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def _download(file: PublishedFile, folder: Path, mirrors: Sequence[str], timeout: float) -> Path:
+def _download(
+    file: PublishedFile, files: Mapping[str, PublishedFile], folder: Path, mirrors: Sequence[str], timeout: float
+) -> Path:
     path = folder / f"{file.name}.gz"
     reasons = []
     for mirror in mirrors:
@@ -136,7 +198,7 @@ def _download(file: PublishedFile, folder: Path, mirrors: Sequence[str], timeout
         folder.mkdir(parents=True, exist_ok=True)
         _write_atomically(path, content)
         return path
-    names = ", ".join(f"{published.name}.gz" for published in MNIST_FILES.values())
+    names = ", ".join(f"{published.name}.gz" for published in files.values())
     raise DownloadError(
         f"cannot download {path.name}, every mirror failed:\n"
         + "".join(f"  {reason}\n" for reason in reasons)
@@ -146,13 +208,8 @@ def _download(file: PublishedFile, folder: Path, mirrors: Sequence[str], timeout
 
 
 def _write_atomically(path: Path, content: bytes) -> None:
-    # A name of its own, so that processes downloading at the same time do not write into each other's file.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
-        with open(temporary, "xb") as file:
+        with replacing(path) as file:
             file.write(content)
-        os.replace(temporary, path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error  # a failed write does not name its file
-    finally:
-        temporary.unlink(missing_ok=True)

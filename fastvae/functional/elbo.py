@@ -42,8 +42,9 @@ def elbo_loss(
         beta, reconstruction_weight: a number, or a 0-dimensional tensor on the device of logits, read there without a
             synchronisation (a number is frozen into a captured CUDA graph, a tensor is not).
 
-    Returns: ELBO(loss, reconstruction, kl), 0-dimensional, float32 (float64): reconstruction is weighted, kl is the
-    batch mean before beta.
+    Returns:
+        ELBO(loss, reconstruction, kl), 0-dimensional, float32 (float64): reconstruction is weighted, kl is the batch
+        mean before beta.
 
     Raises:
         TypeError: a dtype or type that is not listed above.
@@ -79,8 +80,7 @@ def elbo_value_and_grad(
     Returns:
         ELBO(loss, reconstruction, kl), and (dlogits, dkl) of the shapes and dtypes of logits and kl.
 
-    Raises:
-        As `elbo_loss`.
+    Raises what `elbo_loss` raises.
     """
     _check(logits, target, kl, beta, reconstruction_weight)
     if grad_scale is not None:

@@ -50,7 +50,7 @@ def gaussian_sample(
         ValueError: shapes or devices that differ, fewer than 2 dimensions, a negative batch_offset, or eps together
             with generator or batch_offset.
     """
-    _check(mu, logvar)
+    check_halves(mu, logvar)
     _check_noise(mu.shape, "mu", mu, eps, generator, batch_offset)
     if takes_triton(mu, eps):
         from fastvae.autograd import gaussian as fused
@@ -81,12 +81,12 @@ def gaussian_kl(mu: Tensor, logvar: Tensor, *, reduction: str = "batchmean", fre
     Source of free_bits: Kingma et al., "Improved Variational Inference with Inverse Autoregressive Flow", 2016,
         appendix C.
     """
-    _check(mu, logvar)
+    check_halves(mu, logvar)
     _check_reduction(reduction, free_bits)
-    if takes_triton(mu) and reduction != "per_dimension" and not free_bits:
+    if takes_triton(mu):
         from fastvae.autograd import gaussian as fused
 
-        return fused.gaussian_kl(mu, logvar, reduction)
+        return fused.gaussian_kl(mu, logvar, reduction, float(free_bits))
     return reference.gaussian.gaussian_kl(mu, logvar, reduction=reduction, free_bits=free_bits)
 
 
@@ -98,21 +98,28 @@ def gaussian_sample_kl(
     generator: torch.Generator | None = None,
     batch_offset: int | None = None,
     reduction: str = "none",
+    free_bits: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """`gaussian_sample` and `gaussian_kl` of the same posterior, in one launch forward and one backward.
 
     Arguments, results and errors are those of the two functions; the divergence is per sample unless ``reduction``
     says otherwise.
     """
-    _check(mu, logvar)
+    check_halves(mu, logvar)
     _check_noise(mu.shape, "mu", mu, eps, generator, batch_offset)
-    check_reduction(reduction)
+    _check_reduction(reduction, free_bits)
     if takes_triton(mu, eps):
         from fastvae.autograd import gaussian as fused
 
-        return fused.gaussian_sample_kl(mu, logvar, 1, reduction, eps, generator, batch_offset)
+        return fused.gaussian_sample_kl(mu, logvar, 1, reduction, float(free_bits), eps, generator, batch_offset)
     return reference.gaussian.gaussian_sample_kl(
-        mu, logvar, eps=eps, generator=generator, batch_offset=batch_offset, reduction=reduction
+        mu,
+        logvar,
+        eps=eps,
+        generator=generator,
+        batch_offset=batch_offset,
+        reduction=reduction,
+        free_bits=free_bits,
     )
 
 
@@ -124,6 +131,7 @@ def gaussian_sample_kl_packed(
     generator: torch.Generator | None = None,
     batch_offset: int | None = None,
     reduction: str = "none",
+    free_bits: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """`gaussian_sample_kl` of an encoder's output that holds both halves, moments = [mu | logvar] along ``dim``.
 
@@ -132,7 +140,7 @@ def gaussian_sample_kl_packed(
     Args:
         moments: [B, ...] with an even size along ``dim``.
         dim: the dimension that is split; not the batch.
-        eps, generator, batch_offset, reduction: as in `gaussian_sample_kl`.
+        eps, generator, batch_offset, reduction, free_bits: as in `gaussian_sample_kl`.
 
     Returns:
         z, of the shape of one half, and the divergence.
@@ -142,6 +150,33 @@ def gaussian_sample_kl_packed(
         ValueError: fewer than 2 dimensions, a dim that is out of range, the batch, or odd in size; and as in
             `gaussian_sample_kl`.
     """
+    dim, half = check_packed(moments, dim)
+    _check_noise(half, "moments", moments, eps, generator, batch_offset)
+    _check_reduction(reduction, free_bits)
+    if takes_triton(moments, eps):
+        from fastvae.autograd import gaussian as fused
+
+        return fused.gaussian_sample_kl(moments, None, dim, reduction, float(free_bits), eps, generator, batch_offset)
+    return reference.gaussian.gaussian_sample_kl_packed(
+        moments,
+        dim=dim,
+        eps=eps,
+        generator=generator,
+        batch_offset=batch_offset,
+        reduction=reduction,
+        free_bits=free_bits,
+    )
+
+
+def check_halves(mu: Tensor, logvar: Tensor) -> None:
+    check_batch("mu", mu)
+    check_like("logvar", logvar, "mu", mu)
+    if logvar.dtype != mu.dtype:
+        raise TypeError(f"logvar must have the dtype of mu, {mu.dtype}, got {logvar.dtype}")
+
+
+def check_packed(moments: Tensor, dim: int) -> tuple[int, torch.Size]:
+    """The dimension of moments = [mu | logvar] that is split, counted from the front, and the shape of one half."""
     check_batch("moments", moments)
     if isinstance(dim, bool) or not isinstance(dim, int):
         raise TypeError(f"dim must be an integer, got {type(dim).__name__}")
@@ -154,22 +189,7 @@ def gaussian_sample_kl_packed(
         raise ValueError(f"moments must have an even size along dim {dim}, got {list(moments.shape)}")
     half = list(moments.shape)
     half[dim] //= 2
-    _check_noise(torch.Size(half), "moments", moments, eps, generator, batch_offset)
-    check_reduction(reduction)
-    if takes_triton(moments, eps):
-        from fastvae.autograd import gaussian as fused
-
-        return fused.gaussian_sample_kl(moments, None, dim, reduction, eps, generator, batch_offset)
-    return reference.gaussian.gaussian_sample_kl_packed(
-        moments, dim=dim, eps=eps, generator=generator, batch_offset=batch_offset, reduction=reduction
-    )
-
-
-def _check(mu: Tensor, logvar: Tensor) -> None:
-    check_batch("mu", mu)
-    check_like("logvar", logvar, "mu", mu)
-    if logvar.dtype != mu.dtype:
-        raise TypeError(f"logvar must have the dtype of mu, {mu.dtype}, got {logvar.dtype}")
+    return dim, torch.Size(half)
 
 
 def _check_reduction(reduction: str, free_bits: float) -> None:

@@ -15,6 +15,7 @@ tensors: Glorot uniform weights and zero biases.
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -73,6 +74,11 @@ class ConvVAE(VAE):
         self.latent_dim = latent_dim
         self.channels = tuple(channels)
         self.reset_parameters()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments this model was made with, by name."""
+        return {"image_shape": self.image_shape, "latent_dim": self.latent_dim, "channels": self.channels}
 
     def reset_parameters(self) -> None:
         """Glorot uniform weights, within sqrt(6 / (fan_in + fan_out)) of 0, and zero biases."""

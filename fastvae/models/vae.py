@@ -14,7 +14,8 @@ class VAEOutput(NamedTuple):
     """What a VAE returns for a batch, K being the latent dimension.
 
     logits [B, C, H, W], before the sigmoid; z [B, K], a sample of each posterior; kl [B], their divergence from N(0, I)
-    in nats. Latents that are images themselves have z [B, K, h, w].
+    in nats, or with free bits that of the batch for each of them. Latents that are images themselves have z [B, K, h,
+    w].
     """
 
     logits: Tensor
@@ -63,14 +64,25 @@ class VAE(nn.Module):
         logits: Tensor = self.decoder(z)
         return logits
 
-    def forward(self, x: Tensor, batch_offset: int | None = None) -> VAEOutput:
+    def forward(self, x: Tensor, batch_offset: int | None = None, free_bits: float = 0.0) -> VAEOutput:
         """Encode images (see `encode`), sample their posteriors, decode the samples.
 
         ``batch_offset``: the number of samples before these in a batch that several processes share; from one seed they
-        then draw the noise of the whole batch (see `fastvae.functional.gaussian_sample`).
+        then draw the noise of the whole batch (see `fastvae.functional.gaussian_sample`). ``free_bits``: in nats for
+        each dimension of z (see `fastvae.functional.gaussian_kl`).
         """
-        z, kl = F.gaussian_sample_kl_packed(self.encode(x), batch_offset=batch_offset)
+        z, kl = self.sample_posterior(x, batch_offset, free_bits)
         return VAEOutput(self.decode(z), z, kl)
+
+    def sample_posterior(
+        self, x: Tensor, batch_offset: int | None = None, free_bits: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """(z, kl) of `VAEOutput`, with the arguments of `forward`."""
+        reduction = "batchmean" if free_bits else "none"
+        z, kl = F.gaussian_sample_kl_packed(
+            self.encode(x), batch_offset=batch_offset, reduction=reduction, free_bits=free_bits
+        )
+        return z, kl.expand(len(z)) if free_bits else kl
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, deterministic: bool = False) -> Tensor:

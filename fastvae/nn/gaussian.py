@@ -30,31 +30,40 @@ class GaussianSamplingKL(nn.Module):
     kl is per sample, shape [B], unless ``reduction`` says otherwise. With ``deterministic=True``, z = mu.
     """
 
-    def __init__(self, *, dim: int = 1, reduction: str = "none", deterministic: bool = False) -> None:
+    def __init__(
+        self, *, dim: int = 1, reduction: str = "none", free_bits: float = 0.0, deterministic: bool = False
+    ) -> None:
         super().__init__()
         self.dim = dim
         self.reduction = reduction
+        self.free_bits = free_bits
         self.deterministic = deterministic
 
     def forward(self, moments: Tensor, batch_offset: int | None = None) -> tuple[Tensor, Tensor]:
         if self.deterministic:
             mu, logvar = moments.chunk(2, self.dim)
-            return mu, F.gaussian_kl(mu, logvar, reduction=self.reduction)
-        return F.gaussian_sample_kl_packed(moments, dim=self.dim, batch_offset=batch_offset, reduction=self.reduction)
+            return mu, F.gaussian_kl(mu, logvar, reduction=self.reduction, free_bits=self.free_bits)
+        return F.gaussian_sample_kl_packed(
+            moments, dim=self.dim, batch_offset=batch_offset, reduction=self.reduction, free_bits=self.free_bits
+        )
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, reduction={self.reduction!r}, deterministic={self.deterministic}"
+        return (
+            f"dim={self.dim}, reduction={self.reduction!r}, free_bits={self.free_bits}, "
+            f"deterministic={self.deterministic}"
+        )
 
 
 class GaussianKL(nn.Module):
     """KL(N(mu, exp(logvar)) || N(0, I)) in nats, see `fastvae.functional.gaussian_kl`."""
 
-    def __init__(self, *, reduction: str = "batchmean") -> None:
+    def __init__(self, *, reduction: str = "batchmean", free_bits: float = 0.0) -> None:
         super().__init__()
         self.reduction = reduction
+        self.free_bits = free_bits
 
     def forward(self, mu: Tensor, logvar: Tensor) -> Tensor:
-        return F.gaussian_kl(mu, logvar, reduction=self.reduction)
+        return F.gaussian_kl(mu, logvar, reduction=self.reduction, free_bits=self.free_bits)
 
     def extra_repr(self) -> str:
-        return f"reduction={self.reduction!r}"
+        return f"reduction={self.reduction!r}, free_bits={self.free_bits}"

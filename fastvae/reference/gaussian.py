@@ -36,7 +36,7 @@ def gaussian_kl(mu: Tensor, logvar: Tensor, *, reduction: str = "batchmean", fre
     """KL(N(mu, exp(logvar)) || N(0, 1)) = (mu^2 + exp(logvar) - 1 - logvar) / 2 per element, in nats.
 
     "per_dimension": the batch mean of each dimension. With free_bits a dimension counts at least so much, and has no
-    gradient below (Kingma et al., "Improved Variational Inference with Inverse Autoregressive Flow", 2016, appendix C).
+    gradient there (Kingma et al., "Improved Variational Inference with Inverse Autoregressive Flow", 2016, appendix C).
     """
     wide_mu, wide_logvar = in_float32(mu), in_float32(logvar)
     # expm1 keeps what exp(logvar) - 1 would lose for small logvar.
@@ -45,7 +45,7 @@ def gaussian_kl(mu: Tensor, logvar: Tensor, *, reduction: str = "batchmean", fre
         return reduce_event(terms, reduction)
     dimensions = terms.mean(0)
     if free_bits:
-        dimensions = torch.where(dimensions < free_bits, free_bits, dimensions)
+        dimensions = torch.where(dimensions <= free_bits, free_bits, dimensions)
     return dimensions if reduction == "per_dimension" else dimensions.sum()
 
 

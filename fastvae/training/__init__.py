@@ -1,10 +1,12 @@
 """Training: the loop of the reference example, what it shows, and what it leaves on disk."""
 
+from fastvae.training.average import MovingAverage
 from fastvae.training.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from fastvae.training.display import Display, make_display
+from fastvae.training.distributed import Processes, ProcessLost, process_group
 from fastvae.training.interrupt import stop_on_interrupt
 from fastvae.training.loop import train
-from fastvae.training.metrics import EpochMetrics, Progress
+from fastvae.training.metrics import EpochMetrics, Progress, best_epoch
 from fastvae.training.precision import PRECISIONS
 from fastvae.training.records import versions, write_metrics, write_summary
 from fastvae.training.state import TrainingState
@@ -15,9 +17,14 @@ __all__ = [
     "Checkpoint",
     "Display",
     "EpochMetrics",
+    "MovingAverage",
+    "ProcessLost",
+    "Processes",
     "Progress",
     "TrainingState",
+    "best_epoch",
     "make_display",
+    "process_group",
     "read_checkpoint",
     "stop_on_interrupt",
     "train",

@@ -16,12 +16,16 @@ from fastvae.training.state import TrainingState
 
 
 class Checkpoint(NamedTuple):
-    """What `write_checkpoint` wrote. run and state are None where it was given none."""
+    """What `write_checkpoint` wrote. run and state are None where it was given none.
+
+    model: as it was trained. average: the model with the moving average of its weights, where the state has one.
+    """
 
     model: ConvVAE
     epoch: int
     state: TrainingState | None
     run: dict[str, Any] | None
+    average: ConvVAE | None = None
 
 
 def previous(path: Path) -> Path:
@@ -35,30 +39,36 @@ def write_checkpoint(
     epoch: int,
     state: TrainingState | None = None,
     run: Mapping[str, Any] | None = None,
+    *,
+    keep_previous: bool = True,
 ) -> None:
     """A file for ``torch.load(path, weights_only=True)``, with everything on the CPU.
 
     It holds "model", the state_dict; "settings", the arguments of `ConvVAE`; "epoch", the epochs trained, an unfinished
     one included; and, where given, "state" and "run", what training is to go on with: any settings that a later run is
     to be compared with. Whoever is killed while this writes leaves the file that was there before; that file is then
-    kept beside the new one, as `previous`.
+    kept beside the new one, as `previous`, unless ``keep_previous`` is false.
+
+    Raises ``OSError`` where it cannot be written; what was there stays.
     """
     saved = {
         "model": {name: value.detach().cpu() for name, value in model.state_dict().items()},
-        "settings": {
-            "image_shape": model.image_shape,
-            "latent_dim": model.latent_dim,
-            "channels": model.channels,
-        },
+        "settings": model.settings,
         "epoch": epoch,
         "state": None if state is None else {**state._asdict(), "rows": [row._asdict() for row in state.rows]},
         "run": None if run is None else dict(run),
     }
-    if path.exists():
+    if keep_previous and path.exists():
         with open(path, "rb") as old, replacing(previous(path)) as copy:
             shutil.copyfileobj(old, copy)
     with replacing(path) as file:
-        torch.save(saved, file)
+        try:
+            torch.save(saved, file)
+        except RuntimeError as error:
+            # Of torch's writer, in the wake of what the file itself raised.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -70,10 +80,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         model = ConvVAE(**saved["settings"])
         model.load_state_dict(saved["model"])
-        state = saved["state"]
+        state, average = saved["state"], None
         if state is not None:
             state = TrainingState(**{**state, "rows": [EpochMetrics(**row) for row in state["rows"]]})
-        return Checkpoint(model, saved["epoch"], state, saved["run"])
+            if state.average is not None:
+                average = ConvVAE(**saved["settings"])
+                average.load_state_dict(state.average)
+        return Checkpoint(model, saved["epoch"], state, saved["run"], average)
     except OSError:
         raise
     except Exception as error:  # torch.load and load_state_dict raise errors of many kinds

@@ -22,17 +22,20 @@ class Display(Protocol):
     def close(self) -> None: ...
 
 
-def make_display(epochs: int, quiet: bool = False) -> Display:
-    """A bar if standard output is a terminal and tqdm is installed, else lines; nothing if ``quiet``."""
+def make_display(epochs: int, quiet: bool = False, first_step: int = 0) -> Display:
+    """A bar if standard output is a terminal and tqdm is installed, else lines; nothing if ``quiet``.
+
+    first_step: the steps of an earlier run that this one goes on from; the rate and the time left are without them.
+    """
     if quiet:
         return Silence()
     if sys.stdout.isatty():
         try:
             from tqdm import tqdm
         except ImportError:
-            return Lines(epochs)
-        return Bar(epochs, tqdm)
-    return Lines(epochs)
+            return Lines(epochs, first_step)
+        return Bar(epochs, tqdm, first_step)
+    return Lines(epochs, first_step)
 
 
 class Silence:
@@ -51,8 +54,9 @@ class Silence:
 class Bar:
     """A progress bar: epoch, steps per second, time left, loss, reconstruction and divergence."""
 
-    def __init__(self, epochs: int, tqdm: Any) -> None:
+    def __init__(self, epochs: int, tqdm: Any, first_step: int) -> None:
         self.epochs = epochs
+        self.first_step = first_step
         self.tqdm = tqdm
         self.bar: Any = None
 
@@ -60,6 +64,7 @@ class Bar:
         if self.bar is None:
             self.bar = self.tqdm(
                 total=progress.total_steps,
+                initial=self.first_step,
                 file=sys.stdout,
                 dynamic_ncols=True,
                 # The bar comes last: in a narrow terminal it is what is cut.
@@ -68,7 +73,8 @@ class Bar:
             )
         self.bar.set_description_str(f"epoch {progress.epoch}/{self.epochs}", refresh=False)
         self.bar.set_postfix_str(
-            f"loss {progress.loss:.1f}, reconstruction {progress.reconstruction:.1f}, KL {progress.kl:.1f}",
+            f"loss {progress.loss:.1f}, reconstruction {progress.reconstruction:.1f}, KL {progress.kl:.1f}"
+            f"{skipped(progress)}",
             refresh=False,
         )
         self.bar.update(progress.step - self.bar.n)
@@ -84,8 +90,9 @@ class Bar:
 class Lines:
     """A line for each epoch, and one every half minute within it."""
 
-    def __init__(self, epochs: int) -> None:
+    def __init__(self, epochs: int, first_step: int) -> None:
         self.epochs = epochs
+        self.first_step = first_step
         self.began = self.last_line = time.perf_counter()
         self.total_steps = 0
 
@@ -99,14 +106,19 @@ class Lines:
 
     def _line(self, values: Progress | EpochMetrics, test: str = "") -> None:
         self.last_line = time.perf_counter()
-        rate = values.step / (self.last_line - self.began)
+        rate = (values.step - self.first_step) / (self.last_line - self.began)
         left = (self.total_steps - values.step) / rate
         print(
             f"epoch {values.epoch}/{self.epochs}, step {values.step}: loss {values.loss:.2f}, "
-            f"reconstruction {values.reconstruction:.2f}, KL {values.kl:.2f}{test}, "
+            f"reconstruction {values.reconstruction:.2f}, KL {values.kl:.2f}{test}{skipped(values)}, "
             f"{rate:.1f} steps/s, {left:.0f} s left",
             flush=True,
         )
 
     def close(self) -> None:
         pass
+
+
+def skipped(values: Progress | EpochMetrics) -> str:
+    """Nothing where no step was skipped."""
+    return f", {values.skipped} skipped" if values.skipped else ""

@@ -9,15 +9,20 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.optim import Adam
+from torch.optim import Adam, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from fastvae.evaluation import evaluate
+from fastvae.evaluation import Evaluation, evaluate
 from fastvae.models import VAE
+from fastvae.training.average import MovingAverage
+from fastvae.training.distributed import Processes, losses_named
+from fastvae.training.finite import broken, means
 from fastvae.training.memory import freed_memory_kept
-from fastvae.training.metrics import EpochMetrics, Progress
+from fastvae.training.metrics import EpochMetrics, Progress, best_epoch
 from fastvae.training.precision import PRECISIONS, arithmetic
 from fastvae.training.state import TrainingState, restore, state_of
 from fastvae.training.steps import Steps
@@ -36,6 +41,12 @@ def train(
     learning_rate: float = 1e-3,
     beta: float = 1.0,
     kl_warmup: float = 0.0,
+    free_bits: float = 0.0,
+    clip_norm: float | None = None,
+    schedule: Callable[[Optimizer], LRScheduler] | None = None,
+    average: MovingAverage | None = None,
+    patience: int | None = None,
+    skip_nonfinite: bool = False,
     graph: str = "auto",
     precision: str = "tf32",
     fuse_output_layer: bool = False,
@@ -49,12 +60,26 @@ def train(
 
     Images are reshuffled every epoch; those left over from whole batches are skipped in that epoch.
 
+    Where torch.distributed has a process group, its processes train together, called alike and each with all images:
+    every batch is shared out evenly, as DistributedDataParallel has it, and the noise is that of the whole batch. The
+    weights and generators are those of the first process at the start; it alone tests, and calls on_progress, on_epoch
+    and on_state. Without a CUDA graph.
+
     Args:
-        train_images, test_images: [N, C, H, W] on the model's device; uint8 (read as x / 255) or floats in [0, 1].
+        train_images, test_images: [N, C, H, W], uint8 (read as x / 255) or floats in [0, 1]; on the model's device, or
+            on the CPU, from where they are brought as they are needed: sets that do not fit a GPU.
         epochs, batch_size, learning_rate: positive; beta: the weight of the divergence, not negative.
         kl_warmup: the epochs, whole or not, in which the weight grows from 0 to beta in equal steps (Bowman et al.,
             "Generating Sentences from a Continuous Space", 2016); the steps of one graph share a weight. The test loss
             has beta from the start.
+        free_bits: nats that each dimension of z may hold, in the mean over a batch, before its divergence counts
+            (`fastvae.functional.gaussian_kl`); of several processes each has its own mean. The test loss has none.
+        clip_norm: the largest norm of all gradients together; larger ones are scaled to it.
+        schedule: makes one of torch.optim.lr_scheduler's schedulers of an optimizer; it takes a step after each epoch.
+            With `resume` it goes on as it was made first.
+        average: takes in the weights after every step; its model is then the one that is tested.
+        patience: training ends once so many epochs have passed without a smaller test loss.
+        skip_nonfinite: a step whose gradient is not finite changes nothing and is counted (`EpochMetrics.skipped`).
         graph: "on": several steps run as one CUDA graph, which only a CUDA device can; "off"; "auto": where it can. The
             model must then do the same work at every step, without reading from the device.
         precision: of convolutions and matrix products, "fp32"; "tf32", where the hardware has it; or "bf16", by
@@ -77,52 +102,98 @@ def train(
     Raises:
         ValueError: an argument out of range, a batch_size larger than the training set, images on another device,
             graph="on" without a CUDA device, fuse_output_layer with a decoder that does not end in such a layer, or a
-            state of other images or batches.
-        FloatingPointError: a loss is not finite, seen at the next report or at the end of its epoch; on_state is not
-            called for that epoch, so that what it kept before is good.
+            state of other images or batches; in several processes a batch_size that they cannot share evenly,
+            graph="on" or fuse_output_layer.
+        FloatingPointError: a loss or a gradient is not finite, or with skip_nonfinite none of an epoch is finite, seen
+            at the next report or at the end of its epoch; on_state is not called for that epoch, so that what it kept
+            before is good.
+        ProcessLost: another process has ended.
     """
     _check(model, train_images, test_images, epochs, batch_size, learning_rate, beta, kl_warmup, graph, precision)
-    device = train_images.device
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(f"clip_norm must be positive, got {clip_norm}")
+    if not 0 <= free_bits < math.inf:
+        raise ValueError(f"free_bits must be finite and not negative, got {free_bits}")
+    if patience is not None and patience < 1:
+        raise ValueError(f"patience must be at least 1, got {patience}")
+    device = next(model.parameters()).device
     on_cuda = device.type == "cuda"
+    processes = Processes(device)
+    if processes.together:
+        if batch_size % processes.size:
+            raise ValueError(f"batch_size must be a multiple of {processes.size}, the processes, got {batch_size}")
+        if graph == "on" or fuse_output_layer:
+            raise ValueError('several processes train with graph "auto" or "off", and without fuse_output_layer')
     # channels_last takes 11 to 25 % off a step on a CPU (batches of 128 and 32, one and two threads, the machine of
     # models/same_padding.py), and on a GPU it spares cuDNN its own conversions.
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    train_images = train_images.contiguous(memory_format=torch.channels_last)
+    if average is not None:
+        average.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if train_images.is_cuda:  # on a CPU each batch is brought to that format: images may be a file mapped into memory
+        train_images = train_images.contiguous(memory_format=torch.channels_last)
+    # What changes must be a tensor on a GPU, for a captured graph to read; a scheduler writes into it.
+    rate = torch.tensor(learning_rate, device=device) if on_cuda and schedule is not None else learning_rate
     # Fused: 4 dispatched operations per update; the foreach form takes 39, a loop over the parameters 128.
-    optimizer = Adam(model.parameters(), lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True, capturable=on_cuda)
+    optimizer = Adam(model.parameters(), lr=rate, betas=(0.9, 0.999), eps=1e-8, fused=True, capturable=on_cuda)
+    scheduler = None if schedule is None else schedule(optimizer)
     beta_on_device = torch.tensor(beta, device=device)
     autocast_dtype = torch.bfloat16 if precision == "bf16" else None
-    steps = Steps(
-        model,
-        optimizer,
-        train_images,
-        batch_size,
-        beta_on_device,
-        on_cuda and graph != "off",
-        autocast_dtype,
-        fuse_output_layer,
-    )
-    with arithmetic(precision), torch.cuda.device(device) if on_cuda else freed_memory_kept():
+    with losses_named(), arithmetic(precision), torch.cuda.device(device) if on_cuda else freed_memory_kept():
+        steps = Steps(
+            model,
+            optimizer,
+            train_images,
+            batch_size,
+            beta_on_device,
+            on_cuda and graph != "off" and not processes.together,
+            autocast_dtype,
+            fuse_output_layer,
+            clip_norm,
+            skip_nonfinite,
+            average,
+            processes,
+            free_bits,
+        )
+        if processes.rank:
+            on_progress, on_epoch, on_state = (call and _ignored for call in (on_progress, on_epoch, on_state))
         try:
             return _train(
-                steps, test_images, epochs, beta, kl_warmup, should_stop, on_progress, on_epoch, on_state, resume
+                steps,
+                scheduler,
+                test_images,
+                epochs,
+                beta,
+                kl_warmup,
+                patience,
+                should_stop,
+                on_progress,
+                on_epoch,
+                on_state,
+                resume,
             )
         finally:
             steps.release()
 
 
+def _ignored(report: object) -> None:
+    """What the other processes do with what they are told."""
+
+
 def _train(
     steps: Steps,
+    scheduler: LRScheduler | None,
     test_images: Tensor,
     epochs: int,
     beta: float,
     kl_warmup: float,
+    patience: int | None,
     should_stop: Callable[[], bool],
     on_progress: Callable[[Progress], None] | None,
     on_epoch: Callable[[EpochMetrics], None] | None,
     on_state: Callable[[TrainingState], None] | None,
     resume: TrainingState | None,
 ) -> list[EpochMetrics]:
+    processes = steps.processes
     total_steps = epochs * steps.count
     warmup_steps = kl_warmup * steps.count
     held_beta = beta
@@ -130,10 +201,15 @@ def _train(
     done = 0  # steps of this epoch
     began = last_report = time.perf_counter()
     if resume is not None:
-        rows, done = list(resume.rows), restore(resume, steps)
+        rows, done = list(resume.rows), restore(resume, steps, scheduler)
         began -= resume.seconds
+    elif steps.average is not None:
+        steps.average.begin(steps.model)
+    processes.share_generators()
     stopped = False
     for epoch in range(len(rows) + 1, epochs + 1):
+        if patience is not None and len(rows) - best_epoch(rows) >= patience:
+            break
         if done == 0:
             steps.shuffle()
         reported = done
@@ -144,52 +220,46 @@ def _train(
                 steps.beta.fill_(beta_now)
                 held_beta = beta_now
             done += steps.run(done)
-            stopped = should_stop()
+            if not processes.meet(done, steps.count):
+                continue
+            due = processes.rank == 0 and time.perf_counter() - last_report >= _REPORT_SECONDS
+            stopped, due = processes.any(should_stop(), due)
             ends = stopped or done == steps.count
-            if on_progress is not None and (ends or time.perf_counter() - last_report >= _REPORT_SECONDS):
-                step = (epoch - 1) * steps.count + done
-                means = steps.history[reported:done].mean(0).tolist()
-                check_finite(means[0], steps, epoch, done)
-                on_progress(Progress(epoch, step, total_steps, *means))
+            if ends or (due and on_progress is not None):
+                processes.average(steps.history[reported:done])
+                if on_progress is not None:
+                    step = (epoch - 1) * steps.count + done
+                    on_progress(Progress(epoch, step, total_steps, *means(steps, reported, done, epoch)))
                 reported, last_report = done, time.perf_counter()
-        loss, reconstruction, kl = steps.history[:done].mean(0).tolist()
-        check_finite(loss, steps, epoch, done)
-        test = evaluate(steps.model, test_images, beta=beta)
+        step = (epoch - 1) * steps.count + done
+        loss, reconstruction, kl, skipped = means(steps, 0, done, epoch)
+        if skipped == steps.count:
+            raise FloatingPointError(f"training diverged: none of the steps of epoch {epoch}, to {step}, was finite")
+        tested = steps.model if steps.average is None else steps.average.model
+        test = Evaluation(*processes.by_first(partial(evaluate, tested, test_images, beta=beta), 2))
         if not math.isfinite(test.loss) and broken(steps):  # the last step's update did it
             raise FloatingPointError(
-                f"training diverged: after step {(epoch - 1) * steps.count + done}, at the end of epoch {epoch}, these "
-                f"are not finite: {', '.join(broken(steps))}"
+                f"training diverged: after step {step}, at the end of epoch {epoch}, these are not finite: "
+                f"{', '.join(broken(steps))}"
             )
         seconds = time.perf_counter() - began
-        row = EpochMetrics(epoch, (epoch - 1) * steps.count + done, loss, reconstruction, kl, *test, seconds)
+        rate = float(steps.optimizer.param_groups[0]["lr"])
+        row = EpochMetrics(epoch, step, loss, reconstruction, kl, *test, seconds, skipped, rate)
+        if scheduler is not None and done == steps.count:
+            if isinstance(scheduler, ReduceLROnPlateau):
+                scheduler.step(test.loss)
+            else:
+                scheduler.step()
         if on_epoch is not None:
             on_epoch(row)
         if on_state is not None:
-            on_state(state_of(steps, rows if done < steps.count else [*rows, row], done % steps.count, seconds))
+            finished = rows if done < steps.count else [*rows, row]
+            on_state(state_of(steps, scheduler, finished, done % steps.count, seconds))
         rows.append(row)
-        if stopped or should_stop():
+        if stopped or processes.any(should_stop())[0]:
             break
         done = 0
     return rows
-
-
-def check_finite(mean_loss: float, steps: Steps, epoch: int, done: int) -> None:
-    """Raise ``FloatingPointError`` if the mean loss is not finite, naming the step where it began."""
-    if math.isfinite(mean_loss):
-        return
-    history = steps.history[:done].cpu()
-    finite = history[:, 0].isfinite().tolist()
-    first = finite.index(False) if not all(finite) else done - 1  # a mean may overflow by itself
-    loss, reconstruction, kl = history[first].tolist()
-    raise FloatingPointError(
-        f"training diverged: at step {(epoch - 1) * steps.count + first + 1}, in epoch {epoch}, the loss is {loss:g} "
-        f"(reconstruction {reconstruction:g}, kl {kl:g}); not finite by now: {', '.join(broken(steps)) or 'no weight'}"
-    )
-
-
-def broken(steps: Steps) -> list[str]:
-    """The parameters that are not finite."""
-    return [name for name, value in steps.model.named_parameters() if not value.isfinite().all()]
 
 
 def _check(
@@ -224,7 +294,7 @@ def _check(
     if graph == "on" and device.type != "cuda":
         raise ValueError(f'graph="on" needs a CUDA device, got {device}')
     for name, images in (("train_images", train_images), ("test_images", test_images)):
-        if images.device != device:
-            raise ValueError(f"{name} must be on the model's device, {device}, got {images.device}")
+        if images.device != device and images.device.type != "cpu":
+            raise ValueError(f"{name} must be on the model's device, {device}, or the CPU, got {images.device}")
     if len(test_images) == 0:
         raise ValueError("test_images must hold at least one image, got none")

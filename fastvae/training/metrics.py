@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -12,6 +14,8 @@ class EpochMetrics(NamedTuple):
     loss, reconstruction, kl: means over the epoch's steps, loss = reconstruction + beta * kl.
     test_loss: the loss on the test images, with sampled z; test_mse: their mean squared error per pixel, with z = mu.
     seconds: since training began, tests included.
+    skipped: the steps of the epoch that were not finite and changed nothing; the means leave them out.
+    learning_rate: in this epoch.
     """
 
     epoch: int
@@ -22,10 +26,14 @@ class EpochMetrics(NamedTuple):
     test_loss: float
     test_mse: float
     seconds: float
+    skipped: int = 0
+    learning_rate: float = math.nan
 
 
 class Progress(NamedTuple):
-    """Where training is: the epoch, the steps done and planned, and the means over the steps since the last report."""
+    """Where training is: the epoch, the steps done and planned, the means over the steps since the last report, and how
+    many of these were skipped.
+    """
 
     epoch: int
     step: int
@@ -33,3 +41,9 @@ class Progress(NamedTuple):
     loss: float
     reconstruction: float
     kl: float
+    skipped: int = 0
+
+
+def best_epoch(rows: Sequence[EpochMetrics]) -> int:
+    """The first epoch with the smallest test loss; 0 if there are none."""
+    return min(rows, key=lambda row: row.test_loss).epoch if rows else 0

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 import fastvae.functional as F
 from fastvae.backend import backend_for
 from fastvae.functional import ELBO
 from fastvae.models import VAE
+from fastvae.training.average import MovingAverage
+from fastvae.training.distributed import Processes
+from fastvae.training.gradients import limit_gradients
 from fastvae.training.output_layer import OutputLayer, output_layer
 
 # A replay costs the host one launch, and the device two fills of the generator's state and two copies, whatever the
@@ -22,18 +27,26 @@ _STEPS_PER_GRAPH = range(16, 7, -1)
 
 
 def training_step(
-    model: VAE,
+    model: VAE | DistributedDataParallel,
     optimizer: Optimizer,
     images: Tensor,
     *,
     beta: float | Tensor = 1.0,
     autocast_dtype: torch.dtype | None = None,
     output: OutputLayer | None = None,
+    clip_norm: float | None = None,
+    skip_nonfinite: bool = False,
+    gradient_norms: Tensor | None = None,
+    batch_offset: int | None = None,
+    free_bits: float = 0.0,
 ) -> ELBO:
     """One update of the model on a batch of images [B, C, H, W]; returns the loss before it, on the device.
 
     With ``autocast_dtype`` the model runs under autocast to it; the loss is float32 all the same. With ``output``, the
-    model's `output_layer`, that layer is computed together with the loss.
+    model's `output_layer`, that layer is computed together with the loss. ``clip_norm``, ``skip_nonfinite`` and
+    ``gradient_norms`` are those of `fastvae.training.gradients.limit_gradients`. Where the images are a part of a batch
+    that several processes share, the model is one of torch's DistributedDataParallel, without ``output``, and
+    ``batch_offset`` the number of images before these. ``free_bits`` is that of `fastvae.models.VAE.forward`.
     """
     # No cache: it would keep casts of the weights of one captured step for the next.
     autocast = torch.autocast(images.device.type, autocast_dtype, autocast_dtype is not None, cache_enabled=False)
@@ -41,12 +54,14 @@ def training_step(
     gradients: tuple[Tensor | None, ...]
     if output is None:
         with autocast:
-            logits, _, kl = model(images)
+            # Only what is asked for: a model's own forward may take images alone.
+            options = {"batch_offset": batch_offset, "free_bits": free_bits or None}
+            logits, _, kl = model(images, **{name: value for name, value in options.items() if value is not None})
         values, gradients = F.elbo_value_and_grad(logits, images, kl, beta=beta)
         roots = logits, kl
     else:
         with autocast:
-            z, kl = F.gaussian_sample_kl_packed(model.encode(images))
+            z, kl = cast(VAE, model).sample_posterior(images, free_bits=free_bits)
             features = output.features(z)
         weight, bias = output.layer.weight, output.layer.bias
         values, gradients = F.conv_elbo_value_and_grad(features, weight, bias, images, kl, relu=output.relu, beta=beta)
@@ -55,6 +70,7 @@ def training_step(
     # What is frozen takes no gradient.
     going = [(root, it) for root, it in zip(roots, gradients, strict=True) if root is not None and root.requires_grad]
     torch.autograd.backward([root for root, _ in going], [gradient for _, gradient in going])
+    limit_gradients(optimizer, clip_norm=clip_norm, skip_nonfinite=skip_nonfinite, norms=gradient_norms)
     optimizer.step()
     return values
 
@@ -67,8 +83,11 @@ class Steps:
     tensors that the graph reads: which images, beta, and the state of the generator. The images' device must be the
     current one.
 
-    order: [N], the images of this epoch. history: [steps, 3], the loss, reconstruction and kl of each of its steps.
-    Both are on the device.
+    Images on the CPU, for a model that is elsewhere, are brought there as many as run at a time.
+
+    order: [N], the images of this epoch, on the images' device. history: [steps, 3 + P], of each of its steps the loss,
+    reconstruction and kl, and the norms of the gradients of the P parameters before they are clipped, on the model's
+    device. (In a graph these norms are 0, unless they are needed: they would be three more nodes a step.)
     """
 
     def __init__(
@@ -81,35 +100,52 @@ class Steps:
         graph: bool,
         autocast_dtype: torch.dtype | None = None,
         fuse_output_layer: bool = False,
+        clip_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        average: MovingAverage | None = None,
+        processes: Processes | None = None,
+        free_bits: float = 0.0,
     ) -> None:
         self.model, self.optimizer, self.beta, self.autocast_dtype = model, optimizer, beta, autocast_dtype
         self.output = output_layer(model) if fuse_output_layer else None
+        self.clip_norm, self.skip_nonfinite, self.average = clip_norm, skip_nonfinite, average
+        self.free_bits = free_bits
         self.images, self.batch_size = images, batch_size
+        self.device = device = next(model.parameters()).device
+        self.processes = Processes(device) if processes is None else processes
+        self._model = self.processes.wrap(model)
         self.count = len(images) // batch_size
         self.at_a_time = 1
         if graph:
             self.at_a_time = min(
                 (k for k in _STEPS_PER_GRAPH if k <= self.count), key=lambda k: self.count % k, default=1
             )
-        device = images.device
-        self.history = torch.zeros(self.count, 3, device=device)
-        self.order = torch.empty(0, dtype=torch.int64, device=device)
+        columns = 3 + sum(parameter.requires_grad for parameter in model.parameters())
+        self.history = torch.zeros(self.count, columns, device=device)
+        self.order = torch.empty(0, dtype=torch.int64, device=images.device)
         # What the graph reads and writes; plain steps use order and history themselves.
         self._indices = torch.empty(self.at_a_time * batch_size, dtype=torch.int64, device=device)
-        self._found = torch.empty(self.at_a_time, 3, device=device)
+        self._found = torch.zeros(self.at_a_time, columns, device=device)
+        # The images that the steps take from: all, or those that were brought for these steps.
+        self._source = images
+        if images.device != device:
+            self._source = images[: self.at_a_time * batch_size].to(device, memory_format=torch.channels_last)
         self._graph = graph
+        self._norms = not graph or clip_norm is not None or skip_nonfinite
         self._warm = False
         self._replay: Callable[[], None] | None = None
 
     def shuffle(self) -> None:
         """Begin an epoch."""
-        self.order = torch.randperm(len(self.images), device=self.images.device)
+        self.order = torch.randperm(len(self.images), device=self.device).to(self.images.device)
 
     def run(self, first: int) -> int:
         """Run the epoch's steps from number `first`, as many as run at a time; returns how many."""
         count = self.at_a_time if first + self.at_a_time <= self.count else 1
         indices = self.order[first * self.batch_size : (first + count) * self.batch_size]
         found = self.history[first : first + count]
+        if self._source is not self.images:
+            indices = self._bring(indices)
         if self._graph and self._warm and self._replay is None and count == self.at_a_time:
             self._replay = self._captured()
         if not self._graph or count < self.at_a_time:
@@ -128,27 +164,43 @@ class Steps:
         self._replay = None
         self.optimizer.zero_grad()
 
+    def _bring(self, indices: Tensor) -> Tensor:
+        """Bring images to the device; returns where they now are in `_source`."""
+        chosen = self.images[indices]
+        if self.device.type == "cuda":
+            chosen = chosen.pin_memory()  # so that the copy does not wait for the steps that are queued
+        self._source[: len(chosen)].copy_(chosen, non_blocking=True)
+        return torch.arange(len(chosen), device=self.device)
+
     def _take(self, indices: Tensor, found: Tensor) -> None:
         """A step for each row of `found`."""
         for row, chosen in zip(found, torch.split(indices, self.batch_size), strict=True):
-            batch = self._batch(chosen)
+            batch = self._batch(self.processes.part(chosen))
             values = training_step(
-                self.model,
+                self._model,
                 self.optimizer,
                 batch,
                 beta=self.beta,
                 autocast_dtype=self.autocast_dtype,
                 output=self.output,
+                clip_norm=self.clip_norm,
+                skip_nonfinite=self.skip_nonfinite,
+                gradient_norms=row[3:] if self._norms else None,
+                batch_offset=self.processes.offset(self.batch_size),
+                free_bits=self.free_bits,
             )
-            torch.stack(values, out=row)
+            torch.stack(values, out=row[:3])
+            if self.average is not None:
+                self.average.update(self.model)
 
     def _batch(self, indices: Tensor) -> Tensor:
-        if backend_for(self.images).name == "triton":
+        if backend_for(self._source).name == "triton":
             from fastvae.kernels.batch import gather_batch
 
-            batch: Tensor = gather_batch(self.images, indices)
-            return batch
-        return self.images[indices]
+            batch: Tensor = gather_batch(self._source, indices)
+        else:
+            batch = self._source[indices]
+        return batch.contiguous(memory_format=torch.channels_last)
 
     def _captured(self) -> Callable[[], None] | None:
         self.optimizer.zero_grad()  # so that the gradients are allocated in the graph

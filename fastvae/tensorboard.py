@@ -1,0 +1,73 @@
+"""A run's numbers, images and latents for TensorBoard, which needs the package tensorboard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+import fastvae.functional as F
+from fastvae.models import VAE
+from fastvae.plots import tile
+from fastvae.training import EpochMetrics
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+# Of the first test images.
+_RECONSTRUCTED, _ENCODED = 8, 512
+_SAMPLED = 32
+
+
+class TensorBoard:
+    """Writes each epoch to files in a folder, which hold it when the call returns, whatever happens to the run then."""
+
+    def __init__(self, writer: SummaryWriter) -> None:
+        self.writer = writer
+
+    @torch.no_grad()
+    def epoch(self, row: EpochMetrics, model: VAE, images: Tensor) -> None:
+        """Write the metrics, reconstructions with z = mu of test images [N, C, H, W] below these, samples, and
+        histograms: of mu, and of the divergence of each latent dimension in nats, which is near 0 for one that the
+        model does not use.
+
+        It draws nothing from the default generators.
+        """
+        writer = self.writer
+        for name, value in row._asdict().items():
+            if name not in ("epoch", "step"):
+                writer.add_scalar(name, value, row.epoch)  # type: ignore[no-untyped-call]
+        device = next(model.parameters()).device
+        images = images[:_ENCODED].to(device)
+        mu, logvar = model.encode(images).chunk(2, 1)
+        writer.add_histogram("latents/mu", mu, row.epoch)  # type: ignore[no-untyped-call]
+        kl = F.gaussian_kl(mu, logvar, reduction="per_dimension")
+        writer.add_histogram("latents/kl_per_dimension", kl, row.epoch)  # type: ignore[no-untyped-call]
+        shown = images[:_RECONSTRUCTED]
+        originals = shown / 255 if shown.dtype is torch.uint8 else shown
+        pairs = torch.cat([originals, torch.sigmoid(model.decode(mu[: len(shown)]))])
+        generator = torch.Generator(device).manual_seed(0)
+        for name, grid in (
+            ("reconstructions", tile(pairs, len(shown))),
+            ("samples", tile(model.sample(_SAMPLED, generator), 8)),
+        ):
+            layout = "HW" if grid.ndim == 2 else "HWC"
+            writer.add_image(name, grid, row.epoch, dataformats=layout)  # type: ignore[no-untyped-call]
+        writer.flush()  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        self.writer.close()  # type: ignore[no-untyped-call]
+
+
+def open_tensorboard(folder: Path, epochs: int = 0) -> TensorBoard | None:
+    """A writer into ``folder``; None where tensorboard is not installed.
+
+    epochs: those of the run there that this one goes on from; what is there of later ones is no longer shown.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return TensorBoard(SummaryWriter(str(folder), purge_step=epochs + 1 if epochs else None))  # type: ignore[no-untyped-call]

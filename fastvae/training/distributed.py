@@ -1,0 +1,147 @@
+"""Training in several processes, each with a part of every batch: torch.distributed, and what they agree upon.
+
+All processes hold all images and draw the same permutations and seeds; noise is addressed by a sample's place in the
+whole batch. So they train as one process would on the whole batch, but for the order of the sums.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from fastvae.models import VAE
+
+# To agree, all processes wait for each other; a step between two GPUs takes less than a millisecond.
+_STEPS_BETWEEN_AGREEMENTS = 16
+
+# A process that is killed is noticed at once; this is for one that hangs.
+_TIMEOUT = timedelta(minutes=5)
+
+
+class ProcessLost(RuntimeError):
+    """Another process of the run has ended, or cannot be reached."""
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """The default process group of what torchrun started: NCCL for a CUDA device, which becomes the current one, else
+    gloo; without torchrun, nothing.
+
+    torchrun ends all processes by SIGTERM when one has failed; in this block that is said. For the main thread only.
+    """
+    if not dist.is_available() or not dist.is_torchelastic_launched():
+        yield
+        return
+    on_cuda = device.type == "cuda"
+    if on_cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_cuda else "gloo", timeout=_TIMEOUT)
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        # Not print, and no exception: this may come in the middle of either.
+        os.write(2, f"process {os.environ['RANK']}: ended by SIGTERM, as torchrun does when one has failed\n".encode())
+        os._exit(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        dist.destroy_process_group()
+
+
+@contextmanager
+def losses_named() -> Iterator[None]:
+    """Raise `ProcessLost` for an error of the communication."""
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo's errors have no class of their own.
+        if "gloo" in str(error) or (dist.is_available() and isinstance(error, dist.DistError)):
+            reason = str(error).partition("\n")[0]
+            raise ProcessLost(f"another process has ended, or cannot be reached: {reason}") from error
+        raise
+
+
+class Processes:
+    """The processes of torch.distributed's default group; without one, this process alone.
+
+    together: whether there is a group, of whatever size.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.together = dist.is_available() and dist.is_initialized()
+        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if self.together else (0, 1)
+
+    def wrap(self, model: VAE) -> VAE | DistributedDataParallel:
+        """The model, with the weights of the first process, whose gradients are averaged over the processes."""
+        if not self.together:
+            return model
+        return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
+
+    def share_generators(self) -> None:
+        """Give the default generators the states of the first process."""
+        if not self.together:
+            return
+        state = torch.get_rng_state().to(self.device)
+        dist.broadcast(state, 0)
+        torch.set_rng_state(state.cpu())
+        if self.device.type == "cuda":
+            state = torch.cuda.get_rng_state(self.device).to(self.device)
+            dist.broadcast(state, 0)
+            torch.cuda.set_rng_state(state.cpu(), self.device)
+
+    @contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """The first process goes through this block before the others do."""
+        if self.rank:
+            dist.barrier()
+        yield
+        if self.together and not self.rank:
+            dist.barrier()
+
+    def part(self, indices: Tensor) -> Tensor:
+        """This process's images of a batch."""
+        size = len(indices) // self.size
+        return indices[self.rank * size : (self.rank + 1) * size]
+
+    def offset(self, batch_size: int) -> int | None:
+        """The number of images in the batch before this process's; None without a group."""
+        return self.rank * (batch_size // self.size) if self.together else None
+
+    def average(self, values: Tensor) -> None:
+        """Over the processes, in place."""
+        if self.together:
+            dist.all_reduce(values)
+            values /= self.size
+
+    def meet(self, done: int, count: int) -> bool:
+        """Whether after so many of an epoch's steps all processes agree upon what to do: one alone, always."""
+        return not self.together or done == count or done % _STEPS_BETWEEN_AGREEMENTS == 0
+
+    def any(self, *flags: bool) -> list[bool]:
+        """For each flag, whether it is set in any process."""
+        if not self.together:
+            return list(flags)
+        values = torch.tensor(flags, dtype=torch.float32, device=self.device)
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return [value > 0 for value in values.tolist()]
+
+    def by_first(self, compute: Callable[[], tuple[float, ...]], count: int) -> list[float]:
+        """What the first process computes, `count` numbers, in all of them."""
+        values = list(compute()) if self.rank == 0 else [0.0] * count
+        if not self.together:
+            return values
+        numbers = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.broadcast(numbers, 0)
+        return list(numbers.tolist())

@@ -1,0 +1,175 @@
+"""Training in several processes: that of one on the whole batch, and what happens when one of them fails."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastvae.models import ConvVAE
+from fastvae.training import loop as training_loop
+from fastvae.training import read_checkpoint, train
+from fastvae.training.distributed import Processes
+
+HERE = Path(__file__).parent
+EXAMPLE = HERE.parent / "examples" / "train.py"
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the processes are forked, which CUDA is not for")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folder of `distributed_runs.py`."""
+    folder = tmp_path_factory.mktemp("runs")
+    result = subprocess.run(
+        [sys.executable, HERE / "distributed_runs.py", folder],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def result(folder, name):
+    return torch.load(folder / f"{name}.pt", weights_only=True)
+
+
+def weights(folder, name):
+    """All of them as one vector in float64."""
+    return torch.cat([value.double().flatten() for value in result(folder, name)["weights"].values()])
+
+
+def root_mean_square(values):
+    return values.square().mean().sqrt().item()
+
+
+def test_two_processes_train_as_one_does(runs):
+    """After 16 steps. The bounds are those of rule 2: float32 in two processes is as close to float64 as it is in one,
+    within a factor of 2; and what is left between two and one in float64, whose roundings are 2^-29 times as large, is
+    2^-29 times that, within a factor of 2.
+    """
+    exact = weights(runs, "float64-1-0")
+    rounding = root_mean_square(weights(runs, "float32-1-0") - exact)
+    assert 0 < rounding < 1e-6
+    assert root_mean_square(weights(runs, "float32-2-0") - exact) <= 2 * rounding
+    assert root_mean_square(weights(runs, "float64-2-0") - exact) <= 2 * 2.0**-29 * rounding
+
+
+def test_metrics_are_those_of_the_whole_batch(runs):
+    one, two = (result(runs, name)["rows"] for name in ("float64-1-0", "float64-2-0"))
+    assert [row["step"] for row in two] == [8, 16]
+    for expected, row in zip(one, two, strict=True):
+        # Kept in float32, the test's in float64.
+        assert row == pytest.approx(expected, rel=2**-22)
+        assert row["test_loss"] == pytest.approx(expected["test_loss"], rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["float32-2", "whole", "parts"])
+def test_all_processes_end_alike(runs, name):
+    """Bit for bit, though the second began with other weights and another seed; only the first one writes."""
+    first, second = (result(runs, f"{name}-{rank}") for rank in (0, 1))
+    assert first["rows"] == second["rows"]
+    for part in ("weights", "average"):
+        assert all(torch.equal(first[part][key], second[part][key]) for key in first[part])
+    saved = read_checkpoint(runs / f"{name}.pt")
+    assert all(torch.equal(value, first["weights"][key]) for key, value in saved.model.state_dict().items())
+    assert all(torch.equal(value, first["average"][key]) for key, value in saved.average.state_dict().items())
+
+
+def test_one_process_stops_all(runs):
+    """The second was asked to from the first step on; they agree after 16."""
+    for rank in (0, 1):
+        assert [row["step"] for row in result(runs, f"stopped-{rank}")["rows"]] == [16]
+
+
+def test_what_stopped_goes_on_as_if_it_had_not(runs):
+    whole, parts = (result(runs, name) for name in ("whole-0", "parts-0"))
+    assert parts["rows"] == whole["rows"]
+    assert all(torch.equal(parts["weights"][key], value) for key, value in whole["weights"].items())
+    assert all(torch.equal(parts["average"][key], value) for key, value in whole["average"].items())
+
+
+def test_all_skip_a_step_that_is_not_finite_in_one(runs):
+    assert [row["skipped"] for row in result(runs, "whole-0")["rows"]] == [1]
+
+
+def test_all_name_a_step_that_is_not_finite_in_one(runs):
+    errors = [result(runs, f"not-finite-{rank}")["error"] for rank in (0, 1)]
+    assert errors[0] == errors[1]
+    assert errors[0].startswith(
+        "FloatingPointError: training diverged: at step 11, in epoch 2, these gradients are not finite: decoder.logits"
+    )
+
+
+def test_a_killed_process_ends_the_other(runs):
+    """In its second epoch, with a message, within seconds; the checkpoint of the first is whole."""
+    assert not (runs / "killed-1.pt").exists()
+    left = result(runs, "killed-0")
+    assert left["error"].startswith("ProcessLost: another process has ended, or cannot be reached: ")
+    assert left["seconds"] < 30
+    assert read_checkpoint(runs / "killed.pt").epoch == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"batch_size": 7}, "batch_size must be a multiple of 2, the processes, got 7"),
+        ({"fuse_output_layer": True}, "without fuse_output_layer"),
+    ],
+)
+def test_errors(option, message, monkeypatch):
+    class Two(Processes):
+        def __init__(self, device):
+            self.device, self.together, self.rank, self.size = device, True, 0, 2
+
+    monkeypatch.setattr(training_loop, "Processes", Two)
+    data = torch.zeros(16, 1, 8, 6, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=message):
+        train(ConvVAE((1, 8, 6), 3, (4,)), data, data, **{"epochs": 1, "batch_size": 8, **option})
+
+
+# ------------------------------------------------------------------------------------------------------------ torchrun
+
+
+def worker(agent: int, rank: int) -> int:
+    """The process of that rank of a torchrun."""
+    children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
+    wanted = f"LOCAL_RANK={rank}".encode()
+    (found,) = [it for it in children if wanted in Path(f"/proc/{it}/environ").read_bytes().split(b"\0")]
+    return int(found)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_torchrun(tmp_path):
+    """One writes and shows; when the other is killed it says so, and its checkpoint is whole."""
+    process = subprocess.Popen(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", EXAMPLE,
+            "--dataset", "digits", "--device", "cpu", "--limit", "64", "--batch-size", "32", "--epochs", "100000",
+            "--out", tmp_path / "run",
+        ],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    lines = []
+    try:
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("epoch 2/"):
+                os.kill(worker(process.pid, 1), signal.SIGKILL)
+                break
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    assert "another process has ended" in errors or "ended by SIGTERM, as torchrun does when one has failed" in errors
+    assert "processes 2, with 16 images of every batch each\n" in lines
+    assert sum(line.startswith("epoch 1/") for line in lines) == 1
+    found = read_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    assert found.epoch >= 1
+    assert found.run["processes"] == 2
+    assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) >= 3
