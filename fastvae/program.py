@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -101,7 +101,7 @@ def open_run(arguments: argparse.Namespace) -> Run:
     same = name == settings.get("dataset")
     data_dir = arguments.data_dir or (settings.get("data_dir") if same else None)
     dataset = open_dataset("--dataset", name, data_dir, model)
-    labels: Tensor | None = dataset.test_labels
+    labels = dataset.test_labels
     return Run(
         path,
         checkpoint.epoch,
@@ -113,10 +113,20 @@ def open_run(arguments: argparse.Namespace) -> Run:
     )
 
 
+def images_in_words(run: Run) -> str:
+    skipped = f"; files left out, which cannot be read: {len(run.dataset.skipped):,}" if run.dataset.skipped else ""
+    return f"{run.dataset.name}, {len(run.images):,} test images on {run.images.device.type}{skipped}"
+
+
 def open_dataset(flag: str, name: str, data_dir: Path | None, model: ConvVAE) -> ImageDataset:
     """The dataset that a flag names, with test images that the model, and figures, can take. Raises `UserError`."""
+    height, width = model.image_shape[1:]
+    # Pictures of any size become what the model was trained on.
+    folder: dict[str, Any] = (
+        {"image_size": (height, width), "channels": model.image_shape[0]} if name == "folder" else {}
+    )
     try:
-        dataset = load_dataset(name, data_dir)
+        dataset = load_dataset(name, data_dir, **folder)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{flag} {name}: {error}") from error
     shape = tuple(dataset.test_images.shape[1:])
