@@ -33,7 +33,17 @@ import fastvae
 from fastvae import plots
 from fastvae.evaluation import SCORES, anomaly_scores, roc
 from fastvae.files import write_csv
-from fastvae.program import Parser, Run, UserError, add_run_flags, open_dataset, open_run, prepare_folder, run_program
+from fastvae.program import (
+    Parser,
+    Run,
+    UserError,
+    add_run_flags,
+    images_in_words,
+    open_dataset,
+    open_run,
+    prepare_folder,
+    run_program,
+)
 from fastvae.training import versions, write_summary
 
 FILES = ("anomaly.json", "scores.csv", "score_histogram.png", "most_anomalous.png", "roc.png")
@@ -57,6 +67,7 @@ def find_anomalies() -> None:
     images, anomalous, columns = images_to_judge(run, arguments)
     folder = prepare_folder(arguments.out or run.checkpoint.parent / "anomaly", FILES)
     say(f"model       {run.checkpoint}, {run.epoch} epochs")
+    say(f"images      {images_in_words(run)}")
 
     def scores_of(of: Tensor) -> Tensor:
         return anomaly_scores(run.model, of, score=arguments.score, seed=arguments.seed).double().cpu()
@@ -126,7 +137,7 @@ def normal_training_images(run: Run, arguments: argparse.Namespace) -> Tensor:
     count = min(run.trained_images or sys.maxsize, arguments.limit or sys.maxsize)
     images = run.dataset.train_images[:count]
     if arguments.normal is not None:
-        labels: Tensor | None = run.dataset.train_labels
+        labels = run.dataset.train_labels
         if labels is None or run.labels is None:
             raise UserError(f"--normal needs labels, and {run.dataset.name} has none")
         images = images[torch.isin(labels[:count], torch.tensor(arguments.normal))]
@@ -153,7 +164,7 @@ def images_to_judge(run: Run, arguments: argparse.Namespace) -> tuple[Tensor, Te
         return run.images, None, columns
     other = open_dataset("--against", arguments.against, arguments.against_dir, run.model)
     others = other.test_images[: arguments.limit].to(run.images.device)
-    labels: Tensor | None = other.test_labels
+    labels = other.test_labels
     columns[0] += [other.name] * len(others)
     columns[1] += range(len(others))
     columns[2] += [None] * len(others) if labels is None else labels[: len(others)].tolist()

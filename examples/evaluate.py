@@ -28,7 +28,15 @@ import torch
 import fastvae
 from fastvae import evaluation, plots
 from fastvae.files import write_csv
-from fastvae.program import Parser, add_run_flags, open_run, positive_integer, prepare_folder, run_program
+from fastvae.program import (
+    Parser,
+    add_run_flags,
+    images_in_words,
+    open_run,
+    positive_integer,
+    prepare_folder,
+    run_program,
+)
 from fastvae.training import versions, write_summary
 
 FILES = (
@@ -67,7 +75,7 @@ def evaluate_run() -> None:
     folder = prepare_folder(arguments.out or run.checkpoint.parent / "evaluation", FILES)
     dimensions = images[0].numel()
     say(f"model           {run.checkpoint}, {run.epoch} epochs")
-    say(f"images          {run.dataset.name}, {len(images):,} test images on {images.device.type}")
+    say(f"images          {images_in_words(run)}")
 
     errors = evaluation.reconstruction_errors(model, images, deterministic=True)
     totals = evaluation.evaluate(model, images)

@@ -26,7 +26,16 @@ from torch import Tensor
 from fastvae import plots
 from fastvae.evaluation import Posteriors, posteriors, principal_components
 from fastvae.models import VAE
-from fastvae.program import Parser, Run, UserError, add_run_flags, open_run, prepare_folder, run_program
+from fastvae.program import (
+    Parser,
+    Run,
+    UserError,
+    add_run_flags,
+    images_in_words,
+    open_run,
+    prepare_folder,
+    run_program,
+)
 
 FILES = ("generated.png", "interpolations.png", "traversals.png", "latent_map.png")
 SAMPLES = 64
@@ -62,7 +71,7 @@ def generate() -> None:
             raise UserError(f"{flag} must be at most {len(run.images) - 1}, the last test image, got {max(numbers)}")
     folder = prepare_folder(arguments.out or run.checkpoint.parent / "generated", FILES)
     say(f"model     {run.checkpoint}, {run.epoch} epochs")
-    say(f"images    {run.dataset.name}, {len(run.images):,} test images on {run.images.device.type}")
+    say(f"images    {images_in_words(run)}")
 
     generator = torch.Generator(run.images.device).manual_seed(arguments.seed)
     plots.write_image_grid(folder / "generated.png", run.model.sample(SAMPLES, generator))

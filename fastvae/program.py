@@ -102,7 +102,7 @@ def open_run(arguments: argparse.Namespace) -> Run:
     same = name == settings.get("dataset")
     data_dir = arguments.data_dir or (settings.get("data_dir") if same else None)
     dataset = open_dataset("--dataset", name, data_dir, model)
-    labels: Tensor | None = dataset.test_labels
+    labels = dataset.test_labels
     return Run(
         path,
         checkpoint.epoch,
@@ -112,6 +112,11 @@ def open_run(arguments: argparse.Namespace) -> Run:
         dataset.test_images[: arguments.limit].to(device),
         None if labels is None else labels[: arguments.limit],
     )
+
+
+def images_in_words(run: Run) -> str:
+    skipped = f"; files left out, which cannot be read: {len(run.dataset.skipped):,}" if run.dataset.skipped else ""
+    return f"{run.dataset.name}, {len(run.images):,} test images on {run.images.device.type}{skipped}"
 
 
 def open_dataset(flag: str, name: str, data_dir: Path | None, model: ConvVAE) -> ImageDataset:

@@ -16,7 +16,7 @@ import torch
 
 import fastvae.program
 from fastvae import evaluation
-from fastvae.data import ImageDataset
+from fastvae.data import ImageDataset, load_dataset
 from fastvae.models import ConvVAE
 from fastvae.training import write_checkpoint
 
@@ -52,8 +52,10 @@ def datasets(monkeypatch):
     """load_dataset of made-up images; what it was asked for."""
     asked = []
 
-    def load(name, data_dir):
+    def load(name, data_dir, **options):
         asked.append((name, data_dir))
+        if name == "folder":
+            return load_dataset(name, data_dir, **options)
         if name == "absent":
             raise ValueError(f'name must be "mnist" or "digits", got {name!r}')
         return data(name)
@@ -399,6 +401,26 @@ def test_without_labels(saved, run, name):
     assert (
         run(name, saved, "--dataset", "unlabelled", "--quiet", *(["--samples", 2] if name == "evaluate" else [])) == 0
     )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pictures_of_any_size(saved, run, name, monkeypatch, capsys):
+    """A folder of colour pictures, resized to the model's size and grey; what cannot be read is counted."""
+    from PIL import Image
+
+    monkeypatch.setenv("FASTVAE_DATA", str(saved / "cache"))
+    for part in ("train", "test"):
+        (saved / "pictures" / part / "a").mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (20 + number, 31), (90 * number, 0, 9)).save(
+                saved / "pictures" / part / "a" / f"{number}.png"
+            )
+    (saved / "pictures" / "test" / "a" / "broken.png").write_text("nothing")
+    few = ("--samples", 2) if name == "evaluate" else ()
+    assert run(name, saved, "--dataset", "folder", "--data-dir", saved / "pictures", *few) == 0
+    output, errors = capsys.readouterr()
+    assert "3 test images on cpu; files left out, which cannot be read: 1\n" in output
+    assert errors == ""
 
 
 @pytest.mark.parametrize(
