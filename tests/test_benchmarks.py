@@ -620,10 +620,12 @@ def run_pytest(folder, *options):
     (folder / "fast.py").write_text(FAST)
     path = os.pathsep.join((str(folder), str(BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "fast", "-p", "no:cacheprovider", str(BENCHMARKS)]
+    # As from a shell: pytest-benchmark measures nothing in a process of pytest-xdist's.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     return subprocess.run(
         [*command, *options],
         cwd=BENCHMARKS.parent,
-        env=os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"},
+        env=inherited | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
     )

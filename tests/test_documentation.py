@@ -170,7 +170,8 @@ def assert_pytest_accepts(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(exit_on_error=False, allow_abbrev=False)
     parser.add_argument("paths", nargs="*")
     parser.add_argument("-q", action="store_true")
-    parser.add_argument("-m")
+    for option in ("-m", "-n", "--dist"):
+        parser.add_argument(option)
     for option in own:
         parser.add_argument(option, action="store_true")
     for path in parser.parse_args(arguments).paths:

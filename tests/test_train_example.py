@@ -336,6 +336,7 @@ def test_default_folder_and_defaults(tmp_path, example, monkeypatch):
         "lr": 1e-3,
         "beta": 1.0,
         "kl_warmup": 0.0,
+        "free_bits": 0.0,
         "clip_norm": None,
         "schedule": "constant",
         "ema": None,
@@ -491,7 +492,19 @@ def test_a_run_of_other_processes_is_refused(tmp_path, run, capsys, no_training)
 
     run_of_two = {"dataset": "digits", "images": 64, "batch_size": 16, "limit": 64, "processes": 2}
     names = ("device", "backend", "precision", "latent_dim", "lr", "beta", "kl_warmup", "clip_norm", "schedule", "ema")
-    names += ("skip_nonfinite", "seed", "epochs", "graph", "data_dir", "deterministic", "checkpoint_every", "patience")
+    names += (
+        "free_bits",
+        "image_size",
+        "strict",
+        "skip_nonfinite",
+        "seed",
+        "epochs",
+        "graph",
+        "data_dir",
+        "deterministic",
+        "checkpoint_every",
+        "patience",
+    )
     state = TrainingState([], 0.0, torch.empty(0), torch.empty(0), {}, [])
     defaults = {"device": "cpu", "backend": "auto", "epochs": 1}
     write_checkpoint(
