@@ -3,7 +3,8 @@
     python examples/export.py RUN               RUN: a run's folder, or a checkpoint.pt or model.safetensors
     python examples/export.py RUN --out DIR     write into DIR instead of the folder of RUN
 
-Files, each written atomically, and only after what it computes was compared with the model:
+Files, each written atomically, and only after what it computes was compared with the model; those of an earlier export
+are removed first:
     model.safetensors    the weights; fastvae.load("model.safetensors") gives the model back
     encoder.onnx         images [B, C, H, W] in [0, 1] -> mu and logvar, [B, K] each
     decoder.onnx         z [B, K] -> images [B, C, H, W] in [0, 1]
@@ -23,7 +24,9 @@ from pathlib import Path
 
 import fastvae
 from fastvae.export import Decoder, Encoder, write_onnx, write_program, write_safetensors
-from fastvae.program import Parser, UserError
+from fastvae.program import Parser, UserError, prepare_folder, run_program
+
+FILES = ("model.safetensors", "encoder.onnx", "decoder.onnx", "decoder.pt2")
 
 
 def main() -> int:
@@ -32,22 +35,20 @@ def main() -> int:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     warnings.simplefilter("ignore", FutureWarning)
     try:
-        run(parse_arguments())
-    except (UserError, ImportError, OSError, ValueError) as error:
-        print(f"export.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return run_program("export.py", lambda: run(parse_arguments()))
     except RuntimeError as error:
         print(f"export.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
-    return 0
 
 
 def run(arguments: argparse.Namespace) -> None:
-    model = fastvae.load(arguments.run)
+    try:
+        model = fastvae.load(arguments.run)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     folder = arguments.out or (arguments.run if arguments.run.is_dir() else arguments.run.parent)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out must be a folder, got the file {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
+    # Not what was read: an export of model.safetensors beside it writes it again.
+    prepare_folder(folder, [name for name in FILES if folder / name != arguments.run])
     images, latents = f"images [B, {', '.join(map(str, model.image_shape))}]", f"[B, {model.latent_dim}]"
     encoder, decoder = Encoder(model), Decoder(model)
 

@@ -209,6 +209,8 @@ def run(arguments: argparse.Namespace, device: torch.device, checkpoint: Checkpo
     say(f"model     {parameters:,} parameters")
     say(f"training  {epochs} epochs, {total_steps:,} steps of {batch_size} images")
     first_step = 0 if checkpoint is None else resumed_step(checkpoint, len(train_images) // batch_size)
+    if first_step > total_steps:
+        raise UserError(f"--resume: {first_step:,} steps were done, --epochs {epochs} is {total_steps:,}")
     if checkpoint is not None:
         say(f"resumed   after step {first_step:,}")
     resolved = {
@@ -225,7 +227,11 @@ def run(arguments: argparse.Namespace, device: torch.device, checkpoint: Checkpo
     last = rows[-1]
     if last.step == total_steps:
         ended = "epochs"
-    elif arguments.patience and len(rows) - best_epoch(rows) >= arguments.patience:
+    elif (
+        arguments.patience
+        and last.step % (len(train_images) // batch_size) == 0
+        and len(rows) - best_epoch(rows) >= arguments.patience
+    ):
         ended = "patience"
         say(f"stopped early: epoch {best_epoch(rows)} has the smallest test loss, and is in checkpoint.best.pt")
     else:
@@ -295,20 +301,25 @@ def fit(
             board.epoch(row, model if average is None else average.model, test_images)
         display.epoch(row)
 
+    run = {name: resolved[name] for name in ("images", "processes", *TAKEN_OVER)}
+    unwritten: list[TrainingState] = []  # the last state, while it is in no file
+
     def keep(state: TrainingState) -> None:
         epoch = rows[-1].epoch
-        if epoch % arguments.checkpoint_every == 0 or epoch == epochs or should_stop():
-            run = {name: resolved[name] for name in ("images", "processes", *TAKEN_OVER)}
+        unwritten[:] = [state]
+        if epoch % arguments.checkpoint_every == 0:
             write_checkpoint(folder / "checkpoint.pt", model, epoch, state, run)
-        if arguments.patience and best_epoch(rows) == epoch:
-            write_checkpoint(folder / "checkpoint.best.pt", model, epoch, state, keep_previous=False)
+            unwritten.clear()
+        finished = len(state.history) == 0
+        if arguments.patience and finished and best_epoch(rows) == epoch:
+            write_checkpoint(folder / "checkpoint.best.pt", model, epoch, state, run, keep_previous=False)
 
     with (
         contextlib.closing(make_display(epochs, arguments.quiet, first_step)) as display,
         contextlib.closing(board) if board is not None else contextlib.nullcontext(),
         stop_on_interrupt() as should_stop,
     ):
-        return train(
+        train(
             model,
             train_images,
             test_images,
@@ -331,6 +342,9 @@ def fit(
             on_state=keep,
             resume=state,
         )
+    for last in unwritten:
+        write_checkpoint(folder / "checkpoint.pt", model, rows[-1].epoch, last, run)
+    return rows
 
 
 def write_figures(
@@ -589,6 +603,8 @@ def parse_arguments() -> tuple[argparse.Namespace, set[str]]:
     )
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     arguments = parser.parse_args()
+    if arguments.data_dir is not None:
+        arguments.data_dir = arguments.data_dir.expanduser().absolute()  # for those who use the run from elsewhere
     missing = object()
     names = vars(arguments)
     # What has a value already is not set to its default.

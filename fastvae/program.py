@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -101,7 +101,7 @@ def open_run(arguments: argparse.Namespace) -> Run:
         raise UserError(f"--dataset must be given: {path} does not say what it was trained on")
     same = name == settings.get("dataset")
     data_dir = arguments.data_dir or (settings.get("data_dir") if same else None)
-    dataset = open_dataset("--dataset", name, data_dir, model)
+    dataset = open_dataset("--dataset", name, data_dir, model, settings if same else None)
     labels = dataset.test_labels
     return Run(
         path,
@@ -119,10 +119,17 @@ def images_in_words(run: Run) -> str:
     return f"{run.dataset.name}, {len(run.images):,} test images on {run.images.device.type}{skipped}"
 
 
-def open_dataset(flag: str, name: str, data_dir: Path | None, model: ConvVAE) -> ImageDataset:
-    """The dataset that a flag names, with test images that the model, and figures, can take. Raises `UserError`."""
+def open_dataset(
+    flag: str, name: str, data_dir: Path | None, model: ConvVAE, settings: dict[str, Any] | None = None
+) -> ImageDataset:
+    """The dataset that a flag names, with test images that the model, and figures, can take. Raises `UserError`.
+
+    settings: of the run that was trained on it.
+    """
     try:
-        if name == "folder":  # pictures of any size are brought to the model's
+        if name == "folder" and settings is not None:  # as training asked for them, so that what it decoded is found
+            dataset = load_dataset(name, data_dir, image_size=settings.get("image_size"))
+        elif name == "folder":  # pictures of any size are brought to the model's
             channels, height, width = model.image_shape
             dataset = load_dataset(name, data_dir, image_size=(height, width), channels=channels)
         else:

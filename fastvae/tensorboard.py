@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import fastvae.functional as F
+from fastvae.evaluation.batches import evaluation_mode
 from fastvae.models import VAE
 from fastvae.plots import tile
 from fastvae.training import EpochMetrics
@@ -41,18 +42,18 @@ class TensorBoard:
                 writer.add_scalar(name, value, row.epoch)  # type: ignore[no-untyped-call]
         device = next(model.parameters()).device
         images = images[:_ENCODED].to(device)
-        mu, logvar = model.encode(images).chunk(2, 1)
-        writer.add_histogram("latents/mu", mu, row.epoch)  # type: ignore[no-untyped-call]
+        with evaluation_mode(model):
+            mu, logvar = model.encode(images).chunk(2, 1)
+            reconstructions = torch.sigmoid(model.decode(mu[:_RECONSTRUCTED]))
+            samples = model.sample(_SAMPLED, torch.Generator(device).manual_seed(0))
         kl = F.gaussian_kl(mu, logvar, reduction="per_dimension")
-        writer.add_histogram("latents/kl_per_dimension", kl, row.epoch)  # type: ignore[no-untyped-call]
+        for name, values in (("latents/mu", mu), ("latents/kl_per_dimension", kl)):
+            if values.isfinite().any():  # a histogram of nothing is an error there
+                writer.add_histogram(name, values, row.epoch)  # type: ignore[no-untyped-call]
         shown = images[:_RECONSTRUCTED]
         originals = shown / 255 if shown.dtype is torch.uint8 else shown
-        pairs = torch.cat([originals, torch.sigmoid(model.decode(mu[: len(shown)]))])
-        generator = torch.Generator(device).manual_seed(0)
-        for name, grid in (
-            ("reconstructions", tile(pairs, len(shown))),
-            ("samples", tile(model.sample(_SAMPLED, generator), 8)),
-        ):
+        pairs = torch.cat([originals, reconstructions])
+        for name, grid in (("reconstructions", tile(pairs, len(shown))), ("samples", tile(samples, 8))):
             layout = "HW" if grid.ndim == 2 else "HWC"
             writer.add_image(name, grid, row.epoch, dataformats=layout)  # type: ignore[no-untyped-call]
         writer.flush()  # type: ignore[no-untyped-call]
@@ -70,4 +71,4 @@ def open_tensorboard(folder: Path, epochs: int = 0) -> TensorBoard | None:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return TensorBoard(SummaryWriter(str(folder), purge_step=epochs + 1 if epochs else None))  # type: ignore[no-untyped-call]
+    return TensorBoard(SummaryWriter(str(folder), purge_step=epochs + 1))  # type: ignore[no-untyped-call]

@@ -388,8 +388,9 @@ def test_whole_under_compile(device, triton_backend) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"free_bits": -0.1}, ValueError, "free_bits must be finite and not negative, got -0.1"),
-        ({"free_bits": math.nan}, ValueError, "free_bits must be finite and not negative, got nan"),
+        ({"free_bits": -0.1}, ValueError, "free_bits must be finite in float32 and not negative, got -0.1"),
+        ({"free_bits": math.nan}, ValueError, "free_bits must be finite in float32 and not negative, got nan"),
+        ({"free_bits": 1e300}, ValueError, "free_bits must be finite in float32 and not negative, got 1e"),
         ({"free_bits": "1"}, TypeError, "free_bits must be a number, got str"),
         ({"free_bits": 0.1, "reduction": "none"}, ValueError, 'reduction must be "batchmean" or "per_dimension"'),
         ({"free_bits": 0.1, "reduction": "mean"}, ValueError, 'reduction must be "batchmean" or "per_dimension"'),

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import fastvae
-from fastvae.evaluation import evaluate, reconstruction_errors
+from fastvae.evaluation import elbo, evaluate, log_likelihood, posteriors, reconstruction_errors
 from fastvae.evaluation.batches import batch_size
-from fastvae.models import ConvVAE
+from fastvae.models import VAE, ConvVAE
 
 SHAPE = (3, 7, 5)
 COUNT = 700  # more than one batch, and no multiple of it
@@ -105,6 +105,36 @@ def test_nothing_is_left_attached(model, images):
 def test_no_images_is_an_error(model, images, measure):
     with pytest.raises(ValueError, match=r"images must hold at least one image, got shape \[0, 3, 7, 5\]"):
         measure(model, images[:0])
+
+
+class Noisy(torch.nn.Module):
+    """With Dropout, and with BatchNorm, which refuses a batch of one in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.Sequential(
+            torch.nn.Flatten(), torch.nn.Linear(105, 6), torch.nn.BatchNorm1d(6), torch.nn.Dropout(0.5)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+def test_a_model_in_training_is_measured_as_it_is_used(device, images):
+    """The same numbers each time, its statistics and torch's random numbers as they were, and it goes on training."""
+    decoder = torch.nn.Sequential(torch.nn.Linear(3, 105), torch.nn.Unflatten(1, SHAPE))
+    model = VAE(Noisy(), decoder, 3).to(device)
+    model.decoder.eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.get_rng_state()
+    some = images[:513]  # the last batch is of one image
+    for measure in (evaluate, reconstruction_errors, elbo, posteriors):
+        first, second = measure(model, some), measure(model, some)
+        assert all(map(torch.equal, *(map(torch.as_tensor, it) for it in (first, second))))
+    assert log_likelihood(model, some[:1], samples=2).isfinite()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert model.training and model.encoder.layers[2].training and not model.decoder.training
 
 
 def test_large_images_come_in_small_batches():

@@ -209,6 +209,21 @@ def almost(model: ConvVAE, name: str, change: float) -> ConvVAE:
     return other
 
 
+def test_no_file_of_an_earlier_export_stays_beside_new_ones(run, example, model, tmp_path, monkeypatch, capsys) -> None:
+    """Nor is the file removed that is read."""
+    write_safetensors(tmp_path / "model.safetensors", model)
+    for name in ("encoder.onnx", "decoder.onnx", "decoder.pt2"):
+        (tmp_path / name).write_text("of an earlier model")
+
+    def refuse(*arguments):
+        raise ImportError("no onnxscript")
+
+    monkeypatch.setattr(example, "write_onnx", refuse)
+    assert run(tmp_path / "model.safetensors") == 2
+    assert capsys.readouterr().err == "export.py: error: no onnxscript\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
 @pytest.mark.parametrize("change", [0.01, math.nan])
 def test_no_onnx_is_written_that_computes_something_else(change, model, tmp_path, exported_before) -> None:
     path = tmp_path / "decoder.onnx"

@@ -245,7 +245,7 @@ def test_out_cannot_be_written(tmp_path, run, no_training, capsys, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied", str(tmp_path / "run"))
 
-    monkeypatch.setattr("fastvae.training.records.replacing", refuse)
+    monkeypatch.setattr("fastvae.files.replacing", refuse)
     assert run(*SMALL, "--out", tmp_path / "run") == 2
     assert "--out cannot be written: [Errno 13] Permission denied" in capsys.readouterr().err
 
@@ -485,6 +485,24 @@ def test_a_run_on_other_images_is_refused(tmp_path, run, capsys, example, monkey
     monkeypatch.setattr(example, "train", lambda *_, **__: pytest.fail("training began"))
     assert run("--resume", tmp_path) == 2
     assert "there were 1500 training images, there are 900" in capsys.readouterr().err
+
+
+def test_a_run_that_ends_before_its_epochs_has_a_checkpoint(tmp_path, run, capsys, monkeypatch):
+    """Of its last epoch, also where none was due; and it does not go on to fewer epochs than it had."""
+    from fastvae.training import loop, read_checkpoint
+
+    losses, real = iter([90.0, 80.0, 81.0]), loop.evaluate
+    monkeypatch.setattr(loop, "evaluate", lambda *a, **k: real(*a, **k)._replace(loss=next(losses)))
+    options = ("--limit", 16, "--epochs", 9, "--patience", 1, "--checkpoint-every", 9)
+    assert run(*SMALL, *options, "--out", tmp_path / "run") == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["ended"] == "patience"
+    last, best = (read_checkpoint(tmp_path / "run" / f"checkpoint{which}.pt") for which in ("", ".best"))
+    assert last.epoch == summary["final"]["epoch"] and best.epoch == summary["best"]["epoch"] == 2
+    assert best.run == last.run and best.run["dataset"] == "digits"
+    capsys.readouterr()
+    assert run("--resume", tmp_path / "run", "--epochs", 1) == 2
+    assert "steps were done, --epochs 1 is 1" in capsys.readouterr().err
 
 
 def test_a_run_of_other_processes_is_refused(tmp_path, run, capsys, no_training):

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 import fastvae
 from fastvae.evaluation import evaluate
 from fastvae.models import ConvVAE
-from fastvae.training import MovingAverage, best_epoch, train
+from fastvae.training import EpochMetrics, MovingAverage, best_epoch, train, training_step
 from fastvae.training import loop as training_loop
 from fastvae.training.gradients import limit_gradients
 
@@ -212,6 +212,21 @@ def test_what_ended_does_not_go_on(device, monkeypatch):
 
 def test_no_epoch_is_the_best_of_none():
     assert best_epoch([]) == 0
+
+
+def test_a_test_loss_that_is_no_number_is_never_the_best():
+    rows = [EpochMetrics(epoch, epoch, 0, 0, 0, loss, 0, 0) for epoch, loss in enumerate((math.nan, 3.0, 2.0), 1)]
+    assert [best_epoch(rows[:count]) for count in (1, 2, 3)] == [1, 2, 3]
+
+
+def test_a_step_that_may_not_be_skipped_forgets_what_was_found_before(device):
+    """The optimizer keeps found_inf, and would skip every later step."""
+    model = small_model(device)
+    optimizer = Adam(model.parameters(), fused=True)
+    training_step(model, optimizer, images(4, device) / 255 * math.nan, skip_nonfinite=True)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    training_step(model, optimizer, images(4, device))
+    assert not any(map(torch.equal, before, model.parameters()))
 
 
 # ------------------------------------------------------------------------------------------------- what is not finite

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import fastvae.functional as F
-from fastvae.evaluation.batches import batches, device_of
+from fastvae.evaluation.batches import batches, device_of, measuring
 from fastvae.models import VAE
 
 
@@ -23,7 +23,7 @@ class Posteriors(NamedTuple):
     kl: Tensor
 
 
-@torch.no_grad()
+@measuring
 def posteriors(model: VAE, images: Tensor) -> Posteriors:
     """The posteriors of images as in `evaluate`.
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 import fastvae.functional as F
-from fastvae.evaluation.batches import batch_size, batches, seeded_generator
+from fastvae.evaluation.batches import batch_size, batches, measuring, seeded_generator
 from fastvae.models import VAE
 
 
-@torch.no_grad()
+@measuring
 def elbo(model: VAE, images: Tensor, *, seed: int = 0) -> Tensor:
     """The evidence lower bound of each image, log p(x|z) - KL(q(z|x) || p(z)) with one sampled z, float64 [N], in nats.
 
@@ -37,7 +37,7 @@ def elbo(model: VAE, images: Tensor, *, seed: int = 0) -> Tensor:
     return torch.cat(bounds)
 
 
-@torch.no_grad()
+@measuring
 def log_likelihood(model: VAE, images: Tensor, *, samples: int = 100, seed: int = 0) -> Tensor:
     """log p(x) of each image by importance sampling, float64 [N], in nats.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fastvae.functional as F
-from fastvae.evaluation.batches import batches, seeded_generator
+from fastvae.evaluation.batches import batches, measuring, seeded_generator
 from fastvae.models import VAE
 
 
@@ -26,7 +26,7 @@ class Evaluation(NamedTuple):
     mse: float
 
 
-@torch.no_grad()
+@measuring
 def evaluate(model: VAE, images: Tensor, *, beta: float | Tensor = 1.0) -> Evaluation:
     """The test loss and error of a model on images [N, C, H, W], uint8 or floats in [0, 1], on its device or the CPU.
 
@@ -44,7 +44,7 @@ def evaluate(model: VAE, images: Tensor, *, beta: float | Tensor = 1.0) -> Evalu
     return Evaluation(loss, mse)
 
 
-@torch.no_grad()
+@measuring
 def reconstruction_errors(model: VAE, images: Tensor, *, deterministic: bool = False) -> Tensor:
     """The mean squared error of each reconstruction's pixels, mean((X - Y)^2), [N].
 

@@ -15,8 +15,6 @@ Source: Kingma and Welling, "Auto-Encoding Variational Bayes", 2013, section 2.4
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -196,8 +194,8 @@ def _check_reduction(reduction: str, free_bits: float) -> None:
     check_reduction(reduction, ("per_dimension",))
     if isinstance(free_bits, bool) or not isinstance(free_bits, (int, float)):
         raise TypeError(f"free_bits must be a number, got {type(free_bits).__name__}")
-    if not 0.0 <= free_bits < math.inf:
-        raise ValueError(f"free_bits must be finite and not negative, got {free_bits}")
+    if not 0.0 <= free_bits <= torch.finfo(torch.float32).max:
+        raise ValueError(f"free_bits must be finite in float32 and not negative, got {free_bits}")
     if free_bits and reduction not in ("batchmean", "per_dimension"):
         raise ValueError(
             f'free_bits is of a batch mean: reduction must be "batchmean" or "per_dimension", got {reduction!r}'

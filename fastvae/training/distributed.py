@@ -26,6 +26,9 @@ _STEPS_BETWEEN_AGREEMENTS = 16
 # A process that is killed is noticed at once; this is for one that hangs.
 _TIMEOUT = timedelta(minutes=5)
 
+# For what the first process does alone while the others wait: a large set of images takes its time.
+_PATIENCE = timedelta(days=1)
+
 
 class ProcessLost(RuntimeError):
     """Another process of the run has ended, or cannot be reached."""
@@ -72,6 +75,22 @@ def losses_named() -> Iterator[None]:
         raise
 
 
+def wait_for_all() -> None:
+    """Wait until all processes have come here; it is an error if one has ended."""
+    everyone = dist.group.WORLD
+    if dist.get_backend() != "gloo":  # what waits on a GPU has no patience
+        if everyone not in _gloo_groups:
+            _gloo_groups[everyone] = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+        everyone = _gloo_groups[everyone]
+    assert everyone is not None
+    options = dist.BarrierOptions()
+    options.timeout = _PATIENCE
+    everyone.barrier(options).wait(_PATIENCE)
+
+
+_gloo_groups: dict[dist.ProcessGroup | None, dist.ProcessGroup] = {}
+
+
 class Processes:
     """The processes of torch.distributed's default group; without one, this process alone.
 
@@ -105,10 +124,10 @@ class Processes:
     def first_alone(self) -> Iterator[None]:
         """The first process goes through this block before the others do."""
         if self.rank:
-            dist.barrier()
+            wait_for_all()
         yield
         if self.together and not self.rank:
-            dist.barrier()
+            wait_for_all()
 
     def part(self, indices: Tensor) -> Tensor:
         """This process's images of a batch."""
@@ -142,6 +161,7 @@ class Processes:
         values = list(compute()) if self.rank == 0 else [0.0] * count
         if not self.together:
             return values
+        wait_for_all()
         numbers = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.broadcast(numbers, 0)
         return list(numbers.tolist())

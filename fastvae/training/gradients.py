@@ -23,6 +23,8 @@ def limit_gradients(
         norms: [>= number of parameters], where the norm of each gradient before it is clipped is written, in the order
             of the parameters that have one.
     """
+    if not skip_nonfinite:
+        optimizer.__dict__.pop("found_inf", None)  # of an earlier step that could be skipped
     if clip_norm is None and not skip_nonfinite and norms is None:
         return
     parameters = [it for group in optimizer.param_groups for it in group["params"] if it.grad is not None]

@@ -205,11 +205,11 @@ def _train(
         began -= resume.seconds
     elif steps.average is not None:
         steps.average.begin(steps.model)
-    processes.share_generators()
     stopped = False
     for epoch in range(len(rows) + 1, epochs + 1):
         if patience is not None and len(rows) - best_epoch(rows) >= patience:
             break
+        processes.share_generators()  # of every epoch: on_epoch, or a test, may have drawn in the first process alone
         if done == 0:
             steps.shuffle()
         reported = done

@@ -45,5 +45,6 @@ class Progress(NamedTuple):
 
 
 def best_epoch(rows: Sequence[EpochMetrics]) -> int:
-    """The first epoch with the smallest test loss; 0 if there are none."""
-    return min(rows, key=lambda row: row.test_loss).epoch if rows else 0
+    """The first epoch with the smallest test loss; 0 if there are none. NaN is larger than any."""
+    losses = [math.inf if math.isnan(row.test_loss) else row.test_loss for row in rows]
+    return rows[losses.index(min(losses))].epoch if rows else 0

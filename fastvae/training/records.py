@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.metadata
-import io
 import json
 import platform
 from collections.abc import Iterable, Mapping
@@ -13,19 +11,13 @@ from typing import Any
 
 import torch
 
-from fastvae.files import replacing
+from fastvae.files import replacing, write_csv
 from fastvae.training.metrics import EpochMetrics
 
 
 def write_metrics(path: Path, rows: Iterable[EpochMetrics]) -> None:
     """A CSV file with the fields of `EpochMetrics` as its header, and a line for each epoch."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(EpochMetrics._fields)
-    # Seven digits are what float32 holds.
-    writer.writerows([f"{value:.7g}" if isinstance(value, float) else value for value in row] for row in rows)
-    with replacing(path) as file:
-        file.write(text.getvalue().encode())
+    write_csv(path, EpochMetrics._fields, rows)
 
 
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:

@@ -130,6 +130,7 @@ class Steps:
         self._source = images
         if images.device != device:
             self._source = images[: self.at_a_time * batch_size].to(device, memory_format=torch.channels_last)
+            self._copied = [torch.cuda.Event() for _ in range(2 * (device.type == "cuda"))]  # type: ignore[no-untyped-call]
         self._graph = graph
         self._norms = not graph or clip_norm is not None or skip_nonfinite
         self._warm = False
@@ -145,7 +146,7 @@ class Steps:
         indices = self.order[first * self.batch_size : (first + count) * self.batch_size]
         found = self.history[first : first + count]
         if self._source is not self.images:
-            indices = self._bring(indices)
+            indices = self._bring(self.processes.part(indices))  # several processes run one step at a time
         if self._graph and self._warm and self._replay is None and count == self.at_a_time:
             self._replay = self._captured()
         if not self._graph or count < self.at_a_time:
@@ -168,14 +169,20 @@ class Steps:
         """Bring images to the device; returns where they now are in `_source`."""
         chosen = self.images[indices]
         if self.device.type == "cuda":
-            chosen = chosen.pin_memory()  # so that the copy does not wait for the steps that are queued
+            # Pinned, so that the copy does not wait for the steps that are queued; but the host waits for the copy
+            # before the last one, so that no more than two of these blocks are held.
+            self._copied[0].synchronize()
+            chosen = chosen.pin_memory()
         self._source[: len(chosen)].copy_(chosen, non_blocking=True)
+        if self.device.type == "cuda":
+            self._copied[0].record()
+            self._copied.reverse()
         return torch.arange(len(chosen), device=self.device)
 
     def _take(self, indices: Tensor, found: Tensor) -> None:
         """A step for each row of `found`."""
         for row, chosen in zip(found, torch.split(indices, self.batch_size), strict=True):
-            batch = self._batch(self.processes.part(chosen))
+            batch = self._batch(self.processes.part(chosen) if self._source is self.images else chosen)
             values = training_step(
                 self._model,
                 self.optimizer,
