@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 LOG_BYTES = 256 * 1024  # kept of each part, from its end
-KERNELS = "^(gaussian|sigmoid_mse|elbo|conv_elbo)_"
+KERNELS = "^(gaussian|dimensions|sigmoid_mse|elbo|conv_elbo)_"
 COUNTERS = {
     "gpu__time_duration.sum": "nanoseconds",
     "dram__bytes_read.sum": "bytes read",

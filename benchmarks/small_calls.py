@@ -31,6 +31,12 @@ def moments_calls(moments: Tensor) -> Iterator[tuple[str, Callable[[], object]]]
     yield "gaussian_sample", lambda: torch.autograd.grad(F.gaussian_sample(mu, logvar), (mu, logvar), z_grad)
     yield "gaussian_kl", lambda: torch.autograd.grad(F.gaussian_kl(mu, logvar), (mu, logvar))
 
+    def dimensions() -> None:
+        z, kl = F.gaussian_sample_kl_packed(moments, reduction="per_dimension", free_bits=0.5)
+        torch.autograd.grad((z, kl), moments, (z_grad, torch.ones_like(kl)))
+
+    yield "gaussian_sample_kl_packed per_dimension", dimensions
+
 
 def image_calls(logits: Tensor, target: Tensor) -> Iterator[tuple[str, Callable[[], object]]]:
     kl = torch.rand(len(logits), device=logits.device, requires_grad=True)
@@ -58,7 +64,7 @@ def calls(device: torch.device, elements: int | None) -> Iterator[tuple[str, Cal
         yield from layer_calls(features, torch.rand(images, 1, 28, 28, device=device))
         return
     for dtype in (torch.float32, torch.bfloat16):
-        for shape in ((3, 10), (5, 6, 7, 3), (2, 10_006)):
+        for shape in ((3, 10), (5, 6, 7, 3), (2, 10_006), (150, 42)):
             for channels_last in (False, True) if len(shape) == 4 else (False,):
                 memory_format = torch.channels_last if channels_last else torch.contiguous_format
                 moments = torch.randn(shape, device=device).to(dtype=dtype, memory_format=memory_format)
