@@ -53,6 +53,7 @@ from fastvae.program import (
     non_negative_number,
     positive_integer,
     positive_number,
+    prepare_folder,
     seed,
 )
 from fastvae.tensorboard import open_tensorboard
@@ -196,7 +197,7 @@ def run(arguments: argparse.Namespace, device: torch.device, checkpoint: Checkpo
     parameters = sum(parameter.numel() for parameter in model.parameters())
 
     # Of several processes only the first writes.
-    folder = prepare_folder(arguments.out, dataset.name, new=checkpoint is None) if processes.rank == 0 else Path()
+    folder = prepare_run(arguments.out, dataset.name, new=checkpoint is None) if processes.rank == 0 else Path()
     say(f"device    {device_name(device)}")
     if processes.together:
         say(f"processes {processes.size}, with {batch_size // processes.size} images of every batch each")
@@ -484,18 +485,10 @@ def take_over(arguments: argparse.Namespace, given: set[str]) -> Checkpoint:
     return checkpoint
 
 
-def prepare_folder(out: Path | None, dataset: str, new: bool) -> Path:
-    """The run's folder; of a new run, without the files of an earlier one, so that what it holds is all of one run."""
-    if out is not None and out.exists() and not out.is_dir():
-        raise UserError(f"--out must be a folder, got the file {out}")
+def prepare_run(out: Path | None, dataset: str, new: bool) -> Path:
+    """The run's folder."""
     try:
-        folder = new_folder(dataset) if out is None else out
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in FILES:
-            for part in folder.glob(f".{name}.*.part"):  # of a run that was killed
-                part.unlink(missing_ok=True)
-            if new:
-                (folder / name).unlink(missing_ok=True)
+        folder = prepare_folder(new_folder(dataset) if out is None else out, FILES, new=new)
         if new:
             shutil.rmtree(folder / "tensorboard", ignore_errors=True)
             write_metrics(folder / "metrics.csv", [])  # shows now, not after training, that files can be written

@@ -35,6 +35,5 @@ def load(path: str | os.PathLike[str]) -> ConvVAE:
     else:
         from fastvae.training.checkpoint import read_checkpoint
 
-        found = read_checkpoint(path / "checkpoint.pt" if path.is_dir() else path)
-        model = found.model if found.average is None else found.average
+        model = read_checkpoint(path / "checkpoint.pt" if path.is_dir() else path).in_use
     return model.eval()

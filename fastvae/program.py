@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-import fastvae
 from fastvae import plots
 from fastvae.data import ImageDataset, load_dataset
 from fastvae.models import ConvVAE
@@ -90,11 +89,11 @@ def open_run(arguments: argparse.Namespace) -> Run:
     device = choose_device(arguments.device)
     path = arguments.run / "checkpoint.pt" if arguments.run.is_dir() else arguments.run
     try:
-        # In channels_last the decoder takes half the time on a CPU.
-        model = fastvae.load(path).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         checkpoint = read_checkpoint(path)
     except ValueError as error:
         raise UserError(str(error)) from error
+    # In channels_last the decoder takes half the time on a CPU.
+    model = checkpoint.in_use.eval().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     settings = checkpoint.run or {}
     name = arguments.dataset or settings.get("dataset")
     if name is None:
@@ -155,16 +154,16 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def prepare_folder(folder: Path, names: Sequence[str]) -> Path:
+def prepare_folder(folder: Path, names: Sequence[str], *, new: bool = True) -> Path:
     """Make the folder, and remove files of these names that are left of an earlier run, so that what it holds is all of
-    one run. Raises `UserError`.
+    one run; of a run that goes on (not new) only what it left unfinished when it was killed. Raises `UserError`.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out must be a folder, got the file {folder}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in names:
-            for path in (folder / name, *folder.glob(f".{name}.*.part")):  # parts: of a run that was killed
+            for path in (*([folder / name] if new else []), *folder.glob(f".{name}.*.part")):
                 path.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"--out cannot be written: {error}") from error

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fastvae.functional as F
-from fastvae.evaluation.batches import evaluation_mode
+from fastvae.evaluation.batches import device_of, evaluation_mode
 from fastvae.models import VAE
 from fastvae.plots import tile
 from fastvae.training import EpochMetrics
@@ -40,7 +40,7 @@ class TensorBoard:
         for name, value in row._asdict().items():
             if name not in ("epoch", "step"):
                 writer.add_scalar(name, value, row.epoch)  # type: ignore[no-untyped-call]
-        device = next(model.parameters()).device
+        device = device_of(model)
         images = images[:_ENCODED].to(device)
         with evaluation_mode(model):
             mu, logvar = model.encode(images).chunk(2, 1)

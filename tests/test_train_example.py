@@ -312,7 +312,7 @@ def test_choice_of_the_dataset(example, monkeypatch):
 def test_default_folder_and_defaults(tmp_path, example, monkeypatch):
     """Runs that start in the same second get folders of their own."""
     monkeypatch.chdir(tmp_path)
-    folders = [example.prepare_folder(None, "digits", new=True) for _ in range(3)]
+    folders = [example.prepare_run(None, "digits", new=True) for _ in range(3)]
     assert len({folder.resolve() for folder in folders}) == 3
     for folder in folders:
         assert folder.parent == Path("runs")

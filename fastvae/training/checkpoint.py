@@ -27,6 +27,11 @@ class Checkpoint(NamedTuple):
     run: dict[str, Any] | None
     average: ConvVAE | None = None
 
+    @property
+    def in_use(self) -> ConvVAE:
+        """The model that is tested and shown: the average, where there is one."""
+        return self.model if self.average is None else self.average
+
 
 def previous(path: Path) -> Path:
     """Where `write_checkpoint` keeps the checkpoint that it replaces."""

@@ -87,7 +87,7 @@ class Steps:
 
     order: [N], the images of this epoch, on the images' device. history: [steps, 3 + P], of each of its steps the loss,
     reconstruction and kl, and the norms of the gradients of the P parameters before they are clipped, on the model's
-    device. (In a graph these norms are 0, unless they are needed: they would be three more nodes a step.)
+    device. (In a graph these norms are 0, unless they are needed: they would be more nodes in each step.)
     """
 
     def __init__(
