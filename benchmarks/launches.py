@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 from fastvae.kernels import batch, conv_elbo, dimensions, elbo, gaussian, reconstruction
 
 TYPES = {
+    torch.float64: "fp64",
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",

@@ -110,21 +110,24 @@ def noise_tile(
     """The noise [ROWS, COLUMNS] of the tile whose first element is `position`: read from eps, or made from (seed,
     offset), where positions count from first_position (None: 0). RUN: see `run_length`.
     """
+    # if and else: the compiler compiles what follows a return inside an `if` all the same.
     if eps_ptr is not None:
-        eps = tl.load(eps_ptr + position + tile_offsets(columns, ROWS, COLUMNS), mask=inside, other=0.0)
-        return eps.to(tl.float32)
-    seed, offset = load_rng(seed_ptr, offset_ptr, seed, offset)
-    if first_position is not None:
-        position += first_position
-    if RUN == 1:
-        return normals_of_elements(seed, offset, position + tile_offsets(columns, ROWS, COLUMNS), FAST)
-    row_quads = tl.arange(0, ROWS).to(tl.int64)[:, None] * (columns >> 2)
-    quad = (position >> 2) + row_quads + tl.arange(0, COLUMNS // RUN)[None, :] * (RUN // 4)
-    normals = normals_of_quads(seed, offset, quad, FAST)
-    if RUN == 8:
-        following = normals_of_quads(seed, offset, quad + 1, FAST)
-        normals = tl.permute(tl.join(normals, following), (0, 1, 4, 2, 3))
-    return tl.reshape(normals, [ROWS, COLUMNS])
+        eps = tl.load(eps_ptr + position + tile_offsets(columns, ROWS, COLUMNS), mask=inside, other=0.0).to(tl.float32)
+    else:
+        seed, offset = load_rng(seed_ptr, offset_ptr, seed, offset)
+        if first_position is not None:
+            position += first_position
+        if RUN == 1:
+            eps = normals_of_elements(seed, offset, position + tile_offsets(columns, ROWS, COLUMNS), FAST)
+        else:
+            row_quads = tl.arange(0, ROWS).to(tl.int64)[:, None] * (columns >> 2)
+            quad = (position >> 2) + row_quads + tl.arange(0, COLUMNS // RUN)[None, :] * (RUN // 4)
+            normals = normals_of_quads(seed, offset, quad, FAST)
+            if RUN == 8:
+                following = normals_of_quads(seed, offset, quad + 1, FAST)
+                normals = tl.permute(tl.join(normals, following), (0, 1, 4, 2, 3))
+            eps = tl.reshape(normals, [ROWS, COLUMNS])
+    return eps
 
 
 def run_length(tiling: Tiling, itemsize: int, first_position: int | None) -> int:
