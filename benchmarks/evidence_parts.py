@@ -110,6 +110,11 @@ def read_benchmarks(folder: Path) -> Callable[[str, int], tuple[bool, Result]]:
     return read
 
 
+def read_host_time(output: str, code: int) -> tuple[bool, Result]:
+    ratios = [line.split()[-1] for line in output.splitlines() if line.startswith("ELBO path")]
+    return code == 0 and len(ratios) == 1, {"of eager's host time on the ELBO path": ratios[0]} if ratios else {}
+
+
 def read_epochs(output: str, code: int) -> tuple[bool, Result]:
     lines = [line for line in output.splitlines() if line.startswith('{"provider"')]
     return code == 0 and bool(lines), json.loads(lines[-1]) if lines else {}

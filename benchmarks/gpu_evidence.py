@@ -2,12 +2,12 @@
 
     python benchmarks/gpu_evidence.py --out DIR [--data-dir MNIST]
 
-Runs the tests on the device, the tests on the interpreter, the comparison of the compiled code, compute-sanitizer, the
-hardware counters, the headline benchmarks, and 30 epochs of the example by five providers. Parts that are not timed
-run together; what is timed runs alone. Each part is a process of its own, so that a failure costs one part, and its
-result is written when it ends. The same command again goes on where the last one stopped: parts that passed at this
-commit on this device are kept, the others run again. --minutes bounds one invocation; a part that no longer fits is
-left for the next.
+Runs the tests on the device, the tests on the interpreter, the comparison of the compiled code, compute-sanitizer,
+the hardware counters, what calls cost the host, the headline benchmarks, and 30 epochs of the example by five
+providers. Parts that are not timed run together; what is timed runs alone. Each part is a process of its own, so that
+a failure costs one part, and its result is written when it ends. The same command again goes on where the last one
+stopped: parts that passed at this commit on this device are kept, the others run again. --minutes bounds one
+invocation; a part that no longer fits is left for the next.
 
 A tool that is absent or that fails is recorded as such, never as a pass.
 
@@ -42,6 +42,7 @@ from evidence_parts import (
     read_code,
     read_counters,
     read_epochs,
+    read_host_time,
     read_sanitizer,
     read_tests,
 )
@@ -54,7 +55,10 @@ FILES = ("summary.md", "evidence.json", "log.txt", "codegen.json", "benchmarks.j
 SHORTEST = 20.0  # seconds in which a part can do something
 EPOCHS = ("fused-graph", "fused-output-graph", "fused", "eager", "compile")
 # Tests of what is the same on every machine; some need packages that a machine with a GPU need not have.
-ELSEWHERE = ("codegen", "data", "data_arrays", "data_folder", "documentation", "export", "matlab", "tensorboard")
+ELSEWHERE = (
+    "codegen", "compiled_forms", "data", "data_arrays", "data_folder", "documentation", "export", "host_time",
+    "kept_launches", "matlab", "tensorboard",
+)  # fmt: skip
 COUNTED_ELEMENTS = 1 << 26  # 256 MiB per float32 tensor, several times the cache
 
 
@@ -75,6 +79,7 @@ def parts(out: Path, data: Path | None, rehearse: bool) -> list[Part]:
     elements = str(1 << 15 if rehearse else COUNTED_ELEMENTS)
     benchmarks = [*pytest, "benchmarks", "--benchmark", "--report", out, "--limit", "250"]
     benchmarks += ["-k", "reconstruction and launch"] if rehearse else []
+    host_time = [python, HERE / "host_time.py", "--device", "cpu" if rehearse else "cuda"]
     epochs = [python, HERE / "train_epochs.py"]
     options: list[str | Path] = ["--data-dir", data] if data else []
     seeds = ["--seeds", *map(str, range(5))]  # of fastvae's loop, which takes seconds, to hold against the reference
@@ -91,7 +96,8 @@ def parts(out: Path, data: Path | None, rehearse: bool) -> list[Part]:
         Part("memcheck", 1, [*sanitizer, "memcheck", *calls], 180, read_sanitizer, uncached),
         Part("racecheck", 1, [*sanitizer, "racecheck", *calls], 180, read_sanitizer, here),
         Part("counters", 2, [*ncu, *calls, "--elements", elements], 90, read_counters, here),
-        Part("benchmarks", 3, benchmarks, 280, read_benchmarks(out), here),
+        Part("host time", 3, host_time, 45, read_host_time, {"CUDA_VISIBLE_DEVICES": ""} if rehearse else {}),
+        Part("benchmarks", 4, benchmarks, 280, read_benchmarks(out), here),
         *(
             Part(
                 f"epochs, {name}",
@@ -101,7 +107,7 @@ def parts(out: Path, data: Path | None, rehearse: bool) -> list[Part]:
                 read_epochs,
                 here,
             )
-            for stage, name in enumerate(EPOCHS, start=4)
+            for stage, name in enumerate(EPOCHS, start=5)
         ),
     ]
 

@@ -1,15 +1,16 @@
-"""What fastvae costs the host: its import, and each call without the launch itself.
+"""What fastvae costs the host: its import, and each call.
 
-    python benchmarks/host_time.py [--rounds 100] [--json PATH]
+    python benchmarks/host_time.py [--device cpu|cuda] [--rounds 100] [--json PATH]
 
-Calls are measured on tiny CPU tensors with Triton's launch stubbed out: what is left are the checks, the choice of
-backend, autograd, the reservation of noise and the allocation of results. They are printed beside the eager operations
-that they replace (`fastvae.reference` on the same tensors), measured in turn with them, and judged by the ratio: the
-microseconds are those of this machine, and eager ones include what the CPU computes on a hundred numbers.
+Calls are measured on tiny tensors: the checks, the choice of backend, autograd, the reservation of noise, the
+allocation of results, and the launches, which are never waited for. They are printed beside the eager operations that
+they replace (`fastvae.reference` on the same tensors), measured in turn with them, and judged by the ratio: the
+microseconds are those of this machine.
 
-The reservation of noise, measured alone too, is one torch.randint here, because a CPU generator has no offset; on CUDA
-it is get_offset and set_offset. On CUDA one Triton launch comes on top of each fused call, and several kernel launches
-on top of each eager one.
+On a CPU a stand-in for the driver (`stand_in.py`) launches nothing, and eager times include what the CPU computes on a
+hundred numbers. What is missing there on both sides is the driver's own share of a launch: on CUDA it comes once on top
+of each fused call and of each fused backward, and on top of every one of the operations that eager PyTorch makes of
+them.
 """
 
 from __future__ import annotations
@@ -22,19 +23,17 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
 import fastvae
-import fastvae.random
-from cases import EAGER, FUSED, OPERATIONS, Case
+from cases import BETA, EAGER, FUSED, OPERATIONS, Case
 from fastvae.files import replacing
+from stand_in import stand_in
 
 IMPORTS = """
 from time import perf_counter
@@ -54,43 +53,56 @@ def import_seconds(rounds: int) -> list[tuple[float, float]]:
     ]
 
 
-@contextmanager
-def without_launches() -> Iterator[None]:
-    """The fused path up to the launch, which does nothing."""
-    from fastvae.kernels import elbo, gaussian, reconstruction
-
-    with ExitStack() as stack:
-        for module in (elbo, gaussian, reconstruction):
-            stack.enter_context(patch.object(module, "launch", lambda *arguments, **constants: None))
-        stack.enter_context(fastvae.use_backend("triton"))
-        yield
-
-
 Calls = dict[str, tuple[Callable[[], Any], Callable[[], Any]]]
 
 
-def calls() -> Calls:
+def calls(device: torch.device) -> Calls:
     """Each public operation, fused and eager: forward, and forward with backward."""
     both: Calls = {}
     for name, operation in OPERATIONS.items():
         if operation.backward is None:
-            both[name] = fused_and_eager(name, backward=False)
+            both[name] = fused_and_eager(name, False, device)
         else:
-            both[f"{name} forward"] = fused_and_eager(name, backward=False)
-            both[f"{name} forward and backward"] = fused_and_eager(name, backward=True)
+            both[f"{name} forward"] = fused_and_eager(name, False, device)
+            both[f"{name} forward and backward"] = fused_and_eager(name, True, device)
+    both["ELBO path"] = elbo_path(device)
     return both
 
 
-def fused_and_eager(name: str, backward: bool) -> tuple[Callable[[], Any], Callable[[], Any]]:
+def elbo_path(device: torch.device) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """All that a training step does between the encoder and the decoder, and after it: from the moments and the logits
+    to the gradients of both, given that of z.
+    """
+    moments = torch.randn(4, 6, device=device, requires_grad=True)
+    logits = torch.randn(4, 1, 5, 5, device=device, requires_grad=True)
+    target, z_grad = torch.rand(4, 1, 5, 5, device=device), torch.randn(4, 3, device=device)
+    one = torch.ones((), device=device)
+
+    def fused() -> Any:
+        z, kl = FUSED.gaussian_sample_kl_packed(moments)
+        _, (logits_grad, kl_grad) = FUSED.elbo_value_and_grad(logits, target, kl, beta=BETA)
+        return torch.autograd.grad((z, kl), moments, (z_grad, kl_grad)), logits_grad
+
+    def eager() -> Any:
+        z, kl = EAGER.gaussian_sample_kl_packed(moments)
+        loss = EAGER.elbo_loss(logits, target, kl, beta=BETA).loss
+        return torch.autograd.grad((z, loss), (moments, logits), (z_grad, one))
+
+    return fused, eager
+
+
+def fused_and_eager(name: str, backward: bool, device: torch.device) -> tuple[Callable[[], Any], Callable[[], Any]]:
     case = Case(name, "launch", backward, sizes="smoke")
-    inputs = case.inputs(torch.device("cpu"), seed=0)
+    inputs = case.inputs(device, seed=0)
     fused, eager = case.function(FUSED), case.function(EAGER)
     return lambda: case.step(fused, inputs), lambda: case.step(eager, inputs)
 
 
-def in_turn(fused: Callable[[], Any], eager: Callable[[], Any], rounds: int) -> tuple[list[float], list[float]]:
-    """Seconds per call of the two, a pair for each round."""
-    repeat = 5
+def in_turn(
+    fused: Callable[[], Any], eager: Callable[[], Any], rounds: int, wait: Callable[[], None] = lambda: None
+) -> tuple[list[float], list[float]]:
+    """Seconds per call of the two, a pair for each round. `wait` empties the device's queue, outside of the times."""
+    repeat = 5  # some 200 launches at most, which a queue of 1,024 holds
     seconds: tuple[list[float], list[float]] = [], []
     for call in (fused, eager):
         for _ in range(30):
@@ -100,6 +112,7 @@ def in_turn(fused: Callable[[], Any], eager: Callable[[], Any], rounds: int) -> 
     try:
         for _ in range(rounds):
             for call, times in zip((fused, eager), seconds, strict=True):
+                wait()
                 start = perf_counter()
                 for _ in range(repeat):
                     call()
@@ -109,18 +122,18 @@ def in_turn(fused: Callable[[], Any], eager: Callable[[], Any], rounds: int) -> 
     return seconds
 
 
-def measure(rounds: int) -> dict[str, Any]:
+def measure(device: torch.device, rounds: int) -> dict[str, Any]:
     """Everything, in microseconds and milliseconds. The ratio is the median of the rounds' ratios: what else the
     machine does, slows both calls of a round.
     """
     torch.set_num_threads(1)
     imports = import_seconds(5)
     operations = {}
-    cpu = torch.device("cpu")
-    reservation, _ = in_turn(lambda: fastvae.random.reserve(cpu, None), lambda: None, rounds)
-    with without_launches():
-        for name, (fused, eager) in calls().items():
-            times = in_turn(fused, eager, rounds)
+    on_gpu = device.type == "cuda"
+    wait = torch.cuda.synchronize if on_gpu else lambda: None
+    with fastvae.use_backend("triton") if on_gpu else stand_in():
+        for name, (fused, eager) in calls(device).items():
+            times = in_turn(fused, eager, rounds, wait)
             ours, theirs = (1e6 * statistics.median(seconds) for seconds in times)
             operations[name] = {
                 "fused_us": round(ours, 1),
@@ -134,21 +147,21 @@ def measure(rounds: int) -> dict[str, Any]:
             "fastvae": round(1e3 * statistics.median(seconds for _, seconds in imports), 1),
             "fastvae_least": round(1e3 * min(seconds for _, seconds in imports), 1),
         },
-        "reservation_us": round(1e6 * statistics.median(reservation), 1),
         "calls": operations,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     settings = parser.parse_args()
-    found = measure(settings.rounds)
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        parser.error("unset TRITON_INTERPRET: the interpreter's way to a launch is another one")
+    found = measure(torch.device(settings.device), settings.rounds)
     milliseconds = found["import_ms"]
     print(f"import: fastvae {milliseconds['fastvae']} ms over torch's {milliseconds['torch']} ms (medians)")
-    print("calls without the launch; those that draw reserve their noise by one torch.randint, which takes")
-    print(f"{found['reservation_us']} us of the time (on CUDA it is get_offset and set_offset)")
     print(f"{'':48} {'fused us':>9} {'eager us':>9} {'fused/eager':>12}")
     for name, times in found["calls"].items():
         print(f"{name:48} {times['fused_us']:9.1f} {times['eager_us']:9.1f} {times['ratio']:12.2f}")
@@ -158,5 +171,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ["TRITON_INTERPRET"] = "1"  # before the first import of Triton
     main()

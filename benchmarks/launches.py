@@ -19,6 +19,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
 
 from fastvae.kernels import batch, conv_elbo, dimensions, elbo, gaussian, reconstruction
+from fastvae.kernels.launch import Plan
 
 TYPES = {
     torch.float64: "fp64",
@@ -115,9 +116,10 @@ def record(call: Callable[[], Any]) -> list[Launch]:
     """The launches that `call` makes."""
     launches: list[Launch] = []
 
-    def launch(kernel: Any, programs: int, num_warps: int, device: Any, *arguments: Any, **constants: Any) -> None:
-        names = [name for name in kernel.arg_names if name not in constants and name != "FAST"]
-        launches.append(Launch(kernel, dict(zip(names, arguments, strict=True)), constants, num_warps))
+    def launch(kernel: Any, plan: Plan, device: Any, *arguments: Any) -> None:
+        names = [name for name in kernel.arg_names if name not in plan.constants and name != "FAST"]
+        given = dict(zip(names, (*arguments, *plan.numbers), strict=True))
+        launches.append(Launch(kernel, given, plan.constants, plan.num_warps))
 
     with (
         patch.object(gaussian, "launch", launch),

@@ -47,6 +47,11 @@ def reserve(device: torch.device, generator: torch.Generator | None) -> PhiloxSt
         generator = torch.cuda.default_generators[device.index]
     if _is_capturing(device):
         return _captured(device, generator)
+    return by_value(generator)
+
+
+def by_value(generator: torch.Generator) -> PhiloxState:
+    """The numbers themselves, of a generator that has an offset."""
     with _lock:
         offset = generator.get_offset()
         generator.set_offset(offset + _INCREMENT)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .launch import launch, make_plan
 from .layout import dense_strides, event_size, with_dense_rows
 from .reconstruction import load_target
 from .tiles import UNSPECIALIZED, cut, program_tile, tile_offsets
@@ -48,18 +48,20 @@ def gather_batch(images: Tensor, indices: Tensor) -> Tensor:
         tiling = cut(size, columns, batch.element_size())
         launch(
             gather_batch_kernel,
-            tiling.programs,
-            # Half of what `cut` says for floats: 16 elements per thread, which are 16 bytes of uint8 images.
-            tiling.num_warps // 2,
+            make_plan(
+                tiling.programs,
+                # Half of what `cut` says for floats: 16 elements per thread, which are 16 bytes of uint8 images.
+                tiling.num_warps // 2,
+                size,
+                columns,
+                images.stride(0),
+                tiling.chunks,
+                ROWS=tiling.tile_rows,
+                COLUMNS=tiling.tile_columns,
+            ),
             images.device,
             images,
             indices,
             batch,
-            size,
-            columns,
-            images.stride(0),
-            tiling.chunks,
-            ROWS=tiling.tile_rows,
-            COLUMNS=tiling.tile_columns,
         )
     return batch

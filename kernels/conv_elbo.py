@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .elbo import Scalar, allocate_values, as_argument, store_values
-from .launch import launch, ticket
+from .launch import launch, make_plan, ticket
 from .layout import dense_strides, gradient_strides, has_dense_rows, with_strides
 from .numerics import load_scalar, to_float32
 from .reconstruction import load_target, sigmoid_mse
@@ -215,8 +215,20 @@ def conv_elbo_value_and_grad(
         }  # fmt: skip
         launch(
             conv_elbo_forward_kernel,
-            batch * chunks,
-            4,
+            make_plan(
+                batch * chunks,
+                4,
+                chunks,
+                row_stride,
+                channel_stride,
+                *pixel_strides(target),
+                kl.stride(0),
+                batch,
+                1.0 / batch,
+                PIXELS=pixels,
+                BLOCK=1024,
+                **constants,
+            ),
             features.device,
             read_features,
             weight_in_order,
@@ -231,36 +243,28 @@ def conv_elbo_value_and_grad(
             as_argument(beta),
             as_argument(reconstruction_weight),
             as_argument(1.0 if grad_scale is None else grad_scale),
-            chunks,
-            row_stride,
-            channel_stride,
-            *pixel_strides(target),
-            kl.stride(0),
-            batch,
-            1.0 / batch,
-            PIXELS=pixels,
-            BLOCK=1024,
-            **constants,
         )
         pixels = pixels_of_program(channels, 1, most=128)
         chunks = -(-height * width // pixels)
         parts = values[0].new_empty(batch * chunks, terms)
         launch(
             conv_elbo_backward_kernel,
-            batch * chunks,
-            4,
+            make_plan(
+                batch * chunks,
+                4,
+                chunks,
+                row_stride,
+                features_grad.stride(0),
+                channel_stride,
+                PIXELS=pixels,
+                **constants,
+            ),
             features.device,
             read_features,
             weight_in_order,
             logits_grad,
             features_grad,
             parts,
-            chunks,
-            row_stride,
-            features_grad.stride(0),
-            channel_stride,
-            PIXELS=pixels,
-            **constants,
         )
         sums = parts.sum(0)
     weight_grad = sums[: weight.numel()].view(weight.shape).to(weight.dtype)

@@ -4,16 +4,14 @@ of the event by element, with the sample of the posterior beside it, and the gra
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch, ticket
-from .layout import with_strides
-from .moments import Moments, moments_tile
-from .noise import NO_RNG, Rng, noise_arguments, noise_tile, run_length
+from .launch import Plan, launch, make_plan, ticket
+from .layout import remembered, with_strides
+from .moments import Layout, Moments, cut_moments, moments_tile
+from .noise import NO_RNG, Rng, noise_arguments, noise_tile, run_length, starts_on_quad
 from .numerics import exp, exp_half, expm1, expm1_minus, to_float32
 from .tiles import UNSPECIALIZED, Tiling, drew_last_ticket, power_of_2, program_tile, tile_offsets
 
@@ -172,7 +170,6 @@ def dimensions_backward_kernel(
         )
 
 
-@lru_cache(maxsize=4096)
 def cut_columns(rows: int, columns: int, itemsize: int) -> tuple[Tiling, int]:
     """Tiles for sums over rows, and the blocks that share the tiles of the same columns.
 
@@ -186,42 +183,76 @@ def cut_columns(rows: int, columns: int, itemsize: int) -> tuple[Tiling, int]:
     return tiling, min(-(-rows // height), most)
 
 
+@remembered
+def plan_forward(layout: Layout, itemsize: int, free_bits: float, on_quad: bool) -> tuple[Plan, int]:
+    """And the number of blocks."""
+    tiling, blocks = cut_columns(layout.batch, layout.event, itemsize)
+    plan = make_plan(
+        tiling.chunks * blocks,
+        tiling.num_warps,
+        tiling.rows,
+        tiling.columns,
+        layout.row_stride,
+        tiling.chunks,
+        blocks,
+        0.5 / layout.batch,
+        free_bits,
+        INNER=layout.inner,
+        RUN=run_length(tiling, itemsize, on_quad),
+        ROWS=tiling.tile_rows,
+        COLUMNS=tiling.tile_columns,
+        BLOCK=4096 // tiling.tile_columns if blocks > 1 else 1,
+    )
+    return plan, blocks
+
+
 def dimensions_forward(
     moments: Moments, z: Tensor | None, kl: Tensor, free_bits: float, eps: Tensor | None, rng: Rng
 ) -> None:
     """Fill kl, of an event's shape and dense in z's order, and z if it is given."""
-    if moments.batch * moments.event == 0:
+    mu, logvar, layout = moments
+    if layout.batch * layout.event == 0:
         kl.fill_(float("nan"))  # a mean over nothing
         return
-    tiling, blocks = cut_columns(moments.batch, moments.event, moments.mu.element_size())
-    partial = kl.new_empty(blocks, moments.event) if blocks > 1 else None
     drawn = z is not None and eps is None
-    noise = noise_arguments(rng, moments.mu.device, moments.event) if drawn else NO_RNG
+    noise = noise_arguments(rng, mu.device, layout.event) if drawn else NO_RNG
+    plan, blocks = plan_forward(layout, mu.element_size(), free_bits, starts_on_quad(noise[-1]))
     launch(
         dimensions_forward_kernel,
-        tiling.chunks * blocks,
-        tiling.num_warps,
-        moments.mu.device,
-        moments.mu,
-        moments.logvar,
-        None if eps is None else with_strides(eps, moments.strides),
+        plan,
+        mu.device,
+        mu,
+        logvar,
+        None if eps is None else with_strides(eps, layout.strides),
         z,
         kl,
-        partial,
-        None if partial is None else ticket(partial.device),
+        kl.new_empty(blocks, layout.event) if blocks > 1 else None,
+        ticket(mu.device) if blocks > 1 else None,
         *noise,
+    )
+
+
+@remembered
+def plan_backward(
+    layout: Layout, itemsize: int, free_bits: float, grad_row_stride: int, per_column: bool, on_quad: bool
+) -> Plan:
+    tiling = cut_moments(layout, True, itemsize)
+    return make_plan(
+        tiling.programs,
+        tiling.num_warps,
         tiling.rows,
         tiling.columns,
-        moments.row_stride,
+        layout.row_stride,
+        grad_row_stride,
         tiling.chunks,
-        blocks,
-        0.5 / moments.batch,
+        1.0 / layout.batch,
         free_bits,
-        INNER=moments.inner,
-        RUN=run_length(tiling, moments.mu.element_size(), noise[-1]),
+        INNER=layout.inner,
+        FLAT=tiling.rows == 1,
+        RUN=run_length(tiling, itemsize, on_quad),
+        PER_COLUMN=per_column,
         ROWS=tiling.tile_rows,
         COLUMNS=tiling.tile_columns,
-        BLOCK=4096 // tiling.tile_columns if partial is not None else 1,
     )
 
 
@@ -237,39 +268,26 @@ def dimensions_backward(
     logvar_grad: Tensor | None,
     grad_row_stride: int,
 ) -> None:
-    """Fill the gradients that are given; kl, what forward wrote, where there are free bits."""
-    tiling = moments.cut(per_row=True)
-    if tiling.rows * tiling.columns == 0:
-        return
+    """Fill the gradients that are given, of a batch that is not empty; kl, what forward wrote, where there are free
+    bits.
+    """
+    mu, logvar, layout = moments
     kl_grad = kl_grad.resolve_neg()
     one_number = all(stride == 0 for stride in kl_grad.stride())
     drawn = z_grad is not None and eps is None
-    noise = noise_arguments(rng, moments.mu.device, moments.event) if drawn else NO_RNG
+    noise = noise_arguments(rng, mu.device, layout.event) if drawn else NO_RNG
+    on_quad = starts_on_quad(noise[-1])
     launch(
         dimensions_backward_kernel,
-        tiling.programs,
-        tiling.num_warps,
-        moments.mu.device,
-        moments.mu,
-        moments.logvar,
-        None if eps is None else with_strides(eps, moments.strides),
-        None if z_grad is None else with_strides(z_grad, moments.strides),
-        kl_grad if one_number else with_strides(kl_grad, moments.strides[1:]),
-        None if kl is None else with_strides(kl, moments.strides[1:]),
+        plan_backward(layout, mu.element_size(), free_bits, grad_row_stride, not one_number, on_quad),
+        mu.device,
+        mu,
+        logvar,
+        None if eps is None else with_strides(eps, layout.strides),
+        None if z_grad is None else with_strides(z_grad, layout.strides),
+        kl_grad if one_number else with_strides(kl_grad, layout.strides[1:]),
+        None if kl is None else with_strides(kl, layout.strides[1:]),
         mu_grad,
         logvar_grad,
         *noise,
-        tiling.rows,
-        tiling.columns,
-        moments.row_stride,
-        grad_row_stride,
-        tiling.chunks,
-        1.0 / moments.batch,
-        free_bits,
-        INNER=moments.inner,
-        FLAT=tiling.rows == 1,
-        RUN=run_length(tiling, moments.mu.element_size(), noise[-1]),
-        PER_COLUMN=not one_number,
-        ROWS=tiling.tile_rows,
-        COLUMNS=tiling.tile_columns,
     )

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch, ticket
-from .layout import dense_strides, gradient_strides, with_strides
+from .launch import Plan, launch, make_plan, ticket
+from .layout import dense_strides, in_format_of, remembered
 from .numerics import load_scalar
 from .reconstruction import cut_pair, load_target, read_pair, sigmoid_mse
 from .tiles import UNSPECIALIZED, drew_last_ticket, program_tile, sum_in_order, tile_offsets
@@ -145,6 +145,26 @@ def allocate_values(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(logits.new_empty([], dtype=torch.float32) for _ in range(3))
 
 
+@remembered
+def plan_forward(batch: int, event: int, row_stride: int, itemsize: int, kl_stride: int) -> Plan:
+    tiling = cut_pair(batch, event, row_stride, False, itemsize)
+    return make_plan(
+        tiling.programs,
+        tiling.num_warps,
+        tiling.rows,
+        tiling.columns,
+        row_stride,
+        tiling.chunks,
+        kl_stride,
+        batch,
+        1.0 / batch,
+        FLAT=tiling.rows == 1,
+        ROWS=tiling.tile_rows,
+        COLUMNS=tiling.tile_columns,
+        BLOCK=1024,
+    )
+
+
 def elbo_forward(
     logits: Tensor,
     target: Tensor,
@@ -164,12 +184,11 @@ def elbo_forward(
         return values
     logits, target = read_pair(logits, target)
     kl = kl.resolve_neg()
-    tiling = cut_pair(logits, per_row=False)
-    partial = values[0].new_empty(tiling.programs) if tiling.programs > 1 else None
+    plan = plan_forward(batch, logits.numel() // batch, logits.stride(0), logits.element_size(), kl.stride(0))
+    several = plan.programs > 1
     launch(
         elbo_forward_kernel,
-        tiling.programs,
-        tiling.num_warps,
+        plan,
         logits.device,
         logits,
         target,
@@ -177,22 +196,11 @@ def elbo_forward(
         *values,
         logits_grad,
         kl_grad,
-        partial,
-        None if partial is None else ticket(partial.device),
+        values[0].new_empty(plan.programs) if several else None,
+        ticket(logits.device) if several else None,
         as_argument(beta),
         as_argument(reconstruction_weight),
         as_argument(grad_scale),
-        tiling.rows,
-        tiling.columns,
-        logits.stride(0),
-        tiling.chunks,
-        kl.stride(0),
-        batch,
-        1.0 / batch,
-        FLAT=tiling.rows == 1,
-        ROWS=tiling.tile_rows,
-        COLUMNS=tiling.tile_columns,
-        BLOCK=1024,
     )
     return values
 
@@ -221,7 +229,24 @@ def elbo_value_and_grad(
     kl_grad = kl.new_empty([])
     grad_scale = 1.0 if grad_scale is None else grad_scale
     values = elbo_forward(logits, target, kl, beta, reconstruction_weight, grad_scale, logits_grad, kl_grad)
-    return *values, with_strides(logits_grad, gradient_strides(logits)), kl_grad
+    return *values, *in_format_of([logits], [logits_grad]), kl_grad
+
+
+@remembered
+def plan_backward(batch: int, event: int, row_stride: int, itemsize: int, any_element: bool) -> Plan:
+    tiling = cut_pair(batch, event, row_stride, False, itemsize)
+    return make_plan(
+        tiling.programs if any_element else 1,
+        tiling.num_warps,
+        tiling.rows,
+        tiling.columns,
+        row_stride,
+        tiling.chunks,
+        1.0 / batch,
+        FLAT=tiling.rows == 1,
+        ROWS=tiling.tile_rows,
+        COLUMNS=tiling.tile_columns,
+    )
 
 
 def elbo_backward(
@@ -247,11 +272,9 @@ def elbo_backward(
     batch = logits.shape[0]
     if batch:
         read_logits, read_target = read_pair(logits, target) if inputs else (logits, target)
-        tiling = cut_pair(read_logits, per_row=False)
         launch(
             elbo_backward_kernel,
-            tiling.programs if inputs else 1,
-            tiling.num_warps,
+            plan_backward(batch, logits.numel() // batch, read_logits.stride(0), logits.element_size(), bool(inputs)),
             logits.device,
             read_logits,
             read_target,
@@ -261,14 +284,5 @@ def elbo_backward(
             kl_grads[0] if needs_kl else None,
             as_argument(beta),
             as_argument(reconstruction_weight),
-            tiling.rows,
-            tiling.columns,
-            read_logits.stride(0),
-            tiling.chunks,
-            1.0 / batch,
-            FLAT=tiling.rows == 1,
-            ROWS=tiling.tile_rows,
-            COLUMNS=tiling.tile_columns,
         )
-    in_format = [with_strides(gradient, gradient_strides(t)) for gradient, t in zip(gradients, inputs, strict=True)]
-    return in_format + kl_grads
+    return in_format_of(inputs, gradients) + kl_grads

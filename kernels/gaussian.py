@@ -10,10 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .dimensions import dimensions_backward, dimensions_forward
-from .launch import launch, ticket
-from .layout import dense_strides, gradient_strides, with_strides
-from .moments import Moments, halves, moments_tile, read_moments
-from .noise import NO_RNG, Rng, noise_arguments, noise_tile, run_length
+from .launch import Plan, launch, make_plan, ticket
+from .layout import dense_strides, in_format_of, remembered, with_strides
+from .moments import Layout, Moments, cut_moments, moments_tile, read_moments, second_half
+from .noise import NO_RNG, Rng, noise_arguments, noise_tile, run_length, starts_on_quad
 from .numerics import exp, exp_half, expm1, expm1_minus, to_float32
 from .tiles import (
     UNSPECIALIZED,
@@ -144,56 +144,65 @@ def gaussian_backward_kernel(
 
 
 def allocate_z(moments: Moments) -> Tensor:
-    return moments.mu.new_empty_strided(moments.mu.shape, moments.strides)
+    return moments.mu.new_empty_strided(moments.layout.shape, moments.layout.strides)
 
 
 def allocate_kl(moments: Moments, reduction: str) -> Tensor:
+    layout = moments.layout
     if reduction == "per_dimension":
-        return moments.mu.new_empty_strided(moments.mu.shape[1:], moments.strides[1:], dtype=torch.float32)
-    return moments.mu.new_empty([moments.batch] if reduction == "none" else [], dtype=torch.float32)
+        return moments.mu.new_empty_strided(layout.shape[1:], layout.strides[1:], dtype=torch.float32)
+    return moments.mu.new_empty([layout.batch] if reduction == "none" else [], dtype=torch.float32)
+
+
+@remembered
+def plan_forward(layout: Layout, itemsize: int, reduction: str, with_kl: bool, on_quad: bool) -> tuple[Plan, int]:
+    """And the number of partial sums."""
+    per_row = with_kl and reduction == "none"
+    tiling = cut_moments(layout, per_row, itemsize)
+    groups, count = (tiling.rows, tiling.chunks) if per_row else (1, tiling.programs)
+    plan = make_plan(
+        tiling.programs,
+        tiling.num_warps,
+        tiling.rows,
+        tiling.columns,
+        layout.row_stride,
+        tiling.chunks,
+        0.5 * reduction_scale(reduction, layout.batch, layout.event),
+        INNER=layout.inner,
+        FLAT=tiling.rows == 1,
+        RUN=run_length(tiling, itemsize, on_quad),
+        PER_ROW=per_row,
+        ROWS=tiling.tile_rows,
+        COLUMNS=tiling.tile_columns,
+        **sum_blocks(groups, count),
+    )
+    return plan, tiling.programs if with_kl and count > 1 else 0
 
 
 def gaussian_forward(
     moments: Moments, z: Tensor | None, kl: Tensor | None, reduction: str, eps: Tensor | None, rng: Rng
 ) -> None:
     """Fill z and kl, whichever is given."""
-    per_row = kl is not None and reduction == "none"
-    tiling = moments.cut(per_row)
-    groups, count = (tiling.rows, tiling.chunks) if per_row else (1, tiling.programs)
-    if tiling.rows * tiling.columns == 0:
+    mu, logvar, layout = moments
+    if layout.batch * layout.event == 0:
         if kl is not None:
-            kl.fill_(empty_sum(reduction, moments.batch))
+            kl.fill_(empty_sum(reduction, layout.batch))
         return
-    partial = None
-    if kl is not None and count > 1:
-        partial = kl.new_empty(tiling.programs)
     drawn = z is not None and eps is None
-    noise = noise_arguments(rng, moments.mu.device, moments.event) if drawn else NO_RNG
+    noise = noise_arguments(rng, mu.device, layout.event) if drawn else NO_RNG
+    plan, partials = plan_forward(layout, mu.element_size(), reduction, kl is not None, starts_on_quad(noise[-1]))
     launch(
         gaussian_forward_kernel,
-        tiling.programs,
-        tiling.num_warps,
-        moments.mu.device,
-        moments.mu,
-        moments.logvar,
-        None if eps is None else with_strides(eps, moments.strides),
+        plan,
+        mu.device,
+        mu,
+        logvar,
+        None if eps is None else with_strides(eps, layout.strides),
         z,
         kl,
-        partial,
-        None if partial is None else ticket(partial.device),
+        kl.new_empty(partials) if kl is not None and partials else None,
+        ticket(mu.device) if partials else None,
         *noise,
-        tiling.rows,
-        tiling.columns,
-        moments.row_stride,
-        tiling.chunks,
-        0.5 * reduction_scale(reduction, moments.batch, moments.event),
-        INNER=moments.inner,
-        FLAT=tiling.rows == 1,
-        RUN=run_length(tiling, moments.mu.element_size(), noise[-1]),
-        PER_ROW=per_row,
-        ROWS=tiling.tile_rows,
-        COLUMNS=tiling.tile_columns,
-        **sum_blocks(groups, count),
     )
 
 
@@ -227,6 +236,29 @@ def gaussian_sample_kl(
     return z, kl
 
 
+@remembered
+def plan_backward(
+    layout: Layout, itemsize: int, reduction: str, grad_row_stride: int, kl_grad_stride: int, on_quad: bool
+) -> Plan:
+    tiling = cut_moments(layout, kl_grad_stride != 0, itemsize)
+    return make_plan(
+        tiling.programs,
+        tiling.num_warps,
+        tiling.rows,
+        tiling.columns,
+        layout.row_stride,
+        grad_row_stride,
+        tiling.chunks,
+        kl_grad_stride,
+        reduction_scale(reduction, layout.batch, layout.event),
+        INNER=layout.inner,
+        FLAT=tiling.rows == 1,
+        RUN=run_length(tiling, itemsize, on_quad),
+        ROWS=tiling.tile_rows,
+        COLUMNS=tiling.tile_columns,
+    )
+
+
 def gaussian_backward(
     mu: Tensor,
     logvar: Tensor | None,
@@ -245,49 +277,36 @@ def gaussian_backward(
     are free bits.
     """
     moments = read_moments(mu, logvar, dim)
+    layout = moments.layout
     inputs = [mu] if logvar is None else [t for t, needed in ((mu, needs_mu), (logvar, needs_logvar)) if needed]
     # In the order that was read; only an input that was copied has a gradient of other strides.
-    strides = dense_strides(mu) if logvar is None else moments.strides
+    strides = dense_strides(mu) if logvar is None else layout.strides
     gradients = [tensor.new_empty_strided(tensor.shape, strides) for tensor in inputs]
+    mu_grad, logvar_grad = gradients[0] if needs_mu else None, gradients[-1] if needs_logvar else None
     if logvar is None:
-        mu_grad, logvar_grad = halves(gradients[0], moments.mu.shape, dim)
-    else:
-        mu_grad, logvar_grad = gradients[0] if needs_mu else None, gradients[-1] if needs_logvar else None
-    if reduction == "per_dimension" and kl_grad is not None:
+        mu_grad, logvar_grad = gradients[0], second_half(gradients[0], layout.shape, dim)
+    empty = layout.batch * layout.event == 0
+    if not empty and reduction == "per_dimension" and kl_grad is not None:
         dimensions_backward(
             moments, z_grad, kl_grad, kl, free_bits, eps, rng, mu_grad, logvar_grad, grad_row_stride=strides[0]
         )
-        return [with_strides(gradient, gradient_strides(t)) for gradient, t in zip(gradients, inputs, strict=True)]
-    kl_grad = None if kl_grad is None else kl_grad.resolve_neg()
-    per_row = kl_grad is not None and reduction == "none" and kl_grad.stride(0) != 0
-    tiling = moments.cut(per_row)
-    drawn = z_grad is not None and eps is None
-    noise = noise_arguments(rng, mu.device, moments.event) if drawn else NO_RNG
-    if tiling.rows * tiling.columns:
+    elif not empty:
+        drawn = z_grad is not None and eps is None
+        noise = noise_arguments(rng, mu.device, layout.event) if drawn else NO_RNG
+        kl_grad = None if kl_grad is None else kl_grad.resolve_neg()
+        kl_grad_stride = 0 if kl_grad is None or reduction != "none" else kl_grad.stride(0)
+        on_quad = starts_on_quad(noise[-1])
         launch(
             gaussian_backward_kernel,
-            tiling.programs,
-            tiling.num_warps,
+            plan_backward(layout, mu.element_size(), reduction, strides[0], kl_grad_stride, on_quad),
             mu.device,
             moments.mu,
             moments.logvar,
-            None if eps is None else with_strides(eps, moments.strides),
-            None if z_grad is None else with_strides(z_grad, moments.strides),
+            None if eps is None else with_strides(eps, layout.strides),
+            None if z_grad is None else with_strides(z_grad, layout.strides),
             kl_grad,
             mu_grad,
             logvar_grad,
             *noise,
-            tiling.rows,
-            tiling.columns,
-            moments.row_stride,
-            strides[0],
-            tiling.chunks,
-            kl_grad.stride(0) if per_row else 0,
-            reduction_scale(reduction, moments.batch, moments.event),
-            INNER=moments.inner,
-            FLAT=tiling.rows == 1,
-            RUN=run_length(tiling, mu.element_size(), noise[-1]),
-            ROWS=tiling.tile_rows,
-            COLUMNS=tiling.tile_columns,
         )
-    return [with_strides(gradient, gradient_strides(t)) for gradient, t in zip(gradients, inputs, strict=True)]
+    return in_format_of(inputs, gradients)

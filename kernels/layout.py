@@ -8,7 +8,7 @@ tensors of one call must agree in that order. Anything else is copied once, by o
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, wraps
 from math import prod
 from typing import ParamSpec, TypeVar
 
@@ -26,6 +26,7 @@ def remembered(function: Callable[Parameters, Result]) -> Callable[Parameters, R
     """
     kept = lru_cache(maxsize=4096)(function)
 
+    @wraps(function)
     def call(*arguments: Parameters.args, **named: Parameters.kwargs) -> Result:
         try:
             return kept(*arguments, **named)
@@ -103,6 +104,14 @@ def gradient_strides(tensor: Tensor) -> Strides:
     gradients.
     """
     return dense_strides(tensor) if has_dense_rows(tensor) else torch.empty_like(tensor).stride()
+
+
+def in_format_of(inputs: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+    """The gradients of `inputs`, dense as they were written, at the strides of `gradient_strides`."""
+    return [
+        gradient if gradient.stride() == tensor.stride() else with_strides(gradient, gradient_strides(tensor))
+        for tensor, gradient in zip(inputs, gradients, strict=True)
+    ]
 
 
 def empty_gradients(*tensors: Tensor) -> list[Tensor]:

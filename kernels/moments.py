@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -9,35 +10,38 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layout import Strides, dense_strides, event_size, has_strides, remembered, with_dense_rows, with_strides
+from .layout import Strides, dense_strides, has_strides, remembered, with_dense_rows, with_strides
 from .tiles import Tiling, cut
 
 
+class Layout(NamedTuple):
+    """How mu and logvar lie: rows at distance row_stride, `inner` elements of each in turn (0: not interleaved)."""
+
+    shape: torch.Size  # of each of the two
+    strides: Strides  # of z: dense, in the order of mu
+    row_stride: int
+    inner: int
+    batch: int
+    event: int
+
+
 class Moments(NamedTuple):
-    """mu and logvar as the kernels take them, and how they lie: rows at distance row_stride, `inner` elements of each
-    in turn (0: not interleaved).
+    """mu and logvar as the kernels take them: where both are packed in one tensor, `mu` is that tensor, which begins
+    with mu.
     """
 
     mu: Tensor
     logvar: Tensor
-    row_stride: int
-    inner: int
-    strides: Strides  # of z: dense, in the order of mu
+    layout: Layout
 
-    @property
-    def batch(self) -> int:
-        return self.mu.shape[0]
 
-    @property
-    def event(self) -> int:
-        return event_size(self.mu)
-
-    def cut(self, per_row: bool) -> Tiling:
-        """Rows are needed where each has a sum of its own, or where they do not follow each other without a gap."""
-        without_gaps = self.row_stride == (2 * self.event if self.inner else self.event)
-        if self.batch == 1 or (without_gaps and not per_row):
-            return cut(1, self.batch * self.event, self.mu.element_size())
-        return cut(self.batch, self.event, self.mu.element_size())
+def cut_moments(layout: Layout, per_row: bool, itemsize: int) -> Tiling:
+    """Rows are needed where each has a sum of its own, or where they do not follow each other without a gap."""
+    batch, event = layout.batch, layout.event
+    without_gaps = layout.row_stride == (2 * event if layout.inner else event)
+    if batch == 1 or (without_gaps and not per_row):
+        return cut(1, batch * event, itemsize)
+    return cut(batch, event, itemsize)
 
 
 def read_moments(mu: Tensor, logvar: Tensor | None, dim: int) -> Moments:
@@ -45,30 +49,35 @@ def read_moments(mu: Tensor, logvar: Tensor | None, dim: int) -> Moments:
     along `dim`.
     """
     mu = with_dense_rows(mu)
-    if logvar is not None:
-        if not has_strides(logvar, mu.stride()) or logvar.is_neg():
-            mu, logvar = with_strides(mu, dense_strides(mu)), with_strides(logvar, dense_strides(mu))
-        return Moments(mu, logvar, mu.stride(0), 0, dense_strides(mu))
-    shape, inner, strides = _halves(mu.shape, mu.stride(), dense_strides(mu), dim)
-    return Moments(*halves(mu, shape, dim), mu.stride(0), inner, strides)
+    if logvar is None:
+        layout = _packed_layout(mu.shape, mu.stride(), dense_strides(mu), dim)
+        return Moments(mu, second_half(mu, layout.shape, dim), layout)
+    if not has_strides(logvar, mu.stride()) or logvar.is_neg():
+        mu, logvar = with_strides(mu, dense_strides(mu)), with_strides(logvar, dense_strides(mu))
+    return Moments(mu, logvar, _layout(mu.shape, mu.stride(), dense_strides(mu)))
 
 
-def halves(packed: Tensor, shape: torch.Size, dim: int) -> tuple[Tensor, Tensor]:
-    """Both halves, of that shape, of a tensor along dim. (Half the time of two `Tensor.narrow`.)"""
+def second_half(packed: Tensor, shape: torch.Size, dim: int) -> Tensor:
+    """That of a tensor along dim, of that shape. (Half the time of `Tensor.narrow`.)"""
     strides = packed.stride()
-    first = packed.as_strided(shape, strides)
-    return first, packed.as_strided(shape, strides, packed.storage_offset() + shape[dim] * strides[dim])
+    return packed.as_strided(shape, strides, packed.storage_offset() + shape[dim] * strides[dim])
 
 
 @remembered
-def _halves(shape: torch.Size, strides: Strides, dense: Strides, dim: int) -> tuple[torch.Size, int, Strides]:
-    """The shape of one half, how many of its elements follow each other, and the strides of z."""
+def _layout(shape: torch.Size, strides: Strides, dense: Strides) -> Layout:
+    return Layout(shape, dense, strides[0], 0, shape[0], prod(shape[1:]))
+
+
+@remembered
+def _packed_layout(shape: torch.Size, strides: Strides, dense: Strides, dim: int) -> Layout:
     half = shape[dim] // 2
     # Splitting dim halves the distance along every dimension outside of it.
     split = tuple(stride // 2 if stride > strides[dim] else stride for stride in dense)
     inner = half * strides[dim]
+    half_shape = torch.Size((*shape[:dim], half, *shape[dim + 1 :]))
     # All of mu before all of logvar is nothing that takes turns.
-    return torch.Size((*shape[:dim], half, *shape[dim + 1 :])), 0 if inner == split[0] else inner, split
+    taking_turns = 0 if inner == split[0] else inner
+    return Layout(half_shape, split, strides[0], taking_turns, shape[0], prod(half_shape[1:]))
 
 
 @triton.jit

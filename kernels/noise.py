@@ -130,13 +130,17 @@ def noise_tile(
     return eps
 
 
-def run_length(tiling: Tiling, itemsize: int, first_position: int | None) -> int:
+def starts_on_quad(first_position: int | None) -> bool:
+    return (first_position or 0) % 4 == 0
+
+
+def run_length(tiling: Tiling, itemsize: int, on_quad: bool) -> int:
     """How many elements a thread makes in sequence: as many as it accesses at a time, 8 of 16 bits, else 4; only one
-    where rows do not start on a quad.
+    where rows, or the first of them (`on_quad`), do not start on a quad.
 
     (Of 16 bits by 4, the normals would change threads through shared memory: 1.4 instructions per element more.)
     """
-    if (first_position or 0) % 4 or (tiling.rows > 1 and tiling.columns % 4):
+    if not on_quad or (tiling.rows > 1 and tiling.columns % 4):
         return 1
     return 8 if itemsize == 2 and tiling.tile_columns >= 8 else 4
 

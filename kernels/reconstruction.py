@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch, ticket
-from .layout import dense_strides, event_size, gradient_strides, has_strides, with_dense_rows, with_strides
+from .launch import Plan, launch, make_plan, ticket
+from .layout import dense_strides, has_strides, in_format_of, remembered, with_dense_rows, with_strides
 from .numerics import sigmoid
 from .tiles import (
     UNSPECIALIZED,
@@ -122,16 +122,38 @@ def read_pair(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return logits, target
 
 
-def cut_pair(logits: Tensor, per_row: bool) -> Tiling:
+def cut_pair(batch: int, event: int, row_stride: int, per_row: bool, itemsize: int) -> Tiling:
     """Rows are needed where each has a sum of its own, or where they do not follow each other without a gap."""
-    batch, event = logits.shape[0], event_size(logits)
-    if batch == 1 or (logits.stride(0) == event and not per_row):
-        return cut(1, batch * event, logits.element_size())
-    return cut(batch, event, logits.element_size())
+    if batch == 1 or (row_stride == event and not per_row):
+        return cut(1, batch * event, itemsize)
+    return cut(batch, event, itemsize)
 
 
 def allocate_loss(logits: Tensor, reduction: str) -> Tensor:
     return logits.new_empty(logits.shape[:1] if reduction == "none" else [], dtype=torch.float32)
+
+
+@remembered
+def plan_forward(batch: int, event: int, row_stride: int, itemsize: int, reduction: str) -> tuple[Plan, int]:
+    """And the number of partial sums."""
+    per_row = reduction == "none"
+    tiling = cut_pair(batch, event, row_stride, per_row, itemsize)
+    groups, count = (tiling.rows, tiling.chunks) if per_row else (1, tiling.programs)
+    plan = make_plan(
+        tiling.programs,
+        tiling.num_warps,
+        tiling.rows,
+        tiling.columns,
+        row_stride,
+        tiling.chunks,
+        reduction_scale(reduction, batch, event),
+        FLAT=tiling.rows == 1,
+        PER_ROW=per_row,
+        ROWS=tiling.tile_rows,
+        COLUMNS=tiling.tile_columns,
+        **sum_blocks(groups, count),
+    )
+    return plan, tiling.programs if count > 1 else 0
 
 
 def sigmoid_mse_forward(logits: Tensor, target: Tensor, reduction: str) -> Tensor:
@@ -140,32 +162,38 @@ def sigmoid_mse_forward(logits: Tensor, target: Tensor, reduction: str) -> Tenso
     if logits.numel() == 0:
         return loss.fill_(empty_sum(reduction, batch))
     logits, target = read_pair(logits, target)
-    per_row = reduction == "none"
-    tiling = cut_pair(logits, per_row)
-    groups, count = (tiling.rows, tiling.chunks) if per_row else (1, tiling.programs)
-    partial = loss.new_empty(tiling.programs) if count > 1 else None
+    plan, partials = plan_forward(batch, logits.numel() // batch, logits.stride(0), logits.element_size(), reduction)
     launch(
         sigmoid_mse_forward_kernel,
-        tiling.programs,
-        tiling.num_warps,
+        plan,
         logits.device,
         logits,
         target,
         loss,
-        partial,
-        None if partial is None else ticket(partial.device),
-        tiling.rows,
-        tiling.columns,
-        logits.stride(0),
-        tiling.chunks,
-        reduction_scale(reduction, batch, logits.numel() // batch),
-        FLAT=tiling.rows == 1,
-        PER_ROW=per_row,
-        ROWS=tiling.tile_rows,
-        COLUMNS=tiling.tile_columns,
-        **sum_blocks(groups, count),
+        loss.new_empty(partials) if partials else None,
+        ticket(loss.device) if partials else None,
     )
     return loss
+
+
+@remembered
+def plan_backward(
+    batch: int, event: int, row_stride: int, itemsize: int, reduction: str, loss_grad_stride: int
+) -> Plan:
+    tiling = cut_pair(batch, event, row_stride, loss_grad_stride != 0, itemsize)
+    return make_plan(
+        tiling.programs,
+        tiling.num_warps,
+        tiling.rows,
+        tiling.columns,
+        row_stride,
+        tiling.chunks,
+        loss_grad_stride,
+        reduction_scale(reduction, batch, event),
+        FLAT=tiling.rows == 1,
+        ROWS=tiling.tile_rows,
+        COLUMNS=tiling.tile_columns,
+    )
 
 
 def sigmoid_mse_backward(
@@ -178,26 +206,23 @@ def sigmoid_mse_backward(
     loss_grad = loss_grad.resolve_neg()
     if logits.numel():
         read_logits, read_target = read_pair(logits, target)
-        per_row = reduction == "none" and loss_grad.stride(0) != 0
-        tiling = cut_pair(read_logits, per_row)
+        batch = logits.shape[0]
+        loss_grad_stride = loss_grad.stride(0) if reduction == "none" else 0
         launch(
             sigmoid_mse_backward_kernel,
-            tiling.programs,
-            tiling.num_warps,
+            plan_backward(
+                batch,
+                logits.numel() // batch,
+                read_logits.stride(0),
+                logits.element_size(),
+                reduction,
+                loss_grad_stride,
+            ),
             logits.device,
             read_logits,
             read_target,
             loss_grad,
             gradients[0] if needs_logits else None,
             gradients[-1] if needs_target else None,
-            tiling.rows,
-            tiling.columns,
-            read_logits.stride(0),
-            tiling.chunks,
-            loss_grad.stride(0) if per_row else 0,
-            reduction_scale(reduction, logits.shape[0], event_size(logits)),
-            FLAT=tiling.rows == 1,
-            ROWS=tiling.tile_rows,
-            COLUMNS=tiling.tile_columns,
         )
-    return [with_strides(gradient, gradient_strides(t)) for gradient, t in zip(gradients, inputs, strict=True)]
+    return in_format_of(inputs, gradients)

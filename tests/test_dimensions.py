@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fastvae.functional as F
 from bounds import assert_within
-from conftest import Launches
+from conftest import Launches, plan_anew
 from fastvae import nn, reference
 from fastvae.kernels import dimensions
 from fastvae.kernels import launch as launching
@@ -34,15 +34,10 @@ SHAPES = {
 
 
 @pytest.fixture
-def most_partial_sums(monkeypatch) -> Iterator:
+def most_partial_sums(monkeypatch) -> Callable[[int], None]:
     """Sets how many there may be, so that small problems are cut as large ones are."""
-
-    def limit(count: int) -> None:
-        monkeypatch.setattr(dimensions, "_MOST_PARTIAL_SUMS", count)
-        cut_columns.cache_clear()
-
-    yield limit
-    cut_columns.cache_clear()
+    plan_anew(monkeypatch)
+    return lambda count: monkeypatch.setattr(dimensions, "_MOST_PARTIAL_SUMS", count)
 
 
 def exact(

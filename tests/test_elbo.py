@@ -533,10 +533,10 @@ def test_any_tile_gives_the_result(triton_backend, device, monkeypatch, tile) ->
 
 @pytest.mark.parametrize("block", [1, 2, 8])
 def test_partial_sums_and_kl_are_read_in_blocks(triton_backend, device, monkeypatch, block) -> None:
-    def launch(*arguments, **constants):
-        if "BLOCK" in constants:
-            constants["BLOCK"] = block
-        launching.launch(*arguments, **constants)
+    def launch(kernel, plan, *arguments):
+        if "BLOCK" in plan.constants:
+            plan = plan._replace(constants=plan.constants | {"BLOCK": block}, form=-block)
+        launching.launch(kernel, plan, *arguments)
 
     monkeypatch.setattr(kernels, "launch", launch)
     use_small_tiles(monkeypatch, 1, 8)

@@ -105,6 +105,13 @@ def test_every_fastvae_kernel_is_counted(parts):
     assert all(re.match(parts.KERNELS, name) for name in names)
 
 
+def test_host_time_output(parts):
+    output = "import: fastvae 17.2 ms\nelbo_value_and_grad   90.8   141.1   0.65\nELBO path   572.0   775.5   0.74\n"
+    assert parts.read_host_time(output, 0) == (True, {"of eager's host time on the ELBO path": "0.74"})
+    assert not parts.read_host_time(output, 1)[0]
+    assert not parts.read_host_time("import: fastvae 17.2 ms\n", 0)[0]
+
+
 def test_benchmark_output(parts, tmp_path):
     read = parts.read_benchmarks(tmp_path)
     assert not read("2 passed in 1s", 0)[0]  # nothing was written
@@ -262,7 +269,7 @@ def test_the_real_parts_name_existing_programs(gpu_evidence, tmp_path):
                 assert (BENCHMARKS.parent / word).exists(), word
     assert len({it.name for it in real}) == len(real)
     assert [it.name for it in real if it.stage > 1] == [
-        "counters", "benchmarks", "epochs, fused-graph", "epochs, fused-output-graph",
+        "counters", "host time", "benchmarks", "epochs, fused-graph", "epochs, fused-output-graph",
         "epochs, fused", "epochs, eager", "epochs, compile",
     ]  # fmt: skip
 

@@ -6,6 +6,7 @@ Times vary on a busy machine, so bounds are wide, and a measurement that is over
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,9 +17,13 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import host_time
 
-# Fused over eager time, forward and backward, launch stubbed out. Measured on two busy cores with torch 2.13, twelve
-# times each: 0.87 to 0.97 for sample and KL, 0.86 to 0.95 for the ELBO.
-BOUND = 1.25
+# Fused over eager time, up to the driver. Measured on two busy cores with torch 2.13 and triton 3.6 and 3.9: 0.76 to
+# 0.79 for packed sample and KL with backward, 0.92 for the ELBO with backward, 0.74 for the path of a training step.
+BOUNDS = {
+    "gaussian_sample_kl_packed forward and backward": 1.0,
+    "elbo_loss forward and backward": 1.15,
+    "ELBO path": 0.9,
+}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +36,8 @@ def measurements(tmp_path_factory) -> Callable[[], Iterator[dict]]:
         yield from made
         while len(made) < 3:
             command = [sys.executable, host_time.__file__, "--json", path]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+            subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
             made.append(json.loads(path.read_text()))
             yield made[-1]
 
@@ -44,10 +50,9 @@ def test_importing_fastvae_takes_under_50_ms_more_than_torch(measurements):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("operation", ["gaussian_sample_kl_packed", "elbo_loss"])
-def test_a_fused_step_takes_no_more_host_time_than_the_eager_operations_it_replaces(operation, measurements):
-    name = f"{operation} forward and backward"
-    assert any(found["calls"][name]["ratio"] < BOUND for found in measurements())
+@pytest.mark.parametrize("name", BOUNDS)
+def test_a_fused_step_takes_no_more_host_time_than_the_eager_operations_it_replaces(name, measurements):
+    assert any(found["calls"][name]["ratio"] < BOUNDS[name] for found in measurements())
 
 
 @pytest.mark.slow
@@ -57,7 +62,7 @@ def test_every_operation_is_measured(measurements):
     calls = next(measurements())["calls"]
     # The last layer with the loss is no case of its own, but a provider of the training step.
     operations = {name for name in functional.__all__ if name.islower()} - {"conv_elbo_value_and_grad"}
-    assert {name.split()[0] for name in calls} == operations | {"gaussian_kl_free_bits"}
+    assert {name.split()[0] for name in calls} == operations | {"gaussian_kl_free_bits", "ELBO"}
     assert all(times["fused_us"] > 0 and times["eager_us"] > 0 for times in calls.values())
 
 

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastvae.functional as F
 from bounds import ulp
+from conftest import plan_anew
 from fastvae import random
 from fastvae.kernels import INTERPRETED, moments
 from fastvae.kernels.launch import FAST
@@ -330,6 +331,7 @@ def test_samples_of_every_tile(shape, device, triton_backend, monkeypatch) -> No
     seed, offset = 9, 16
     reserve_always(PhiloxState(None, None, seed, offset), monkeypatch)
     mu, logvar = torch.randn(2, *shape).to(device)
+    plan_anew(monkeypatch)
     for columns in (4, 16, 32):
         monkeypatch.setattr(moments, "cut", lambda rows, length, itemsize, c=columns: Tiling(rows, length, 1, c, 4))
         check_sample(F.gaussian_sample_kl(mu, logvar)[0], mu, logvar, seed, offset)

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastvae
 import fastvae.functional as F
 from bounds import assert_within
-from conftest import Launches
+from conftest import Launches, plan_anew
 from fastvae.kernels import INTERPRETED, tiles
 from fastvae.kernels import launch as launching
 from fastvae.kernels import reconstruction as kernels
@@ -188,6 +188,7 @@ def use_small_tiles(monkeypatch: pytest.MonkeyPatch, tile_rows: int, tile_column
     def cut(rows: int, columns: int, itemsize: int) -> tiles.Tiling:
         return tiles.Tiling(rows, columns, min(tile_rows, tiles.power_of_2(rows)), tile_columns, 4)
 
+    plan_anew(monkeypatch)
     monkeypatch.setattr(kernels, "cut", cut)
 
 

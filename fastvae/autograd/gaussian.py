@@ -120,20 +120,20 @@ def _differentiable_gradients(
     *rng: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The formulas of the backward kernels in plain PyTorch, around the same noise."""
-    moments = kernels.read_moments(mu, logvar, dim)
-    wide_mu, wide_logvar = in_float32(moments.mu), in_float32(moments.logvar)
+    layout = kernels.read_moments(mu, logvar, dim).layout
+    wide_mu, wide_logvar = map(in_float32, mu.chunk(2, dim) if logvar is None else (mu, logvar))
     mu_grad = torch.zeros_like(wide_mu)
     logvar_grad = torch.zeros_like(wide_mu)
     if z_grad is not None:
         if eps is None:
             # mu = logvar = 0 makes z the noise itself. Through apply, so that torch.func unwraps its tensors for the
             # kernel.
-            zero = wide_mu.new_empty_strided(wide_mu.shape, moments.strides).zero_()
+            zero = wide_mu.new_empty_strided(layout.shape, layout.strides).zero_()
             eps = apply(GaussianSample, zero, zero, None, *rng)
         mu_grad = mu_grad + z_grad
         logvar_grad = logvar_grad + 0.5 * z_grad * torch.exp(0.5 * wide_logvar) * eps
     if kl_grad is not None:
-        scale = kl_grad * kernels.reduction_scale(reduction, moments.batch, moments.event)
+        scale = kl_grad * kernels.reduction_scale(reduction, layout.batch, layout.event)
         if kl is not None:
             scale = torch.where(kl.detach() <= free_bits, 0.0, scale)
         if reduction == "none":

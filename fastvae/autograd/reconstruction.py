@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastvae.autograd.registration import apply, is_differentiated, is_traced, refuse_vmap, register
 from fastvae.kernels import reconstruction as kernels
-from fastvae.kernels.layout import empty_gradients
+from fastvae.kernels.layout import empty_gradients, event_size
 from fastvae.reference.precision import in_float32
 
 _operations = torch.ops.fastvae
@@ -64,7 +64,7 @@ class SigmoidMSE(torch.autograd.Function):
         logits, target = ctx.saved_tensors
         needs_logits, needs_target = ctx.needs_input_grad[:2]
         if is_differentiated(loss_grad):
-            term_grad = loss_grad * kernels.reduction_scale(ctx.reduction, logits.shape[0], kernels.event_size(logits))
+            term_grad = loss_grad * kernels.reduction_scale(ctx.reduction, logits.shape[0], event_size(logits))
             if ctx.reduction == "none":
                 term_grad = term_grad.view(-1, *[1] * (logits.ndim - 1))
             return *differentiable_gradients(logits, target, term_grad), None

@@ -1,0 +1,31 @@
+"""A launch that is found among those kept is the one that Triton would have made: `kept_launches.py`, in a process of
+its own, because the interpreter compiles nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def found() -> dict:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, Path(__file__).with_name("kept_launches.py")]
+    return json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
+
+
+@pytest.mark.slow
+def test_what_is_kept_is_what_triton_would_have_launched(found):
+    assert not found["different"], "\n".join(found["different"][:5])
+    assert found["launches"] > 9000 and found["kept"] > 4000
+
+
+@pytest.mark.slow
+def test_the_driver_is_given_the_same_either_way(found):
+    assert found["driver"]
