@@ -7,7 +7,8 @@ Nothing is compiled: what stands in for a compiled kernel is kept by Triton, by 
 compiled. Both ways must end at the same one, with the same grid and arguments. At the end one kernel is compiled, and
 what the driver is given is compared.
 
-Prints, as JSON, how many launches there were, how many of them found something kept, and those that differ.
+Prints, as JSON, how many launches there were, how many of them found something kept, and those that differ; and whether
+the tests' count of launches sees both ways.
 """
 
 from __future__ import annotations
@@ -126,5 +127,18 @@ def driver_is_given_the_same() -> bool:
     )
 
 
+def counts() -> list[int]:
+    """What the tests count of two launches, the second of which is found among those kept."""
+    with patch("torch.cuda.is_available", lambda: True):  # else it would ask for the interpreter
+        import conftest
+    conftest._count_launches()
+    found = []
+    with stand_in():
+        for _ in range(2):
+            gaussian.gaussian_kl(torch.empty(3, 5), torch.empty(3, 5), "sum", 0.0)
+            found.append(conftest.Launches.count)
+    return found
+
+
 if __name__ == "__main__":
-    print(json.dumps(compare() | {"driver": driver_is_given_the_same()}))
+    print(json.dumps(compare() | {"driver": driver_is_given_the_same(), "counts": counts()}))

@@ -29,3 +29,8 @@ def test_what_is_kept_is_what_triton_would_have_launched(found):
 @pytest.mark.slow
 def test_the_driver_is_given_the_same_either_way(found):
     assert found["driver"]
+
+
+@pytest.mark.slow
+def test_both_ways_count_as_a_launch(found):
+    assert found["counts"] == [1, 2]
