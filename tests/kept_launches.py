@@ -14,10 +14,12 @@ the tests' count of launches sees both ways.
 from __future__ import annotations
 
 import json
+import runpy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -130,13 +132,13 @@ def driver_is_given_the_same() -> bool:
 def counts() -> list[int]:
     """What the tests count of two launches, the second of which is found among those kept."""
     with patch("torch.cuda.is_available", lambda: True):  # else it would ask for the interpreter
-        import conftest
-    conftest._count_launches()
+        conftest = runpy.run_path(str(Path(__file__).with_name("conftest.py")))
+    conftest["_count_launches"]()
     found = []
     with stand_in():
         for _ in range(2):
             gaussian.gaussian_kl(torch.empty(3, 5), torch.empty(3, 5), "sum", 0.0)
-            found.append(conftest.Launches.count)
+            found.append(conftest["Launches"].count)
     return found
 
 
