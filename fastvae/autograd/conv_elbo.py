@@ -21,10 +21,12 @@ def _fake(features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
     return [*kernels.allocate_values(features), *gradients, *bias_grad]
 
 
-def _registered(*arguments: Any) -> list[Tensor]:
+def _registered(features: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> list[Tensor]:
     """The launcher's results, none of which shares memory with another, as a registered operation's must not."""
-    results = kernels.conv_elbo_value_and_grad(*arguments)
-    return [*results[:-1], results[-1].clone()]  # the last may be the end of a buffer that holds the weight's gradient
+    results = kernels.conv_elbo_value_and_grad(features, weight, bias, *others)
+    if bias is not None:
+        results[-1] = results[-1].clone()  # the end of the buffer that holds the weight's gradient
+    return results
 
 
 register(
