@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch, make_plan
-from .layout import dense_strides, event_size, with_dense_rows
+from .launch import Plan, launch, make_plan
+from .layout import dense_strides, event_size, remembered, with_dense_rows
 from .reconstruction import load_target
 from .tiles import UNSPECIALIZED, cut, program_tile, tile_offsets
 
@@ -35,6 +35,22 @@ def gather_batch_kernel(
     tl.store(at, values.to(batch_ptr.dtype.element_ty), mask=inside)
 
 
+@remembered
+def plan_forward(rows: int, columns: int, row_stride: int) -> Plan:
+    tiling = cut(rows, columns, torch.float32.itemsize)
+    return make_plan(
+        tiling.programs,
+        # Half of what `cut` says for floats: 16 elements per thread, which are 16 bytes of uint8 images.
+        tiling.num_warps // 2,
+        rows,
+        columns,
+        row_stride,
+        tiling.chunks,
+        ROWS=tiling.tile_rows,
+        COLUMNS=tiling.tile_columns,
+    )
+
+
 def gather_batch(images: Tensor, indices: Tensor) -> Tensor:
     """float32 [B, ...] in the memory format of images [N, ...], uint8 or floating point; indices int64 [B], each from 0
     to N - 1.
@@ -43,25 +59,7 @@ def gather_batch(images: Tensor, indices: Tensor) -> Tensor:
     size = indices.shape[0]
     shape = (size, *images.shape[1:])
     batch = torch.empty_strided(shape, dense_strides(images), dtype=torch.float32, device=images.device)
-    columns = event_size(images)
     if batch.numel():
-        tiling = cut(size, columns, batch.element_size())
-        launch(
-            gather_batch_kernel,
-            make_plan(
-                tiling.programs,
-                # Half of what `cut` says for floats: 16 elements per thread, which are 16 bytes of uint8 images.
-                tiling.num_warps // 2,
-                size,
-                columns,
-                images.stride(0),
-                tiling.chunks,
-                ROWS=tiling.tile_rows,
-                COLUMNS=tiling.tile_columns,
-            ),
-            images.device,
-            images,
-            indices,
-            batch,
-        )
+        plan = plan_forward(size, event_size(images), images.stride(0))
+        launch(gather_batch_kernel, plan, images.device, images, indices, batch)
     return batch

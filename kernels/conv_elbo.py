@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .elbo import Scalar, allocate_values, as_argument, store_values
-from .launch import launch, make_plan, ticket
-from .layout import dense_strides, gradient_strides, has_dense_rows, with_strides
+from .launch import Plan, launch, make_plan, ticket
+from .layout import dense_strides, gradient_strides, has_dense_rows, remembered, with_strides
 from .numerics import load_scalar, to_float32
 from .reconstruction import load_target, sigmoid_mse
 from .tiles import UNSPECIALIZED, drew_last_ticket, power_of_2, program_tile, sum_in_order
@@ -173,6 +173,78 @@ def pixels_of_program(channels: int, products: int, most: int) -> int:
     return max(16, min(most, 4096 // (channels * power_of_2(products))))
 
 
+@remembered
+def plan_forward(
+    batch: int,
+    inputs: int,
+    height: int,
+    width: int,
+    outputs: int,
+    kernel: int,
+    relu: bool,
+    strides: tuple[int, int, int],
+    target_strides: tuple[int, int, int],
+    kl_stride: int,
+) -> Plan:
+    row_stride, pixel_stride, channel_stride = strides
+    channels = max(4, power_of_2(inputs))
+    # With 128, triton 3.6 loads the features of all taps first, and spills.
+    pixels = pixels_of_program(channels, outputs, most=64)
+    chunks = -(-height * width // pixels)
+    return make_plan(
+        batch * chunks,
+        4,
+        chunks,
+        row_stride,
+        channel_stride,
+        *target_strides,
+        kl_stride,
+        batch,
+        1.0 / batch,
+        **sizes_of_layer(inputs, outputs, height, width, kernel, relu),
+        PIXEL_STRIDE=pixel_stride,
+        CHANNELS=channels,
+        PIXELS=pixels,
+        BLOCK=1024,
+    )
+
+
+@remembered
+def plan_backward(
+    batch: int,
+    inputs: int,
+    height: int,
+    width: int,
+    outputs: int,
+    kernel: int,
+    relu: bool,
+    strides: tuple[int, int, int],
+    grad_row_stride: int,
+) -> Plan:
+    row_stride, pixel_stride, channel_stride = strides
+    channels = max(4, power_of_2(inputs))
+    pixels = pixels_of_program(channels, 1, most=128)
+    chunks = -(-height * width // pixels)
+    return make_plan(
+        batch * chunks,
+        4,
+        chunks,
+        row_stride,
+        grad_row_stride,
+        channel_stride,
+        **sizes_of_layer(inputs, outputs, height, width, kernel, relu),
+        PIXEL_STRIDE=pixel_stride,
+        CHANNELS=channels,
+        PIXELS=pixels,
+    )
+
+
+def sizes_of_layer(inputs: int, outputs: int, height: int, width: int, kernel: int, relu: bool) -> dict[str, int]:
+    return {
+        "INPUTS": inputs, "OUTPUTS": outputs, "HEIGHT": height, "WIDTH": width, "KERNEL": kernel, "RELU": relu,
+    }  # fmt: skip
+
+
 def conv_elbo_value_and_grad(
     features: Tensor,
     weight: Tensor,
@@ -187,7 +259,7 @@ def conv_elbo_value_and_grad(
     """loss, reconstruction, mean_kl, and the gradients of features, weight, each sample's kl, one number, and bias if
     there is one.
     """
-    batch, inputs, height, width = features.shape
+    batch, _, height, width = features.shape
     outputs, kernel = weight.shape[1], weight.shape[2]
     values = allocate_values(features)
     kl_grad = kl.new_empty([])
@@ -202,63 +274,33 @@ def conv_elbo_value_and_grad(
         sums = values[0].new_zeros(terms)
     else:
         weight_in_order = weight.resolve_neg().contiguous()
-        channels = max(4, power_of_2(inputs))
-        # With 128, triton 3.6 loads the features of all taps first, and spills.
-        pixels = pixels_of_program(channels, outputs, most=64)
-        chunks = -(-height * width // pixels)
+        kl = kl.resolve_neg()
         logits_grad = values[0].new_empty(batch, outputs, height, width)
-        partial = values[0].new_empty(batch * chunks)
-        row_stride, pixel_stride, channel_stride = pixel_strides(read_features)
-        constants = {
-            "INPUTS": inputs, "OUTPUTS": outputs, "HEIGHT": height, "WIDTH": width, "KERNEL": kernel, "RELU": relu,
-            "PIXEL_STRIDE": pixel_stride, "CHANNELS": channels,
-        }  # fmt: skip
+        sizes = *features.shape, outputs, kernel, relu, pixel_strides(read_features)
+        plan = plan_forward(*sizes, pixel_strides(target), kl.stride(0))
         launch(
             conv_elbo_forward_kernel,
-            make_plan(
-                batch * chunks,
-                4,
-                chunks,
-                row_stride,
-                channel_stride,
-                *pixel_strides(target),
-                kl.stride(0),
-                batch,
-                1.0 / batch,
-                PIXELS=pixels,
-                BLOCK=1024,
-                **constants,
-            ),
+            plan,
             features.device,
             read_features,
             weight_in_order,
             None if bias is None else bias.resolve_neg().contiguous(),
             target,
-            kl.resolve_neg(),
+            kl,
             *values,
             logits_grad,
             kl_grad,
-            partial,
+            values[0].new_empty(plan.programs),
             ticket(features.device),
             as_argument(beta),
             as_argument(reconstruction_weight),
             as_argument(1.0 if grad_scale is None else grad_scale),
         )
-        pixels = pixels_of_program(channels, 1, most=128)
-        chunks = -(-height * width // pixels)
-        parts = values[0].new_empty(batch * chunks, terms)
+        plan = plan_backward(*sizes, features_grad.stride(0))
+        parts = values[0].new_empty(plan.programs, terms)
         launch(
             conv_elbo_backward_kernel,
-            make_plan(
-                batch * chunks,
-                4,
-                chunks,
-                row_stride,
-                features_grad.stride(0),
-                channel_stride,
-                PIXELS=pixels,
-                **constants,
-            ),
+            plan,
             features.device,
             read_features,
             weight_in_order,

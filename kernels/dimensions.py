@@ -22,8 +22,8 @@ _MOST_PARTIAL_SUMS = 16384
 @triton.jit(do_not_specialize=(*UNSPECIALIZED, "blocks"), do_not_specialize_on_alignment=("seed_ptr", "offset_ptr"))
 def dimensions_forward_kernel(
     mu_ptr, logvar_ptr, eps_ptr, z_ptr, kl_ptr, partial_ptr, ticket_ptr,
-    seed_ptr, offset_ptr, seed: tl.int64, offset: tl.int64, first_position,
-    rows, columns, row_stride, chunks, blocks, kl_scale, free_bits,
+    seed_ptr, offset_ptr, seed: tl.int64, offset: tl.int64, first_position, free_bits,
+    rows, columns, row_stride, chunks, blocks, kl_scale,
     INNER: tl.constexpr, RUN: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
@@ -109,8 +109,8 @@ def at_least(kl, free_bits):
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=("seed_ptr", "offset_ptr"))
 def dimensions_backward_kernel(
     mu_ptr, logvar_ptr, eps_ptr, z_grad_ptr, kl_grad_ptr, kl_ptr, mu_grad_ptr, logvar_grad_ptr,
-    seed_ptr, offset_ptr, seed: tl.int64, offset: tl.int64, first_position,
-    rows, columns, row_stride, grad_row_stride, chunks, kl_scale, free_bits,
+    seed_ptr, offset_ptr, seed: tl.int64, offset: tl.int64, first_position, free_bits,
+    rows, columns, row_stride, grad_row_stride, chunks, kl_scale,
     INNER: tl.constexpr, FLAT: tl.constexpr, RUN: tl.constexpr, PER_COLUMN: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
@@ -184,7 +184,7 @@ def cut_columns(rows: int, columns: int, itemsize: int) -> tuple[Tiling, int]:
 
 
 @remembered
-def plan_forward(layout: Layout, itemsize: int, free_bits: float, on_quad: bool) -> tuple[Plan, int]:
+def plan_forward(layout: Layout, itemsize: int, on_quad: bool) -> tuple[Plan, int]:
     """And the number of blocks."""
     tiling, blocks = cut_columns(layout.batch, layout.event, itemsize)
     plan = make_plan(
@@ -196,7 +196,6 @@ def plan_forward(layout: Layout, itemsize: int, free_bits: float, on_quad: bool)
         tiling.chunks,
         blocks,
         0.5 / layout.batch,
-        free_bits,
         INNER=layout.inner,
         RUN=run_length(tiling, itemsize, on_quad),
         ROWS=tiling.tile_rows,
@@ -216,7 +215,7 @@ def dimensions_forward(
         return
     drawn = z is not None and eps is None
     noise = noise_arguments(rng, mu.device, layout.event) if drawn else NO_RNG
-    plan, blocks = plan_forward(layout, mu.element_size(), free_bits, starts_on_quad(noise[-1]))
+    plan, blocks = plan_forward(layout, mu.element_size(), starts_on_quad(noise[-1]))
     launch(
         dimensions_forward_kernel,
         plan,
@@ -229,13 +228,12 @@ def dimensions_forward(
         kl.new_empty(blocks, layout.event) if blocks > 1 else None,
         ticket(mu.device) if blocks > 1 else None,
         *noise,
+        free_bits,
     )
 
 
 @remembered
-def plan_backward(
-    layout: Layout, itemsize: int, free_bits: float, grad_row_stride: int, per_column: bool, on_quad: bool
-) -> Plan:
+def plan_backward(layout: Layout, itemsize: int, grad_row_stride: int, per_column: bool, on_quad: bool) -> Plan:
     tiling = cut_moments(layout, True, itemsize)
     return make_plan(
         tiling.programs,
@@ -246,7 +244,6 @@ def plan_backward(
         grad_row_stride,
         tiling.chunks,
         1.0 / layout.batch,
-        free_bits,
         INNER=layout.inner,
         FLAT=tiling.rows == 1,
         RUN=run_length(tiling, itemsize, on_quad),
@@ -279,7 +276,7 @@ def dimensions_backward(
     on_quad = starts_on_quad(noise[-1])
     launch(
         dimensions_backward_kernel,
-        plan_backward(layout, mu.element_size(), free_bits, grad_row_stride, not one_number, on_quad),
+        plan_backward(layout, mu.element_size(), grad_row_stride, not one_number, on_quad),
         mu.device,
         mu,
         logvar,
@@ -290,4 +287,5 @@ def dimensions_backward(
         mu_grad,
         logvar_grad,
         *noise,
+        free_bits,
     )

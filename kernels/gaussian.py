@@ -159,7 +159,7 @@ def plan_forward(layout: Layout, itemsize: int, reduction: str, with_kl: bool, o
     """And the number of partial sums."""
     per_row = with_kl and reduction == "none"
     tiling = cut_moments(layout, per_row, itemsize)
-    groups, count = (tiling.rows, tiling.chunks) if per_row else (1, tiling.programs)
+    groups, count = (tiling.rows, tiling.chunks) if per_row else (1, tiling.programs if with_kl else 1)
     plan = make_plan(
         tiling.programs,
         tiling.num_warps,
@@ -176,7 +176,7 @@ def plan_forward(layout: Layout, itemsize: int, reduction: str, with_kl: bool, o
         COLUMNS=tiling.tile_columns,
         **sum_blocks(groups, count),
     )
-    return plan, tiling.programs if with_kl and count > 1 else 0
+    return plan, tiling.programs if count > 1 else 0
 
 
 def gaussian_forward(
@@ -282,9 +282,10 @@ def gaussian_backward(
     # In the order that was read; only an input that was copied has a gradient of other strides.
     strides = dense_strides(mu) if logvar is None else layout.strides
     gradients = [tensor.new_empty_strided(tensor.shape, strides) for tensor in inputs]
-    mu_grad, logvar_grad = gradients[0] if needs_mu else None, gradients[-1] if needs_logvar else None
     if logvar is None:
         mu_grad, logvar_grad = gradients[0], second_half(gradients[0], layout.shape, dim)
+    else:
+        mu_grad, logvar_grad = gradients[0] if needs_mu else None, gradients[-1] if needs_logvar else None
     empty = layout.batch * layout.event == 0
     if not empty and reduction == "per_dimension" and kl_grad is not None:
         dimensions_backward(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from .numerics import exp
 
@@ -25,7 +27,9 @@ _tickets: dict[tuple[str, int | None, int], Tensor] = {}
 _zeros: dict[tuple[str, int | None, int], Tensor] = {}
 _calling = threading.local()
 
+# The number of a form is drawn, not counted in the dict: two threads must not give one to two forms.
 _forms: dict[tuple[Any, ...], int] = {}
+_next_form = count()
 # (compiled kernel, its constants), by kernel, device, form, and the kinds of the arguments. The interpreter makes none.
 _compiled: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
 
@@ -38,7 +42,9 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
 
 
 class Plan(NamedTuple):
-    """What of a launch follows from shapes, strides and dtypes alone, so that it can be `layout.remembered`."""
+    """What of a launch follows from how the tensors lie and what is asked for, so that it can be
+    `layout.remembered`.
+    """
 
     programs: int
     num_warps: int
@@ -49,7 +55,7 @@ class Plan(NamedTuple):
 
 def make_plan(programs: int, num_warps: int, *numbers: float, **constants: Any) -> Plan:
     form = num_warps, *map(_kind, numbers), *constants.items()
-    return Plan(programs, num_warps, numbers, constants, _forms.setdefault(form, len(_forms)))
+    return Plan(programs, num_warps, numbers, constants, _forms.setdefault(form, next(_next_form)))
 
 
 def _kind(argument: Any) -> Any:
@@ -66,10 +72,11 @@ def launch(kernel: Any, plan: Plan, device: torch.device, *arguments: Any) -> No
 
     What Triton compiled is kept, and found again by what it was compiled for: Triton's own way from the arguments to
     the compiled code takes about 40 us of a call, this one 15 (host time up to the driver, in the middle of other work,
-    on a 2.4 GHz core; triton 3.9). Nothing is kept on AMD, where the code also depends on the size of a tensor's
-    storage.
+    on a 2.8 GHz core; triton 3.9). What Triton itself does at each launch is left out then: hooks before a kernel runs,
+    and a look at the knobs that were changed since it was compiled. Nothing is kept on AMD, where the code also depends
+    on the size of a tensor's storage.
     """
-    # The function that was decorated, because the hash of what decorates it is worked out from its source each time.
+    # The function that was decorated, because the hash of what decorates it takes a lock and 1 us.
     key = kernel.fn, device.index, plan.form, *map(_kind, arguments)
     kept = _compiled.get(key)
     try:
@@ -86,7 +93,8 @@ def launch(kernel: Any, plan: Plan, device: torch.device, *arguments: Any) -> No
         # A launch that was cut short may have drawn tickets: later launches get new ones.
         _tickets.clear()
         raise
-    if compiled is not None and torch.version.hip is None:
+    # Not what is still being compiled (triton.AsyncCompileMode).
+    if isinstance(compiled, CompiledKernel) and torch.version.hip is None:
         names = kernel.arg_names[len(arguments) + len(plan.numbers) :]
         _compiled[key] = compiled, [options[name] for name in names]
 

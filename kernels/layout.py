@@ -80,9 +80,8 @@ def _dense_strides(shape: torch.Size, strides: Strides, contiguous: bool) -> Str
 
 def with_dense_rows(tensor: Tensor) -> Tensor:
     """`tensor` if it has dense rows, else a dense copy."""
-    if tensor.is_neg():  # as x.conj().imag is: the minus is not in memory yet
-        tensor = tensor.resolve_neg()
-    return tensor if has_dense_rows(tensor) else with_strides(tensor, dense_strides(tensor))
+    # As x.conj().imag is negative: the minus is not in memory yet.
+    return tensor if has_dense_rows(tensor) and not tensor.is_neg() else with_strides(tensor, dense_strides(tensor))
 
 
 def has_strides(tensor: Tensor, strides: Strides) -> bool:

@@ -9,7 +9,7 @@ for a card; `benchmarks/codegen.py` judges that code, of the forms that are used
 
 A form is what makes Triton compile a kernel anew: which arguments are given and of which dtype, and the constants, by
 which tiles, layouts and branches are chosen. Of the thousands that the calls below have, so many are compiled that
-every two of these choices that occur together have occurred together.
+every two of these choices that some call combines are combined in one that is compiled.
 
 Prints the number of compiled forms by kernel, and what is wrong with those that do not compile, as JSON; and what is
 found about a planted kernel in its right and its wrong form.
@@ -18,7 +18,9 @@ found about a planted kernel in its right and its wrong form.
 from __future__ import annotations
 
 import json
+import os
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -156,7 +158,7 @@ def calls() -> Iterator[Callable[[], Any]]:
 def form(launch: Launch) -> tuple[Any, ...]:
     """Equal for launches that run the same compiled kernel."""
     kinds = [value.dtype if isinstance(value, torch.Tensor) else value for value in launch.arguments.values()]
-    # Of numbers only whether they are 1, which is compiled in: by 16 divisible or not, the same lines are compiled.
+    # Of numbers only whether they are 1, which may be compiled in: divisible by 16 or not, the same lines are compiled.
     kinds = [kind == 1 if isinstance(kind, int) else float if isinstance(kind, float) else kind for kind in kinds]
     return launch.kernel, launch.num_warps, *kinds, *launch.constants.items()
 
@@ -213,7 +215,12 @@ def main() -> None:
         for launch in record(call):
             forms.setdefault(form(launch), launch)
     chosen = [forms[form] for form in covering(list(forms))]
-    with patch.object(CUDABackend, "add_stages", lambda self, stages, *arguments: stages.update(ttir=stop)):
+    # What is in Triton's cache would not be compiled.
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        patch.dict(os.environ, TRITON_CACHE_DIR=cache),
+        patch.object(CUDABackend, "add_stages", lambda self, stages, *arguments: stages.update(ttir=stop)),
+    ):
         wrong = [what for launch in chosen if (what := check(launch))]
         planted = [
             check(Launch(planted_kernel, {"result_ptr": torch.empty(8)}, {"COLUMNS": 8, "RUN": run}, 1))

@@ -25,6 +25,7 @@ from unittest.mock import patch
 
 import torch
 import triton
+from triton.compiler import CompiledKernel
 
 import compiled_forms  # puts benchmarks/ on the path
 from fastvae.kernels import batch, conv_elbo, dimensions, elbo, gaussian, reconstruction
@@ -34,7 +35,7 @@ from stand_in import stand_in
 MODULES = (batch, conv_elbo, dimensions, elbo, gaussian, reconstruction)
 
 
-class Compiled:
+class Compiled(CompiledKernel):
     """In place of a compiled kernel: notes how it is launched, by Triton (`run`) and by hand (`[grid]`)."""
 
     function = packed_metadata = None

@@ -258,10 +258,16 @@ def test_channels_of_target_that_are_far_from_each_other(triton_backend, device)
     assert_equal(run(*others, far, kl), run(*others, target, kl))
 
 
-@pytest.mark.parametrize("layout", ["expanded", "sliced"])
+@pytest.mark.parametrize("layout", ["expanded", "sliced", "negative"])
 def test_kl(triton_backend, device, layout) -> None:
     *inputs, kl = make((3, 2, 1, 1, 2, 2), device)
-    kl = kl[1:2].expand(3) if layout == "expanded" else torch.stack([kl, poison(kl)], 1)[:, 0]
+    if layout == "expanded":
+        kl = kl[1:2].expand(3)
+    elif layout == "sliced":
+        kl = torch.stack([kl, poison(kl)], 1)[:, 0]
+    else:  # its minus is not in memory yet
+        kl = torch.complex(poison(kl), -kl).conj().imag
+        assert kl.is_neg() and kl.stride() == (2,)
     assert check((*inputs, kl))[-1].stride() == (0,)  # one number, expanded
 
 

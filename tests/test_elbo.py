@@ -535,7 +535,8 @@ def test_any_tile_gives_the_result(triton_backend, device, monkeypatch, tile) ->
 def test_partial_sums_and_kl_are_read_in_blocks(triton_backend, device, monkeypatch, block) -> None:
     def launch(kernel, plan, *arguments):
         if "BLOCK" in plan.constants:
-            plan = plan._replace(constants=plan.constants | {"BLOCK": block}, form=-block)
+            constants = plan.constants | {"BLOCK": block}
+            plan = launching.make_plan(plan.programs, plan.num_warps, *plan.numbers, **constants)
         launching.launch(kernel, plan, *arguments)
 
     monkeypatch.setattr(kernels, "launch", launch)

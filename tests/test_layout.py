@@ -102,6 +102,24 @@ def test_numbers_with_a_minus_not_yet_in_memory(device, triton_backend):
     torch.testing.assert_close((F.gaussian_kl(x, x), F.sigmoid_mse_loss(x, x + 1)), expected)
 
 
+def test_a_minus_not_yet_in_memory_of_rows_that_share_it(device, triton_backend):
+    """A copy that torch makes of such a tensor need not have the order in which its gradient is written."""
+    row = torch.randn(7, 1, 2, device=device, dtype=torch.complex64).conj().imag
+    hidden = row.expand(7, 3, 2).detach().requires_grad_()
+    plain = hidden.detach().resolve_neg().contiguous().requires_grad_()
+    assert hidden.is_neg() and hidden.stride(1) == 0
+    target, kl = torch.rand(7, 3, 2, device=device), torch.rand(7, device=device)
+    eps = torch.randn(7, 3, 1, device=device)
+
+    def gradients(x):
+        z, divergence = F.gaussian_sample_kl_packed(x, dim=2, eps=eps)
+        losses = F.sigmoid_mse_loss(x, target), F.elbo_loss(x, target, kl).loss, z.sum() + divergence.sum()
+        _, (logits_grad, _) = F.elbo_value_and_grad(x, target, kl)
+        return [*(torch.autograd.grad(loss, x)[0] for loss in losses), logits_grad]
+
+    torch.testing.assert_close(gradients(hidden), gradients(plain), rtol=0, atol=0)
+
+
 def test_a_minus_not_yet_in_memory_elsewhere(device, triton_backend):
     def minus(x):
         return torch._neg_view(-x)
