@@ -38,7 +38,7 @@ MODULES = (batch, conv_elbo, dimensions, elbo, gaussian, reconstruction)
 class Compiled(CompiledKernel):
     """In place of a compiled kernel: notes how it is launched, by Triton (`run`) and by hand (`[grid]`)."""
 
-    function = packed_metadata = None
+    function = packed_metadata = module = None
 
     def __init__(self, log: list[Any]) -> None:
         self.log = log
