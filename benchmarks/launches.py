@@ -6,7 +6,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 from fastvae.kernels import batch, conv_elbo, dimensions, elbo, gaussian, reconstruction
 from fastvae.kernels.launch import Plan
 
+MODULES = (batch, conv_elbo, dimensions, elbo, gaussian, reconstruction)  # those that launch
 TYPES = {
     torch.float64: "fp64",
     torch.float32: "fp32",
@@ -121,14 +122,9 @@ def record(call: Callable[[], Any]) -> list[Launch]:
         given = dict(zip(names, (*arguments, *plan.numbers), strict=True))
         launches.append(Launch(kernel, given, plan.constants, plan.num_warps))
 
-    with (
-        patch.object(gaussian, "launch", launch),
-        patch.object(dimensions, "launch", launch),
-        patch.object(reconstruction, "launch", launch),
-        patch.object(elbo, "launch", launch),
-        patch.object(batch, "launch", launch),
-        patch.object(conv_elbo, "launch", launch),
-    ):
+    with ExitStack() as stack:
+        for module in MODULES:
+            stack.enter_context(patch.object(module, "launch", launch))
         call()
     return launches
 

@@ -4,6 +4,8 @@ stride 1 to a few channels: its logits never reach memory.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -173,76 +175,62 @@ def pixels_of_program(channels: int, products: int, most: int) -> int:
     return max(16, min(most, 4096 // (channels * power_of_2(products))))
 
 
+class Layer(NamedTuple):
+    """What both kernels are planned by."""
+
+    batch: int
+    inputs: int
+    height: int
+    width: int
+    outputs: int
+    kernel: int
+    relu: bool
+    strides: tuple[int, int, int]  # of the features, see `pixel_strides`
+
+    @property
+    def channels(self) -> int:
+        return max(4, power_of_2(self.inputs))
+
+    def chunks(self, pixels: int) -> int:
+        """Programs per image."""
+        return -(-self.height * self.width // pixels)
+
+    def constants(self, pixels: int) -> dict[str, int]:
+        return {
+            "INPUTS": self.inputs, "OUTPUTS": self.outputs, "HEIGHT": self.height, "WIDTH": self.width,
+            "KERNEL": self.kernel, "RELU": self.relu, "PIXEL_STRIDE": self.strides[1], "CHANNELS": self.channels,
+            "PIXELS": pixels,
+        }  # fmt: skip
+
+
 @remembered
-def plan_forward(
-    batch: int,
-    inputs: int,
-    height: int,
-    width: int,
-    outputs: int,
-    kernel: int,
-    relu: bool,
-    strides: tuple[int, int, int],
-    target_strides: tuple[int, int, int],
-    kl_stride: int,
-) -> Plan:
-    row_stride, pixel_stride, channel_stride = strides
-    channels = max(4, power_of_2(inputs))
+def plan_forward(layer: Layer, target_strides: tuple[int, int, int], kl_stride: int) -> Plan:
+    row_stride, _, channel_stride = layer.strides
     # With 128, triton 3.6 loads the features of all taps first, and spills.
-    pixels = pixels_of_program(channels, outputs, most=64)
-    chunks = -(-height * width // pixels)
+    pixels = pixels_of_program(layer.channels, layer.outputs, most=64)
+    chunks = layer.chunks(pixels)
     return make_plan(
-        batch * chunks,
+        layer.batch * chunks,
         4,
         chunks,
         row_stride,
         channel_stride,
         *target_strides,
         kl_stride,
-        batch,
-        1.0 / batch,
-        **sizes_of_layer(inputs, outputs, height, width, kernel, relu),
-        PIXEL_STRIDE=pixel_stride,
-        CHANNELS=channels,
-        PIXELS=pixels,
+        layer.batch,
+        1.0 / layer.batch,
+        **layer.constants(pixels),
         BLOCK=1024,
     )
 
 
 @remembered
-def plan_backward(
-    batch: int,
-    inputs: int,
-    height: int,
-    width: int,
-    outputs: int,
-    kernel: int,
-    relu: bool,
-    strides: tuple[int, int, int],
-    grad_row_stride: int,
-) -> Plan:
-    row_stride, pixel_stride, channel_stride = strides
-    channels = max(4, power_of_2(inputs))
-    pixels = pixels_of_program(channels, 1, most=128)
-    chunks = -(-height * width // pixels)
-    return make_plan(
-        batch * chunks,
-        4,
-        chunks,
-        row_stride,
-        grad_row_stride,
-        channel_stride,
-        **sizes_of_layer(inputs, outputs, height, width, kernel, relu),
-        PIXEL_STRIDE=pixel_stride,
-        CHANNELS=channels,
-        PIXELS=pixels,
-    )
-
-
-def sizes_of_layer(inputs: int, outputs: int, height: int, width: int, kernel: int, relu: bool) -> dict[str, int]:
-    return {
-        "INPUTS": inputs, "OUTPUTS": outputs, "HEIGHT": height, "WIDTH": width, "KERNEL": kernel, "RELU": relu,
-    }  # fmt: skip
+def plan_backward(layer: Layer, grad_row_stride: int) -> Plan:
+    row_stride, _, channel_stride = layer.strides
+    pixels = pixels_of_program(layer.channels, 1, most=128)
+    chunks = layer.chunks(pixels)
+    constants = layer.constants(pixels)
+    return make_plan(layer.batch * chunks, 4, chunks, row_stride, grad_row_stride, channel_stride, **constants)
 
 
 def conv_elbo_value_and_grad(
@@ -276,8 +264,8 @@ def conv_elbo_value_and_grad(
         weight_in_order = weight.resolve_neg().contiguous()
         kl = kl.resolve_neg()
         logits_grad = values[0].new_empty(batch, outputs, height, width)
-        sizes = *features.shape, outputs, kernel, relu, pixel_strides(read_features)
-        plan = plan_forward(*sizes, pixel_strides(target), kl.stride(0))
+        layer = Layer(*features.shape, outputs, kernel, relu, pixel_strides(read_features))
+        plan = plan_forward(layer, pixel_strides(target), kl.stride(0))
         launch(
             conv_elbo_forward_kernel,
             plan,
@@ -296,7 +284,7 @@ def conv_elbo_value_and_grad(
             as_argument(reconstruction_weight),
             as_argument(1.0 if grad_scale is None else grad_scale),
         )
-        plan = plan_backward(*sizes, features_grad.stride(0))
+        plan = plan_backward(layer, features_grad.stride(0))
         parts = values[0].new_empty(plan.programs, terms)
         launch(
             conv_elbo_backward_kernel,

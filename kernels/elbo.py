@@ -12,7 +12,7 @@ from torch import Tensor
 from .launch import Plan, launch, make_plan, ticket
 from .layout import dense_strides, in_format_of, remembered
 from .numerics import load_scalar
-from .reconstruction import cut_pair, load_target, read_pair, sigmoid_mse
+from .reconstruction import Rows, load_target, read_pair, rows_of, sigmoid_mse
 from .tiles import UNSPECIALIZED, drew_last_ticket, program_tile, sum_in_order, tile_offsets
 
 
@@ -146,18 +146,18 @@ def allocate_values(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @remembered
-def plan_forward(batch: int, event: int, row_stride: int, itemsize: int, kl_stride: int) -> Plan:
-    tiling = cut_pair(batch, event, row_stride, False, itemsize)
+def plan_forward(rows: Rows, kl_stride: int) -> Plan:
+    tiling = rows.cut(per_row=False)
     return make_plan(
         tiling.programs,
         tiling.num_warps,
         tiling.rows,
         tiling.columns,
-        row_stride,
+        rows.stride,
         tiling.chunks,
         kl_stride,
-        batch,
-        1.0 / batch,
+        rows.batch,
+        1.0 / rows.batch,
         FLAT=tiling.rows == 1,
         ROWS=tiling.tile_rows,
         COLUMNS=tiling.tile_columns,
@@ -184,7 +184,7 @@ def elbo_forward(
         return values
     logits, target = read_pair(logits, target)
     kl = kl.resolve_neg()
-    plan = plan_forward(batch, logits.numel() // batch, logits.stride(0), logits.element_size(), kl.stride(0))
+    plan = plan_forward(rows_of(logits), kl.stride(0))
     several = plan.programs > 1
     launch(
         elbo_forward_kernel,
@@ -233,16 +233,16 @@ def elbo_value_and_grad(
 
 
 @remembered
-def plan_backward(batch: int, event: int, row_stride: int, itemsize: int, any_element: bool) -> Plan:
-    tiling = cut_pair(batch, event, row_stride, False, itemsize)
+def plan_backward(rows: Rows, any_element: bool) -> Plan:
+    tiling = rows.cut(per_row=False)
     return make_plan(
         tiling.programs if any_element else 1,
         tiling.num_warps,
         tiling.rows,
         tiling.columns,
-        row_stride,
+        rows.stride,
         tiling.chunks,
-        1.0 / batch,
+        1.0 / rows.batch,
         FLAT=tiling.rows == 1,
         ROWS=tiling.tile_rows,
         COLUMNS=tiling.tile_columns,
@@ -274,7 +274,7 @@ def elbo_backward(
         read_logits, read_target = read_pair(logits, target) if inputs else (logits, target)
         launch(
             elbo_backward_kernel,
-            plan_backward(batch, logits.numel() // batch, read_logits.stride(0), logits.element_size(), bool(inputs)),
+            plan_backward(rows_of(read_logits), bool(inputs)),
             logits.device,
             read_logits,
             read_target,

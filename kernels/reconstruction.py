@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -122,11 +124,24 @@ def read_pair(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return logits, target
 
 
-def cut_pair(batch: int, event: int, row_stride: int, per_row: bool, itemsize: int) -> Tiling:
-    """Rows are needed where each has a sum of its own, or where they do not follow each other without a gap."""
-    if batch == 1 or (row_stride == event and not per_row):
-        return cut(1, batch * event, itemsize)
-    return cut(batch, event, itemsize)
+class Rows(NamedTuple):
+    """How the logits lie, as `read_pair` returns them, of a batch that is not empty."""
+
+    batch: int
+    event: int
+    stride: int
+    itemsize: int
+
+    def cut(self, per_row: bool) -> Tiling:
+        """Rows are needed where each has a sum of its own, or where they do not follow each other without a gap."""
+        if self.batch == 1 or (self.stride == self.event and not per_row):
+            return cut(1, self.batch * self.event, self.itemsize)
+        return cut(self.batch, self.event, self.itemsize)
+
+
+def rows_of(logits: Tensor) -> Rows:
+    batch = logits.shape[0]
+    return Rows(batch, logits.numel() // batch, logits.stride(0), logits.element_size())
 
 
 def allocate_loss(logits: Tensor, reduction: str) -> Tensor:
@@ -134,19 +149,19 @@ def allocate_loss(logits: Tensor, reduction: str) -> Tensor:
 
 
 @remembered
-def plan_forward(batch: int, event: int, row_stride: int, itemsize: int, reduction: str) -> tuple[Plan, int]:
+def plan_forward(rows: Rows, reduction: str) -> tuple[Plan, int]:
     """And the number of partial sums."""
     per_row = reduction == "none"
-    tiling = cut_pair(batch, event, row_stride, per_row, itemsize)
+    tiling = rows.cut(per_row)
     groups, count = (tiling.rows, tiling.chunks) if per_row else (1, tiling.programs)
     plan = make_plan(
         tiling.programs,
         tiling.num_warps,
         tiling.rows,
         tiling.columns,
-        row_stride,
+        rows.stride,
         tiling.chunks,
-        reduction_scale(reduction, batch, event),
+        reduction_scale(reduction, rows.batch, rows.event),
         FLAT=tiling.rows == 1,
         PER_ROW=per_row,
         ROWS=tiling.tile_rows,
@@ -158,11 +173,10 @@ def plan_forward(batch: int, event: int, row_stride: int, itemsize: int, reducti
 
 def sigmoid_mse_forward(logits: Tensor, target: Tensor, reduction: str) -> Tensor:
     loss = allocate_loss(logits, reduction)
-    batch = logits.shape[0]
     if logits.numel() == 0:
-        return loss.fill_(empty_sum(reduction, batch))
+        return loss.fill_(empty_sum(reduction, logits.shape[0]))
     logits, target = read_pair(logits, target)
-    plan, partials = plan_forward(batch, logits.numel() // batch, logits.stride(0), logits.element_size(), reduction)
+    plan, partials = plan_forward(rows_of(logits), reduction)
     launch(
         sigmoid_mse_forward_kernel,
         plan,
@@ -177,19 +191,17 @@ def sigmoid_mse_forward(logits: Tensor, target: Tensor, reduction: str) -> Tenso
 
 
 @remembered
-def plan_backward(
-    batch: int, event: int, row_stride: int, itemsize: int, reduction: str, loss_grad_stride: int
-) -> Plan:
-    tiling = cut_pair(batch, event, row_stride, loss_grad_stride != 0, itemsize)
+def plan_backward(rows: Rows, reduction: str, loss_grad_stride: int) -> Plan:
+    tiling = rows.cut(loss_grad_stride != 0)
     return make_plan(
         tiling.programs,
         tiling.num_warps,
         tiling.rows,
         tiling.columns,
-        row_stride,
+        rows.stride,
         tiling.chunks,
         loss_grad_stride,
-        reduction_scale(reduction, batch, event),
+        reduction_scale(reduction, rows.batch, rows.event),
         FLAT=tiling.rows == 1,
         ROWS=tiling.tile_rows,
         COLUMNS=tiling.tile_columns,
@@ -206,18 +218,10 @@ def sigmoid_mse_backward(
     loss_grad = loss_grad.resolve_neg()
     if logits.numel():
         read_logits, read_target = read_pair(logits, target)
-        batch = logits.shape[0]
         loss_grad_stride = loss_grad.stride(0) if reduction == "none" else 0
         launch(
             sigmoid_mse_backward_kernel,
-            plan_backward(
-                batch,
-                logits.numel() // batch,
-                read_logits.stride(0),
-                logits.element_size(),
-                reduction,
-                loss_grad_stride,
-            ),
+            plan_backward(rows_of(read_logits), reduction, loss_grad_stride),
             logits.device,
             read_logits,
             read_target,

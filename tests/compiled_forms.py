@@ -40,11 +40,8 @@ from fastvae.kernels import batch, conv_elbo, elbo, gaussian, reconstruction
 from launches import Launch, record
 
 NOISE = (None, None, 1, 4, 0)
-DRAWN = {
-    "drawn": (None, *NOISE),
-    "part of a batch": (None, *NOISE[:-1], 8),
-    "odd part of a batch": (None, *NOISE[:-1], 3),
-}
+# Drawn for a whole batch, and for parts of one that start on a quad and do not.
+DRAWN = [(None, *NOISE), (None, *NOISE[:-1], 8), (None, *NOISE[:-1], 3)]
 
 # Of mu: whole rows per program, of quads and not; rows of several programs, likewise; and one number.
 SHAPES = [(6, 8), (5, 3), (40, 10), (3, 9000), (2, 9001), (1, 1)]
@@ -71,12 +68,11 @@ def moments(dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, torch.Tensor | N
 def gaussian_calls(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
     for mu, logvar, dim in moments(dtype):
         z = mu.clone() if logvar is not None else mu.narrow(dim, 0, mu.shape[dim] // 2).clone()
-        noises = [*DRAWN.values(), (z, *gaussian.NO_RNG)]
+        noises = [*DRAWN, (z, *gaussian.NO_RNG)]
         for (eps, *rng), (reduction, free_bits) in product(
             noises, [("none", 0.0), ("batchmean", 0.0), ("per_dimension", 0.0), ("per_dimension", 0.1)]
         ):
-            kl = torch.empty(len(mu)) if reduction == "none" else torch.empty(z.shape[1:])
-            kl = torch.empty(()) if reduction == "batchmean" else kl
+            kl = torch.empty({"none": z.shape[:1], "batchmean": ()}.get(reduction, z.shape[1:]))
             before = kl if free_bits else None
             posterior = mu, logvar, dim, reduction, free_bits
             yield partial(gaussian.gaussian_sample_kl, *posterior, eps, *rng)

@@ -7,6 +7,8 @@ when a kernel is decorated, so the variable is set here, before anything imports
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask of cuBLAS
@@ -104,6 +106,13 @@ def reproducible() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def compiling(*command: object) -> bytes:
+    """What a Python program prints in a process of its own, in which kernels are compiled and not interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    arguments = [sys.executable, *map(str, command)]
+    return subprocess.run(arguments, env=environment, check=True, stdout=subprocess.PIPE).stdout
 
 
 def plan_anew(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import triton
+
+from conftest import compiling
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import codegen
@@ -37,11 +37,6 @@ BULK_TENSORS = {
     "conv_elbo_forward": 9,  # the features, for each of nine taps
     "conv_elbo_backward": 2,
 }
-
-
-def compiling(*command):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, *command], env=environment, check=True, stdout=subprocess.PIPE).stdout
 
 
 @pytest.fixture(scope="module")

@@ -5,15 +5,13 @@ kernel is decorated for one of the two.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from itertools import combinations, product
 from pathlib import Path
 
 import pytest
 
 from compiled_forms import covering
+from conftest import compiling
 
 KERNELS = {
     "gaussian_forward_kernel", "gaussian_backward_kernel", "dimensions_forward_kernel", "dimensions_backward_kernel",
@@ -24,9 +22,7 @@ KERNELS = {
 
 @pytest.fixture(scope="module")
 def compiled() -> dict:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, Path(__file__).with_name("compiled_forms.py")]
-    return json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
+    return json.loads(compiling(Path(__file__).with_name("compiled_forms.py")))
 
 
 @pytest.mark.slow

@@ -6,13 +6,13 @@ Times vary on a busy machine, so bounds are wide, and a measurement that is over
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from conftest import compiling
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import host_time
@@ -36,9 +36,7 @@ def measurements(tmp_path_factory) -> Callable[[], Iterator[dict]]:
     def measure() -> Iterator[dict]:
         yield from made
         while len(made) < 3:
-            command = [sys.executable, host_time.__file__, "--json", path]
-            environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-            subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+            compiling(host_time.__file__, "--json", path)
             made.append(json.loads(path.read_text()))
             yield made[-1]
 

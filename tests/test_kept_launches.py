@@ -5,19 +5,16 @@ its own, because the interpreter compiles nothing.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from conftest import compiling
+
 
 @pytest.fixture(scope="module")
 def found() -> dict:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, Path(__file__).with_name("kept_launches.py")]
-    return json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
+    return json.loads(compiling(Path(__file__).with_name("kept_launches.py")))
 
 
 @pytest.mark.slow
