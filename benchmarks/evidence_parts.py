@@ -1,168 +1,155 @@
-"""Parts of the evidence: processes whose output says what was found."""
+"""The parts of the evidence: what runs together, in which order, and for how long at most."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import os
-import re
-import shutil
-import signal
-import subprocess
-import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+import importlib.util
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).parents[1]
-LOG_BYTES = 256 * 1024  # kept of each part, from its end
-KERNELS = "^(gaussian|dimensions|sigmoid_mse|elbo|conv_elbo)_"
-COUNTERS = {
-    "gpu__time_duration.sum": "nanoseconds",
-    "dram__bytes_read.sum": "bytes read",
-    "dram__bytes_write.sum": "bytes written",
-    "sm__warps_active.avg.pct_of_peak_sustained_active": "occupancy",
-    "launch__registers_per_thread": "registers",
-}
+from evidence_output import (
+    COUNTERS,
+    KERNELS,
+    read_benchmarks,
+    read_calls,
+    read_counters,
+    read_epochs,
+    read_host_time,
+    read_sanitizer,
+    read_smoke,
+    read_tests,
+    read_training,
+)
+from evidence_process import Part
 
-Result = dict[str, Any]
+HERE = Path(__file__).parent
+FIRST_MINUTES, SECOND_MINUTES = 7.5, 5.5  # of the stages of first() and of second(), as a test adds them up
+SHARDS = (
+    6  # of the smoke test, which mostly compiles: with the other parts of its stage, a process for most of 16 cores
+)
+# Tests whose results depend on the device. tests/test_gpu.py, which is skipped without a GPU, is a part of its own.
+DEVICE_TESTS = (
+    "noise", "gaussian", "elbo", "reconstruction", "conv_elbo", "dimensions", "launches", "layout", "steps", "training",
+    "together", "batch_offset", "distributions", "compile", "latents", "likelihood", "vae",
+)  # fmt: skip
+COUNTED_ELEMENTS = 1 << 26  # 256 MiB per float32 tensor, several times the cache
+CASES = "(packed or value_and_grad) and not bfloat16 and not channels_last"  # six that tell launches and bandwidth
 
-
-@dataclass(frozen=True)
-class Part:
-    """A process, and how its result is read. Parts of one stage run together."""
-
-    name: str
-    stage: int
-    command: Sequence[str | Path]
-    seconds: float  # after which it is stopped
-    read: Callable[[str, int], tuple[bool, Result]]  # its output and exit code: whether it passed, and what it found
-    environment: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def tool(self) -> str:
-        return str(self.command[0])
-
-    def available(self) -> bool:
-        return shutil.which(self.tool) is not None
+Stage = list[Part]  # parts that run together
 
 
-def read_tests(output: str, code: int) -> tuple[bool, Result]:
-    """The counts in pytest's last line, and the failures by name."""
-    counts = {
-        word: int(number)
-        for number, word in re.findall(r"(\d+) (passed|failed|error|errors|skipped|deselected)", _last_count(output))
-    }
-    failures = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
-    return code == 0 and counts.get("passed", 0) > 0, {**counts, "failures": failures[:50]}
+class Command:
+    """The command lines of the parts, on this machine and for this data."""
+
+    def __init__(self, out: Path, data: Path | None, rehearse: bool) -> None:
+        self.out, self.data, self.rehearse = out, data, rehearse
+        # In a rehearsal the kernels run on the interpreter.
+        self.environment = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"} if rehearse else {}
+
+    def smoke(self, shard: int) -> Part:
+        shards = 30 if self.rehearse else SHARDS
+        device = "cpu" if self.rehearse else "cuda"
+        command = [sys.executable, HERE / "gpu_smoke.py", "--device", device, "--shard", f"{shard}/{shards}"]
+        return Part(f"smoke {shard + 1} of {SHARDS}", command, 70, read_smoke, self.environment)
+
+    def tests(self, name: str, seconds: float, tests: Sequence[str], processes: int, **more: bool) -> Part:
+        """-v, so that a run that is cut short has said which tests failed."""
+        command = [*self._pytest(), "-v", "--tb=short", *tests]
+        if processes > 1 and importlib.util.find_spec("xdist") is not None:
+            command += ["-n", str(processes)]
+        # Each process compiles in itself: Inductor's own processes would be 16 for each of them.
+        environment = {**self.environment, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        return Part(name, command, seconds, read_tests, environment, **more)
+
+    def train(self, name: str, seconds: float, *options: str, launcher: Sequence[str] = ()) -> Part:
+        folder = self.out / "runs" / name.replace(" ", "-")
+        command = [sys.executable, *launcher, HERE.parent / "examples" / "train.py", "--out", folder, *options]
+        if self.data is not None:
+            command += ["--dataset", "mnist", "--data-dir", self.data]
+        command += ["--device", "cpu", "--limit", "128"] if self.rehearse else ["--device", "cuda"]
+        return Part(name, command, seconds, read_training(folder), self.environment)
+
+    def epochs(self, name: str, provider: str, seconds: float, *options: str) -> Part:
+        command = [sys.executable, HERE / "train_epochs.py", provider, *options]
+        command += ["--data-dir", self.data] if self.data is not None else []
+        command += ["--epochs", "1", "--limit", "128"] if self.rehearse else []
+        return Part(name, command, seconds, read_epochs, self.environment)
+
+    def benchmarks(self, name: str, seconds: float, cases: str) -> Part:
+        folder = self.out / "benchmarks" / name.split(" ")[-1]
+        command = [*self._pytest(), "-q", "benchmarks", "--benchmark", "--report", folder, "-k", cases]
+        return Part(name, command, seconds, read_benchmarks(folder), self.environment, limit_option="--limit")
+
+    def calls(self, name: str, seconds: float) -> Part:
+        return Part(name, [sys.executable, HERE / "small_calls.py"], seconds, read_calls, self.environment)
+
+    def sanitizer(self, tool: str, seconds: float, **environment: str) -> Part:
+        command = ["compute-sanitizer", "--tool", tool, "--report-api-errors", "no", "--print-limit", "20"]
+        command += [sys.executable, HERE / "small_calls.py"]
+        environment = {**self.environment, **environment}
+        return Part(tool, command, seconds, read_sanitizer, environment, takes_the_rest=True)
+
+    def counters(self, seconds: float) -> Part:
+        command = ["ncu", "--profile-from-start", "off", "--clock-control", "none", "--csv", "--print-units", "base"]
+        command += ["--kernel-name", f"regex:{KERNELS}", "--metrics", ",".join(COUNTERS)]
+        elements = 1 << 15 if self.rehearse else COUNTED_ELEMENTS
+        command += [sys.executable, HERE / "small_calls.py", "--elements", str(elements)]
+        return Part("counters", command, seconds, read_counters, self.environment)
+
+    def host_time(self, seconds: float) -> Part:
+        # On the interpreter there is nothing to measure, so a rehearsal measures with the stand-in for the driver.
+        device, environment = ("cpu", {"CUDA_VISIBLE_DEVICES": ""}) if self.rehearse else ("cuda", {})
+        command = [sys.executable, HERE / "host_time.py", "--device", device, "--rounds", "40"]
+        return Part("host time", command, seconds, read_host_time, environment)
+
+    def _pytest(self) -> list[str | Path]:
+        return [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
 
 
-def _last_count(output: str) -> str:
-    lines = [line for line in output.splitlines() if re.search(r"\d+ (passed|failed|error)", line)]
-    return lines[-1] if lines else ""
+def first(command: Command, failed: Sequence[str]) -> list[Stage]:
+    """What the first minutes are for. The limits are those of an H100 or H200 machine of 16 cores, estimated at about
+    twice what a part should take; nothing of it has been measured yet.
+    """
+    rehearse = command.rehearse
+    launcher = ["-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", "1"]
+    launcher += ["--master-addr", "127.0.0.1", "--master-port", "29511"]
+    files = ["layout"] if rehearse else list(DEVICE_TESTS)
+    together = [command.smoke(shard) for shard in range(SHARDS)]
+    if failed:
+        together.append(command.tests("failed tests", 75, failed, 4))
+    together += [
+        command.train("one epoch as a graph", 70, "--epochs", "1", "--graph", "auto" if rehearse else "on"),
+        command.tests("graphs and streams", 75, ["tests/test_layout.py" if rehearse else "tests/test_gpu.py"], 1),
+        # It compiles for memcheck and racecheck, under which compiling takes several times as long.
+        command.calls("small calls", 75),
+        command.train("NCCL, one process", 70, "--epochs", "1", launcher=launcher),
+    ]
+    return [
+        together,
+        [command.train("training", 40, "--epochs", "1" if rehearse else "30")],
+        [command.epochs("epochs, fused-graph", "fused-graph", 40)],
+        [command.epochs("epochs, fused-output-graph", "fused-output-graph", 40)],
+        [command.epochs("epochs, eager", "eager", 40)],
+        [command.benchmarks("benchmarks", 105, "reconstruction and launch" if rehearse else CASES)],
+        [
+            # Without the caching allocator, so that memcheck sees the bounds of each tensor.
+            command.sanitizer("memcheck", 105, PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
+            command.tests("tests", 105, [f"tests/test_{name}.py" for name in files], 12, takes_the_rest=True),
+        ],
+    ]
 
 
-def read_sanitizer(output: str, code: int) -> tuple[bool, Result]:
-    """compute-sanitizer's own summary, and the program's last line: only both say that it watched and saw nothing."""
-    summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", output)
-    ran = re.search(r"(\d+) operations ran", output)
-    found: Result = {
-        "operations": int(ran[1]) if ran else None,
-        "errors": int(summary[1]) if summary else None,
-    }
-    return code == 0 and found["errors"] == 0 and bool(found["operations"]), found
+def second(command: Command) -> list[Stage]:
+    """What a second visit is for, by value, because it may be cut short."""
+    return [
+        [command.epochs("epochs, three seeds", "fused-graph", 45, "--seeds", "0", "1", "2")],
+        [command.benchmarks("benchmarks of the training step", 110, "training_step")],
+        [command.counters(45)],
+        [command.host_time(60)],
+        [command.sanitizer("racecheck", 70)],
+    ]
 
 
-def read_counters(output: str, code: int) -> tuple[bool, Result]:
-    """ncu's CSV: a row per kernel and metric."""
-    start = output.find('"ID"')
-    kernels: dict[str, dict[str, Any]] = {}
-    for row in csv.DictReader(io.StringIO(output[start:] if start >= 0 else "")):
-        metric = row.get("Metric Name")
-        if metric in COUNTERS and re.match(KERNELS, row.get("Kernel Name", "")):
-            kernel = kernels.setdefault(f"{row['ID']} {row['Kernel Name']}", {})
-            kernel[COUNTERS[metric]] = f"{row['Metric Value']} {row['Metric Unit']}".strip()
-    return code == 0 and bool(kernels), {"kernels": kernels}
-
-
-def read_code(output: str, code: int) -> tuple[bool, Result]:
-    return code == 0, {"complaints": [] if code == 0 else output.splitlines()[-20:]}
-
-
-def read_benchmarks(folder: Path) -> Callable[[str, int], tuple[bool, Result]]:
-    def read(output: str, code: int) -> tuple[bool, Result]:
-        _, found = read_tests(output, code)
-        path = folder / "benchmarks.json"
-        if not path.exists():
-            return False, found
-        cells = json.loads(path.read_text())["cells"]
-        wrong = [
-            f"{cell['case']}, {name}: {it['failure']}"
-            for cell in cells
-            for name, it in cell["providers"].items()
-            if it["failure"]
-        ]
-        return code == 0 and not wrong, {**found, "cases": len(cells), "FAIL": wrong}
-
-    return read
-
-
-def read_host_time(output: str, code: int) -> tuple[bool, Result]:
-    ratios = [line.split()[-1] for line in output.splitlines() if line.startswith("ELBO path")]
-    return code == 0 and len(ratios) == 1, {"of eager's host time on the ELBO path": ratios[0]} if ratios else {}
-
-
-def read_epochs(output: str, code: int) -> tuple[bool, Result]:
-    lines = [line for line in output.splitlines() if line.startswith('{"provider"')]
-    return code == 0 and bool(lines), json.loads(lines[-1]) if lines else {}
-
-
-class Running:
-    """A part that has been started. Its output goes to a file, so that it is there also when the part is stopped."""
-
-    def __init__(self, part: Part, folder: Path, seconds: float) -> None:
-        self.part = part
-        self._path = folder / f"{part.name.replace(' ', '_')}.log"
-        self._file = self._path.open("wb")
-        # Whether kernels are interpreted is the part's own affair.
-        inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        self._process = subprocess.Popen(
-            list(part.command),
-            cwd=ROOT,
-            env={**inherited, **part.environment},
-            stdout=self._file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that its own children can be stopped with it
-        )
-        self._began = time.monotonic()
-        self._end = self._began + min(part.seconds, seconds)
-
-    def finished(self) -> bool:
-        """Whether it has ended; it is stopped when its time is up."""
-        if self._process.poll() is not None:
-            return True
-        if time.monotonic() > self._end:
-            self.stop()
-            return True
-        return False
-
-    def stop(self) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-
-    def result(self) -> tuple[str, float, Result, str]:
-        """(status, seconds, what was found, the end of its output)"""
-        seconds = time.monotonic() - self._began
-        self._file.close()
-        output = self._path.read_bytes().decode(errors="replace")
-        code = self._process.returncode
-        try:
-            passed, found = self.part.read(output, code)
-        except Exception as error:  # output of another form than this tool is known for
-            passed, found = False, {"unreadable": f"{type(error).__name__}: {error}"}
-        status = "passed" if passed else "timed out" if time.monotonic() > self._end else "failed"
-        return status, seconds, {"exit_code": code, **found}, output[-LOG_BYTES:]
+def stages(out: Path, data: Path | None, rehearse: bool, failed: Sequence[str]) -> list[Stage]:
+    command = Command(out, data, rehearse)
+    return [*first(command, failed), *second(command)]

@@ -1,18 +1,29 @@
-"""Everything that only a GPU can show, in one command.
+"""Everything that only a GPU can show, in one command that fits into eight minutes.
 
-    python benchmarks/gpu_evidence.py --out DIR [--data-dir MNIST]
+    python benchmarks/gpu_evidence.py --out DIR [--data-dir MNIST] [--minutes 7.5] [--only NAME ...] [--skip NAME ...]
 
-Runs the tests on the device, the tests on the interpreter, the comparison of the compiled code, compute-sanitizer,
-the hardware counters, what calls cost the host, the headline benchmarks, and 30 epochs of the example by five
-providers. Parts that are not timed run together; what is timed runs alone. Each part is a process of its own, so that
-a failure costs one part, and its result is written when it ends. The same command again goes on where the last one
-stopped: parts that passed at this commit on this device are kept, the others run again. --minutes bounds one
-invocation; a part that no longer fits is left for the next.
+Each part is a process of its own with a limit, so that a failure costs one part. Parts that are not timed run together,
+what is timed runs alone, and what says most comes first: every operation against float64, training on MNIST, NCCL, the
+headline benchmarks, compute-sanitizer, the tests on the device; then more seeds, the training step beside its rivals,
+hardware counters, host time, races. --minutes bounds one invocation. The same command again goes on: parts that passed
+with these sources are kept, the others run again; the tests that failed run again by name, first. --only and --skip
+choose parts by words of their names.
 
-A tool that is absent or that fails is recorded as such, never as a pass.
+Files in DIR, written after each part and each atomically: summary.md, to read; evidence.tgz, with everything else (the
+output of each part, the benchmarks, what train.py wrote without its checkpoints); evidence.json, from which the next
+invocation goes on. --deliver DIR copies the first two there as well. Each result says from which sources it is. A tool
+that is absent or that fails is recorded as such, never as a pass.
 
-Files in DIR, each written atomically: summary.md, evidence.json, log.txt, codegen.json, benchmarks.json,
-benchmarks.md, benchmarks.png, and evidence.tar.gz, which holds them all.
+On a bare machine of 16 cores that was lent for minutes, without a network, with MNIST's files in .mnist/ and $OUT as
+the folder that is brought back (.evidence/ is ignored by git and stays, or is carried, between two commands):
+
+    python3 -m pip install -q --no-index --no-build-isolation --no-deps -e . || { ln -s ../kernels fastvae/kernels;
+    export PYTHONPATH=$PWD; }; python3 benchmarks/gpu_evidence.py --out .evidence --deliver $OUT --data-dir .mnist
+
+and after repairs, in what is left of the time (a warm machine, 5 minutes; --minutes says how much):
+
+    python3 benchmarks/gpu_evidence.py --out .evidence --deliver $OUT --data-dir .mnist --minutes 5
+    --only smoke failed seeds step counters host race
 
 Without a GPU, --rehearse runs every part small on the CPU and the interpreter, to try the command itself.
 """
@@ -20,140 +31,98 @@ Without a GPU, --rehearse runs every part small on the CPU and the interpreter, 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import io
 import json
 import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 
-from evidence_parts import (
-    COUNTERS,
-    KERNELS,
-    Part,
-    Result,
-    Running,
-    read_benchmarks,
-    read_code,
-    read_counters,
-    read_epochs,
-    read_host_time,
-    read_sanitizer,
-    read_tests,
-)
+from evidence_output import COUNTERS
+from evidence_parts import COUNTED_ELEMENTS, FIRST_MINUTES, Stage, stages
+from evidence_process import Part, Result, Running
 from fastvae.files import replacing
 from fastvae.training import versions
-from report import commit
+from report import commit, sources
 
 HERE = Path(__file__).parent
-FILES = ("summary.md", "evidence.json", "log.txt", "codegen.json", "benchmarks.json", "benchmarks.md", "benchmarks.png")
+FILES = ("summary.md", "evidence.tgz", "evidence.json")
 SHORTEST = 20.0  # seconds in which a part can do something
-EPOCHS = ("fused-graph", "fused-output-graph", "fused", "eager", "compile")
-# Tests of what is the same on every machine; some need packages that a machine with a GPU need not have.
-ELSEWHERE = (
-    "codegen", "compiled_forms", "data", "data_arrays", "data_folder", "documentation", "export", "host_time",
-    "kept_launches", "matlab", "tensorboard",
-)  # fmt: skip
-COUNTED_ELEMENTS = 1 << 26  # 256 MiB per float32 tensor, several times the cache
-
-
-def parts(out: Path, data: Path | None, rehearse: bool) -> list[Part]:
-    python = sys.executable
-    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    tests = ["tests", *(f"--ignore=tests/test_{name}.py" for name in ELSEWHERE)]
-    if rehearse:
-        tests = ["tests/test_layout.py"]
-    if importlib.util.find_spec("xdist") is not None:
-        tests += ["-n", "2" if rehearse else "6"]  # with what else runs in this stage, a process per core of 16
-    codegen = [python, HERE / "codegen.py", "--check", "--json", out / "codegen.json"]
-    codegen += ["--target", "sm_90"] if rehearse else []
-    calls = [python, HERE / "small_calls.py"]
-    sanitizer = ["compute-sanitizer", "--print-limit", "20", "--tool"]
-    ncu = ["ncu", "--profile-from-start", "off", "--clock-control", "none", "--csv", "--print-units", "base"]
-    ncu += ["--kernel-name", f"regex:{KERNELS}", "--metrics", ",".join(COUNTERS)]
-    elements = str(1 << 15 if rehearse else COUNTED_ELEMENTS)
-    benchmarks = [*pytest, "benchmarks", "--benchmark", "--report", out, "--limit", "250"]
-    benchmarks += ["-k", "reconstruction and launch"] if rehearse else []
-    host_time = [python, HERE / "host_time.py", "--device", "cpu" if rehearse else "cuda"]
-    epochs = [python, HERE / "train_epochs.py"]
-    options: list[str | Path] = ["--data-dir", data] if data else []
-    seeds = ["--seeds", *map(str, range(5))]  # of fastvae's loop, which takes seconds, to hold against the reference
-    options += ["--epochs", "1", "--limit", "256"] if rehearse else []
-
-    no_gpu = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
-    here = no_gpu if rehearse else {}
-    # So that memcheck sees each tensor's own bounds, not those of the allocator's blocks.
-    uncached = {**here, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return [
-        Part("tests on the device", 1, [*pytest, *tests], 240, read_tests, here),
-        Part("tests on the interpreter", 1, [*pytest, *tests], 240, read_tests, no_gpu),
-        Part("compiled code", 1, codegen, 240, read_code),
-        Part("memcheck", 1, [*sanitizer, "memcheck", *calls], 180, read_sanitizer, uncached),
-        Part("racecheck", 1, [*sanitizer, "racecheck", *calls], 180, read_sanitizer, here),
-        Part("counters", 2, [*ncu, *calls, "--elements", elements], 90, read_counters, here),
-        Part("host time", 3, host_time, 45, read_host_time, {"CUDA_VISIBLE_DEVICES": ""} if rehearse else {}),
-        Part("benchmarks", 4, benchmarks, 280, read_benchmarks(out), here),
-        *(
-            Part(
-                f"epochs, {name}",
-                stage,
-                [*epochs, name, *options, *(seeds if name.endswith("-graph") else [])],
-                90,
-                read_epochs,
-                here,
-            )
-            for stage, name in enumerate(EPOCHS, start=5)
-        ),
-    ]
 
 
 class Evidence:
     """What is known so far, and the files that say it."""
 
-    def __init__(self, out: Path, device: str) -> None:
-        self.out = out
-        self.state: Result = {"device": device, "commit": commit(), "versions": versions(), "parts": {}}
+    def __init__(self, out: Path, device: str, deliver: Path | None = None) -> None:
+        self.out, self.deliver = out, deliver
+        self.sources = sources()
+        self.state: Result = {"device": device, "versions": versions(), "parts": {}}
         path = out / "evidence.json"
         if path.exists():
             before = json.loads(path.read_text())
-            if all(before.get(key) == self.state[key] for key in ("device", "commit", "versions")):
+            if all(before.get(key) == self.state[key] for key in ("device", "versions")):
                 self.state["parts"] = before["parts"]
             else:
-                print(f"{out} holds evidence of another commit, device or version: starting anew")
+                print(f"{out} holds evidence of another device or version: starting anew")
                 for name in FILES:
                     (out / name).unlink(missing_ok=True)
 
     def passed(self, name: str) -> bool:
-        return self.state["parts"].get(name, {}).get("status") == "passed"
+        found = self.state["parts"].get(name, {})
+        return found.get("status") == "passed" and found.get("sources") == self.sources
+
+    def failed_tests(self) -> list[str]:
+        """The names of the tests that failed when all ran."""
+        parts = self.state["parts"]
+        return sorted(
+            {it for name in ("graphs and streams", "tests") for it in parts.get(name, {}).get("failures", [])}
+        )
+
+    def leave(self, name: str) -> None:
+        """No time was left for this part. What an earlier invocation found stays."""
+        if name not in self.state["parts"]:
+            self.record(name, "not run", 0.0, {}, "no time was left: run the command again")
 
     def record(self, name: str, status: str, seconds: float, result: Result, log: str) -> None:
-        self.state["parts"][name] = {"status": status, "seconds": round(seconds, 1), "log": log, **result}
+        self.state["parts"][name] = {
+            "status": status,
+            "seconds": round(seconds, 1),
+            "sources": self.sources,
+            "commit": commit(),
+            "log": log,
+            **result,
+        }
         print(f"{name}: {status}, {seconds:.0f} s", flush=True)
         self.write()
 
     def write(self) -> None:
-        found = self.state["parts"]
-        log = "".join(f"==== {name}: {it['status']}\n{it['log']}\n" for name, it in found.items())
-        self._write("log.txt", log)
-        self._write("summary.md", summary(self.state, self.out))
-        self._write("evidence.json", json.dumps(self.state, indent=1) + "\n")
-        with replacing(self.out / "evidence.tar.gz") as file:
-            self._pack(file)
+        self._write("summary.md", lambda file: file.write(summary(self.state, self.out).encode()))
+        self._write("evidence.json", lambda file: file.write((json.dumps(self.state, indent=1) + "\n").encode()))
+        self._write("evidence.tgz", self._pack)
 
-    def _write(self, name: str, text: str) -> None:
+    def _write(self, name: str, write: Callable[[BinaryIO], object]) -> None:
         with replacing(self.out / name) as file:
-            file.write(text.encode())
+            write(file)
+        if self.deliver is not None and name != "evidence.json":  # which evidence.tgz holds
+            with replacing(self.deliver / name) as file:
+                file.write((self.out / name).read_bytes())
 
     def _pack(self, file: BinaryIO) -> None:
         with tarfile.open(fileobj=file, mode="w:gz") as archive:
-            for name in FILES:
-                if (self.out / name).exists():
-                    archive.add(self.out / name, arcname=name)
+            for path in sorted(self.out.rglob("*")):
+                # A run's checkpoints are large, and show nothing; names with a dot in front are being written.
+                hidden = path.name.startswith(".") or path.suffix == ".pt" or path.name == "evidence.tgz"
+                if path.is_file() and not hidden:
+                    archive.add(path, arcname=path.relative_to(self.out).as_posix())
+            log = "".join(f"==== {name}: {it['status']}\n{it['log']}\n" for name, it in self.state["parts"].items())
+            entry = tarfile.TarInfo("log.txt")
+            entry.size, entry.mtime = len(log.encode()), int(time.time())
+            archive.addfile(entry, io.BytesIO(log.encode()))
 
 
 def run_stage(stage: Sequence[Part], evidence: Evidence, deadline: float) -> None:
@@ -166,7 +135,7 @@ def run_stage(stage: Sequence[Part], evidence: Evidence, deadline: float) -> Non
                 if not part.available():
                     evidence.record(part.name, "absent", 0.0, {"tool": part.tool}, f"{part.tool} is not installed")
                 elif left < min(part.seconds, SHORTEST):
-                    evidence.record(part.name, "not run", 0.0, {}, "no time was left: run the command again")
+                    evidence.leave(part.name)
                 else:
                     running.append(Running(part, Path(folder), left))
             while running:
@@ -185,14 +154,15 @@ def summary(state: Result, out: Path) -> str:
     lines = [
         f"# Evidence: {state['device']}",
         "",
-        f"torch {found['torch']}, triton {found['triton']}, Python {found['python']}, fastvae {found['fastvae']}, "
-        f"commit {state['commit'] or 'unknown'}. Made by `python benchmarks/gpu_evidence.py`.",
+        f"torch {found['torch']}, triton {found['triton']}, Python {found['python']}, fastvae {found['fastvae']}. "
+        "Made by `python benchmarks/gpu_evidence.py`.",
         "",
-        "| part | result | seconds | found |",
-        "|---|---|---:|---|",
+        "| part | result | seconds | found | sources |",
+        "|---|---|---:|---|---|",
     ]
     for name, it in state["parts"].items():
-        lines.append(f"| {name} | {it['status']} | {it['seconds']:.0f} | {_found(it)} |")
+        where = it["sources"] + (f" ({it['commit']})" if it["commit"] else "")
+        lines.append(f"| {name} | {it['status']} | {it['seconds']:.0f} | {_found(it)} | {where} |")
     counters = state["parts"].get("counters", {}).get("kernels")
     if counters:
         names = list(COUNTERS.values())
@@ -211,10 +181,10 @@ def summary(state: Result, out: Path) -> str:
             quality = f"{it['final_loss']:.2f} | {it['test_loss']:.2f} | {it['test_mse']:.4f}"
             lines.append(f"| {it['provider']} | {speed} | {quality} |")
         lines += ["", *against_reference(epochs)]
-    page = out / "benchmarks.md"
-    if page.exists():
+    for page in sorted((out / "benchmarks").glob("*/benchmarks.md")):
         nested = ("\n" + page.read_text()).replace("\n#", "\n##").strip()
-        lines += ["", "![time against size](benchmarks.png)", "", nested]
+        figure = page.with_suffix(".png").relative_to(out).as_posix()
+        lines += ["", f"![time against size]({figure})", "", nested]
     return "\n".join(lines) + "\n"
 
 
@@ -240,18 +210,35 @@ def _found(result: Result) -> str:
         return f"{len(result['kernels'])} kernels"
     if "provider" in result:
         return f"final loss {result['final_loss']:.2f}"
-    hidden = ("status", "seconds", "log", "exit_code", "complaints", "failures", "FAIL")
+    lists = {name: value for name, value in result.items() if isinstance(value, list)}
+    hidden = ("status", "seconds", "sources", "commit", "log", "exit_code", *lists)
     words = [f"{value} {name}" for name, value in result.items() if name not in hidden]
-    for name in ("complaints", "failures", "FAIL"):
-        words += [f"{name}: {'; '.join(map(str, result[name][:5]))}"] if result.get(name) else []
+    words += [f"{name}: {'; '.join(map(str, value[:5]))}" for name, value in lists.items() if value]
     return ", ".join(words).replace("|", "/").replace("\n", " ")
+
+
+def chosen(stages: Sequence[Stage], only: Sequence[str] | None, skip: Sequence[str]) -> list[Stage]:
+    """The parts whose names contain one of the words of `only` and none of those of `skip`."""
+    names = [part.name for stage in stages for part in stage]
+    for word in (*(only or ()), *skip):
+        if word != "failed" and not any(word in name for name in names):
+            raise ValueError(f"no part is called {word!r}; the parts are {', '.join(names)}")
+
+    def wanted(part: Part) -> bool:
+        asked = only is None or any(word in part.name for word in only)
+        return asked and not any(word in part.name for word in skip)
+
+    return [kept for stage in stages if (kept := [part for part in stage if wanted(part)])]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--deliver", type=Path, metavar="DIR", help="where summary.md and evidence.tgz go as well")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="MNIST's files; without them, small digits")
-    parser.add_argument("--minutes", type=float, default=8.0, help="of this invocation, default: 8")
+    parser.add_argument("--minutes", type=float, default=FIRST_MINUTES, help=f"default: {FIRST_MINUTES}")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="parts whose names contain one of these words")
+    parser.add_argument("--skip", nargs="+", metavar="NAME", default=[], help="parts to leave out, likewise")
     parser.add_argument("--rehearse", action="store_true", help="small, on the CPU: what it prints is no evidence")
     settings = parser.parse_args()
     deadline = time.monotonic() + 60 * settings.minutes
@@ -263,18 +250,28 @@ def main() -> int:
         parser.error("there is no CUDA device (--rehearse tries the command without one)")
     out = settings.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
+    if settings.deliver is not None:
+        settings.deliver.mkdir(parents=True, exist_ok=True)
+    evidence = Evidence(out, device, settings.deliver)
     data = settings.data_dir.resolve() if settings.data_dir else None
-    evidence = Evidence(out, device)
-    todo = [part for part in parts(out, data, settings.rehearse) if not evidence.passed(part.name)]
     try:
-        for stage in sorted({part.stage for part in todo}):
-            run_stage([part for part in todo if part.stage == stage], evidence, deadline)
+        todo = chosen(stages(out, data, settings.rehearse, evidence.failed_tests()), settings.only, settings.skip)
+    except ValueError as error:
+        parser.error(str(error))
+    todo = [[part for part in stage if not evidence.passed(part.name)] for stage in todo]
+    try:
+        for stage in todo:
+            run_stage(stage, evidence, deadline)
     except KeyboardInterrupt:
         print("stopped; what was found is written, and the same command goes on from there")
         return 130
     evidence.write()
     print((out / "summary.md").read_text())
-    wanting = [name for name, it in evidence.state["parts"].items() if it["status"] != "passed"]
+    # Last, because a reader far away may see only the end of what is printed.
+    parts = evidence.state["parts"]
+    for name, it in parts.items():
+        print(f"{it['status']:9} {it['seconds']:4.0f} s  {name}: {_found(it)[:200]}")
+    wanting = [name for name, it in parts.items() if it["status"] != "passed"]
     print(f"not passed: {', '.join(wanting)}" if wanting else "everything passed")
     return 1 if wanting else 0
 

@@ -45,12 +45,21 @@ print(middle - start, perf_counter() - middle)
 """
 
 
-def import_seconds(rounds: int) -> list[tuple[float, float]]:
+IMPORT_ROUNDS = 3  # each starts a process; torch's CUDA build alone takes seconds to import
+
+
+def import_milliseconds(rounds: int) -> dict[str, float]:
     """How long torch took to import, and fastvae after it, in new processes."""
-    return [
+    seconds = [
         tuple(map(float, subprocess.check_output([sys.executable, "-c", IMPORTS], text=True).split()))
         for _ in range(rounds)
     ]
+    torch_seconds, fastvae_seconds = zip(*seconds, strict=True)
+    return {
+        "torch": round(1e3 * statistics.median(torch_seconds), 1),
+        "fastvae": round(1e3 * statistics.median(fastvae_seconds), 1),
+        "fastvae_least": round(1e3 * min(fastvae_seconds), 1),
+    }
 
 
 Calls = dict[str, tuple[Callable[[], Any], Callable[[], Any]]]
@@ -122,33 +131,23 @@ def in_turn(
     return seconds
 
 
-def measure(device: torch.device, rounds: int) -> dict[str, Any]:
-    """Everything, in microseconds and milliseconds. The ratio is the median of the rounds' ratios: what else the
+def measure(device: torch.device, rounds: int) -> dict[str, dict[str, float]]:
+    """Each call in microseconds, printed as it is found. The ratio is the median of the rounds' ratios: what else the
     machine does, slows both calls of a round.
     """
     torch.set_num_threads(1)
-    imports = import_seconds(5)
     operations = {}
     on_gpu = device.type == "cuda"
     wait = torch.cuda.synchronize if on_gpu else lambda: None
+    print(f"{'':48} {'fused us':>9} {'eager us':>9} {'fused/eager':>12}")
     with fastvae.use_backend("triton") if on_gpu else stand_in():
         for name, (fused, eager) in calls(device).items():
             times = in_turn(fused, eager, rounds, wait)
             ours, theirs = (1e6 * statistics.median(seconds) for seconds in times)
-            operations[name] = {
-                "fused_us": round(ours, 1),
-                "eager_us": round(theirs, 1),
-                "ratio": round(statistics.median(a / b for a, b in zip(*times, strict=True)), 3),
-            }
-    return {
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "import_ms": {
-            "torch": round(1e3 * statistics.median(seconds for seconds, _ in imports), 1),
-            "fastvae": round(1e3 * statistics.median(seconds for _, seconds in imports), 1),
-            "fastvae_least": round(1e3 * min(seconds for _, seconds in imports), 1),
-        },
-        "calls": operations,
-    }
+            ratio = statistics.median(a / b for a, b in zip(*times, strict=True))
+            operations[name] = {"fused_us": round(ours, 1), "eager_us": round(theirs, 1), "ratio": round(ratio, 3)}
+            print(f"{name:48} {ours:9.1f} {theirs:9.1f} {ratio:12.2f}", flush=True)
+    return operations
 
 
 def main() -> None:
@@ -159,13 +158,15 @@ def main() -> None:
     settings = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         parser.error("unset TRITON_INTERPRET: the interpreter's way to a launch is another one")
-    found = measure(torch.device(settings.device), settings.rounds)
-    milliseconds = found["import_ms"]
-    print(f"import: fastvae {milliseconds['fastvae']} ms over torch's {milliseconds['torch']} ms (medians)")
-    print(f"{'':48} {'fused us':>9} {'eager us':>9} {'fused/eager':>12}")
-    for name, times in found["calls"].items():
-        print(f"{name:48} {times['fused_us']:9.1f} {times['eager_us']:9.1f} {times['ratio']:12.2f}")
+    operations = measure(torch.device(settings.device), settings.rounds)
+    imports = import_milliseconds(IMPORT_ROUNDS)
+    print(f"import: fastvae {imports['fastvae']} ms over torch's {imports['torch']} ms (medians)")
     if settings.json:
+        found = {
+            "versions": {"torch": torch.__version__, "python": platform.python_version()},
+            "import_ms": imports,
+            "calls": operations,
+        }
         with replacing(settings.json) as file:
             file.write(json.dumps(found, indent=1).encode())
 

@@ -5,6 +5,7 @@ python benchmarks/report.py DIR    # makes the page and the figure again, from D
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import subprocess
@@ -57,6 +58,7 @@ def describe_run(device: CPU, copy_bandwidth: float) -> Run:
         "device_type": device.name,
         "versions": versions(),
         "commit": commit(),
+        "sources": sources(),
         "copy_bandwidth": copy_bandwidth,
         "cells": [],
     }
@@ -71,6 +73,21 @@ def commit() -> str | None:
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def sources() -> str:
+    """Of the code that a result depends on, as 12 hexadecimal digits. Unlike the commit it is known without git, and
+    tells one uncommitted state from another.
+    """
+    root = Path(__file__).parents[1]
+    files = [root / "pyproject.toml"]
+    for folder in ("benchmarks", "examples", "fastvae", "kernels", "tests"):
+        files += (root / folder).rglob("*.py")
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(f"{path.relative_to(root).as_posix()}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def write(folder: Path, run: Run) -> None:
@@ -88,7 +105,8 @@ def markdown(run: Run) -> str:
         "# Benchmarks",
         "",
         f"{run['device']}; torch {found['torch']}, triton {found['triton']}, fastvae {found['fastvae']}, "
-        f"commit {run['commit'] or 'unknown'}. Copying memory moves {run['copy_bandwidth'] / 1e9:,.0f} GB/s here, "
+        f"commit {run['commit'] or 'unknown'}, sources {run['sources']}. "
+        f"Copying memory moves {run['copy_bandwidth'] / 1e9:,.0f} GB/s here, "
         "bytes read and written.",
         "",
         *_call_table(run),

@@ -1,0 +1,357 @@
+"""Every public operation on the device against float64, the noise, and a captured step: half a minute on a GPU.
+
+    python benchmarks/gpu_smoke.py [--device cpu] [--shard I/N]
+
+With --device cpu the kernels run on Triton's interpreter. Nearly all of the time is compilation, on one core: --shard
+runs every N-th check from number I on, so that N processes share the work. Each check stands alone, and prints one line
+when it ends. The exit code is 0 if all passed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastvae
+import fastvae.functional as F
+
+Check = tuple[str, Callable[[], object]]  # its name, and what raises if it fails and returns a remark if not
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NCHW, NHWC = torch.contiguous_format, torch.channels_last
+# A batch of small latents; odd images; channels_last; rows of several tiles.
+LATENTS = (((128, 16), NCHW), ((5, 3, 7, 3), NCHW), ((4, 8, 6, 5), NHWC), ((3, 9001), NCHW))
+IMAGES = (((128, 1, 28, 28), NCHW), ((4, 3, 50, 41), NHWC), ((2, 3, 7, 5), NCHW))
+# Of the norm of a result, in roundings of float32. The tests hold each element to a derived bound; this only has to
+# tell a wrong result from a right one.
+ROUNDINGS = 16.0
+ROUNDINGS_OF_SUMS = 64.0  # where each gradient is a sum over channels and pixels
+
+
+def checks(device: torch.device) -> Iterator[Check]:
+    """All of them, in an order that does not depend on the shard."""
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        yield "card", card
+        yield "copy", copy_bandwidth
+    yield "noise", lambda: noise(torch.zeros(512, 2048 if on_gpu else 32, device=device))
+    if on_gpu:
+        yield "captured step", lambda: captured_step(device)
+    for dtype, (shape, layout) in product(DTYPES, LATENTS):
+        yield from named(gaussians(device, dtype, shape, layout), shape, layout, dtype)
+    for dtype, (shape, layout) in product(DTYPES, IMAGES):
+        yield from named(losses(device, dtype, shape, layout), shape, layout, dtype)
+    for dtype, shape in product(DTYPES, ((128, 1, 28, 28), (2, 3, 9, 7)) if on_gpu else ((2, 1, 9, 9),)):
+        yield from named(last_layer(device, dtype, shape), shape, NHWC, dtype)
+    if on_gpu:
+        yield "launches of the ELBO path", lambda: launches(device)  # last, because the profiler slows what follows
+
+
+def named(
+    family: Iterable[Check], shape: Sequence[int], layout: torch.memory_format, dtype: torch.dtype
+) -> Iterator[Check]:
+    for name, body in family:
+        yield f"{name} {list(shape)}{' channels_last' if layout is NHWC else ''} {str(dtype)[6:]}", body
+
+
+# ------------------------------------------------------------------------------------------------------- the operations
+
+
+def gaussians(
+    device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], layout: torch.memory_format
+) -> Iterator[Check]:
+    mu, logvar = (normal(device, shape, dtype, layout) for _ in range(2))
+    eps = torch.randn_like(mu)
+    packed = torch.cat((mu, logvar), 1).contiguous(memory_format=layout)
+
+    def own(tensor: Tensor) -> Tensor:
+        return eps.to(tensor.dtype)
+
+    yield "gaussian_sample", lambda: compare(lambda m, v: [F.gaussian_sample(m, v, eps=own(m))], mu, logvar)
+    yield "gaussian_sample_kl", lambda: compare(lambda m, v: F.gaussian_sample_kl(m, v, eps=own(m)), mu, logvar)
+    for reduction, free_bits in (("none", 0.0), ("batchmean", 0.0), ("per_dimension", 0.1)):
+        options: dict[str, Any] = {"reduction": reduction, "free_bits": free_bits}
+        yield (
+            f"gaussian_kl {reduction}",
+            lambda options=options: compare(lambda m, v: [F.gaussian_kl(m, v, **options)], mu, logvar),
+        )
+        yield (
+            f"gaussian_sample_kl_packed {reduction}",
+            lambda options=options: compare(
+                lambda p: F.gaussian_sample_kl_packed(p, eps=own(p), **options),
+                packed,
+            ),
+        )
+
+
+def losses(
+    device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], layout: torch.memory_format
+) -> Iterator[Check]:
+    logits = normal(device, shape, dtype, layout, scale=2.0)
+    kl = torch.rand(shape[0], device=device)
+    random = torch.rand(shape, device=device)
+    for kind, target in (("float", random.to(dtype)), ("uint8", (255 * random).to(torch.uint8))):
+        target = target.contiguous(memory_format=layout)
+
+        def value_and_grad(x: Tensor, k: Tensor, target: Tensor = target) -> list[Tensor]:
+            values, gradients = F.elbo_value_and_grad(x, like(x, target), k, beta=0.5, grad_scale=3.0)
+            return [*values, *gradients]
+
+        yield (
+            f"sigmoid_mse_loss {kind}",
+            lambda target=target: compare(lambda x: [F.sigmoid_mse_loss(x, like(x, target))], logits),
+        )
+        yield (
+            f"elbo_loss {kind}",
+            lambda target=target: compare(lambda x, k: [F.elbo_loss(x, like(x, target), k, beta=0.5).loss], logits, kl),
+        )
+        yield (
+            f"elbo_value_and_grad {kind}",
+            lambda value_and_grad=value_and_grad: compare_values(value_and_grad, ROUNDINGS, logits, kl),
+        )
+
+
+def last_layer(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> Iterator[Check]:
+    batch, outputs, height, width = shape
+    features = normal(device, (batch, 32, height, width), dtype, NHWC)
+    weight = normal(device, (32, outputs, 3, 3), torch.float32, scale=0.1)
+    bias = normal(device, (outputs,), torch.float32)
+    target = torch.randint(0, 256, shape, device=device, dtype=torch.uint8)
+    kl = torch.rand(batch, device=device)
+
+    def run(*tensors: Tensor) -> list[Tensor]:
+        values, gradients = F.conv_elbo_value_and_grad(*tensors, relu=True)
+        return [*values, *gradients]
+
+    yield (
+        "conv_elbo_value_and_grad",
+        lambda: compare_values(run, ROUNDINGS_OF_SUMS, features, weight, bias, target, kl),
+    )
+
+
+def normal(
+    device: torch.device,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    layout: torch.memory_format = NCHW,
+    scale: float = 1.0,
+) -> Tensor:
+    return (scale * torch.randn(shape, device=device)).to(dtype).contiguous(memory_format=layout)
+
+
+def like(logits: Tensor, target: Tensor) -> Tensor:
+    return target if target.dtype is torch.uint8 else target.to(logits.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------- against float64
+
+
+def compare(function: Callable[..., Iterable[Tensor]], *tensors: Tensor) -> str:
+    """Results and gradients of the fused operation against those of the reference in float64."""
+    return compare_values(lambda *inputs: with_gradients(function, *inputs), ROUNDINGS, *tensors)
+
+
+def compare_values(function: Callable[..., Iterable[Tensor]], roundings: float, *tensors: Tensor) -> str:
+    with fastvae.use_backend("triton"):
+        results = list(function(*tensors))
+    with fastvae.use_backend("reference"):
+        expected = function(*(it.double() if it.is_floating_point() else it for it in tensors))
+    return largest_error(results, list(expected), roundings)
+
+
+def with_gradients(function: Callable[..., Iterable[Tensor]], *tensors: Tensor) -> list[Tensor]:
+    """What the function returns, then the gradients of all inputs for a fixed random gradient of each result."""
+    leaves = [it.detach().clone(memory_format=torch.preserve_format).requires_grad_() for it in tensors]
+    results = list(function(*leaves))
+    generator = torch.Generator().manual_seed(7)
+    upstream = [torch.randn(it.shape, generator=generator).to(it.device, it.dtype) for it in results]
+    return [*results, *torch.autograd.grad(results, leaves, upstream)]
+
+
+def largest_error(results: Sequence[Tensor], expected: Sequence[Tensor], roundings: float) -> str:
+    """Of each result the norm of the error over the norm, as a share of what is allowed. NaN fails."""
+    worst = 0.0
+    for number, (found, right) in enumerate(zip(results, expected, strict=True)):
+        assert found.shape == right.shape, f"result {number} has the shape {list(found.shape)}, not {list(right.shape)}"
+        right = right.detach().double()
+        error = (found.detach().double() - right).norm() / right.norm().clamp(min=1e-300)
+        allowed = torch.finfo(found.dtype).eps + roundings * torch.finfo(torch.float32).eps
+        assert error <= allowed, f"result {number} is off by {error:.3g} of its norm, {allowed:.3g} is allowed"
+        worst = max(worst, float(error / allowed))
+    return f"{worst:.2f} of the bound"
+
+
+# ------------------------------------------------------------------------------------------------------------- the rest
+
+
+def card() -> str:
+    free, total = torch.cuda.mem_get_info()
+    choice = fastvae.backend_for(torch.empty(0, device="cuda"))
+    assert choice.name == "triton", choice
+    return f"{torch.cuda.get_device_name()}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free; {choice}"
+
+
+def copy_bandwidth() -> str:
+    source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    milliseconds = sorted(elapsed(lambda: target.copy_(source)) for _ in range(8))
+    return f"copying moves {2 * source.numel() / milliseconds[4] / 1e6:,.0f} GB/s"
+
+
+def elapsed(run: Callable[[], object]) -> float:
+    """Milliseconds on the device."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end))
+
+
+def noise(zeros: Tensor) -> str:
+    """manual_seed repeats it, each call draws anew, and its moments are a normal distribution's."""
+    with fastvae.use_backend("triton"):
+        torch.manual_seed(1)
+        first, second = F.gaussian_sample(zeros, zeros), F.gaussian_sample(zeros, zeros)
+        torch.manual_seed(1)
+        again = F.gaussian_sample(zeros, zeros)
+    count = zeros.numel()
+    assert torch.equal(first, again), "manual_seed does not repeat the noise"
+    assert not torch.equal(first, second), "two calls drew the same noise"
+    # E[x^n], and the variance of x^n.
+    for power, mean, variance in ((1, 0.0, 1.0), (2, 1.0, 2.0), (3, 0.0, 15.0), (4, 3.0, 96.0)):
+        moment = first.double().pow(power).mean().item()
+        assert abs(moment - mean) < 6 * (variance / count) ** 0.5, f"moment {power} of the noise is {moment:.4f}"
+    correlation = (first * second).mean().item()
+    assert abs(correlation) < 6 / count**0.5, f"two calls correlate: {correlation:.4f}"
+    return f"{count:,} normals"
+
+
+def captured_step(device: torch.device) -> str:
+    """The ELBO path in a graph: its noise is new at each replay and repeats after manual_seed, and its gradients
+    follow from that noise.
+    """
+    moments = torch.randn(128, 32, device=device, requires_grad=True)
+    logits, target = torch.randn(128, 1, 28, 28, device=device), torch.rand(128, 1, 28, 28, device=device)
+
+    def step() -> tuple[Tensor, Tensor, Tensor]:
+        z, kl = F.gaussian_sample_kl_packed(moments)
+        values, (_, kl_grad) = F.elbo_value_and_grad(logits, target, kl)
+        (gradient,) = torch.autograd.grad((kl, z), moments, (kl_grad, z.detach()))
+        return z, values.loss, gradient
+
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+
+    def replay(seed: int | None = None) -> list[Tensor]:
+        if seed is not None:
+            torch.manual_seed(seed)
+        graph.replay()
+        return [it.clone() for it in results]
+
+    first, second = replay(), replay()
+    assert not torch.equal(first[0], second[0]), "two replays drew the same noise"
+    for a, b in zip(replay(5), replay(5), strict=True):
+        assert torch.equal(a, b), "manual_seed does not repeat a replay"
+    mu, logvar = moments.detach().double().chunk(2, 1)
+    z = results[0].double()
+    expected = torch.cat((z + mu / 128, 0.5 * (z * (z - mu) + torch.expm1(logvar) / 128)), 1)
+    note = largest_error([results[2]], [expected], ROUNDINGS_OF_SUMS)
+    replays = 1000
+
+    def replay_often() -> None:
+        for _ in range(replays):
+            graph.replay()
+
+    return f"{note}; a replay takes {1000 * elapsed(replay_often) / replays:.2f} us"
+
+
+def launches(device: torch.device) -> str:
+    """How many kernels the ELBO path launches, forward and backward, as the profiler sees them."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    moments = torch.randn(128, 32, device=device, requires_grad=True)
+    logits = torch.randn(128, 1, 28, 28, device=device, requires_grad=True)
+    target = torch.rand(128, 1, 28, 28, device=device)
+
+    def path() -> None:
+        z, kl = F.gaussian_sample_kl_packed(moments)
+        loss = F.elbo_loss(logits, target, kl).loss
+        torch.autograd.grad((loss, z), (moments, logits), (torch.ones_like(loss), torch.ones_like(z)))
+
+    counts = {}
+    for backend in ("triton", "reference"):
+        with fastvae.use_backend(backend):  # type: ignore[arg-type]
+            path()
+            torch.cuda.synchronize()
+            with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+                path()
+                torch.cuda.synchronize()
+        events = [it for it in recorded.events() if it.device_type == DeviceType.CUDA and not it.is_user_annotation]
+        counts[backend] = len(events)
+        print(f"      {backend}: {[it.name for it in events]}")
+    # Four of fastvae's, and the two fills of this check's own ones_like.
+    assert counts["triton"] <= 6, f"{counts['triton']} launches, at most 6 are expected"
+    return f"{counts['triton']} launches, in eager PyTorch {counts['reference']}"
+
+
+# --------------------------------------------------------------------------------------------------------- the program
+
+
+def run(everything: Iterable[Check], shard: int, shards: int) -> int:
+    """Run every shards-th check, and print a line for each as it ends; returns the number of those that failed."""
+    torch.manual_seed(0)
+    passed = failed = 0
+    for number, (name, body) in enumerate(everything):
+        if number % shards != shard:
+            continue
+        began = time.perf_counter()
+        details = ""
+        try:
+            note, verdict = str(body()), "ok  "
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+        except Exception as error:  # whatever it is, the other checks go on
+            note, verdict = " ".join(f"{type(error).__name__}: {error}".split())[:300], "FAIL"
+            details = "" if isinstance(error, AssertionError) else traceback.format_exc()
+        passed, failed = passed + (verdict != "FAIL"), failed + (verdict == "FAIL")
+        print(f"{verdict} {time.perf_counter() - began:6.2f} s  {name}: {note}", flush=True)
+        if details:
+            print(details, flush=True)
+    print(f"{passed} checks passed, {failed} failed")
+    return failed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--shard", default="0/1", metavar="I/N")
+    settings = parser.parse_args()
+    shard, shards = map(int, settings.shard.split("/"))
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA device (--device cpu runs the kernels on the interpreter)")
+    if settings.device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # read when the first operation imports Triton
+    device = torch.device(settings.device, 0 if settings.device == "cuda" else None)
+    return 1 if run(checks(device), shard, shards) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
