@@ -1,0 +1,73 @@
+"""The number of threads of a CPU's steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastvae.models import ConvVAE
+from fastvae.training import threads
+
+
+class Machine:
+    """A clock, and a step that takes the time that is given for torch's number of threads."""
+
+    def __init__(self, monkeypatch, seconds):
+        self.now, self.seconds, self.steps = 0.0, seconds, []
+        monkeypatch.setattr(threads.time, "perf_counter", lambda: self.now)
+
+    def step(self):
+        number = torch.get_num_threads()
+        self.steps.append(number)
+        self.now += self.seconds[number]
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "number"),
+    [
+        ({1: 0.0158, 2: 0.0119}, 2),  # an idle machine
+        ({1: 0.0160, 2: 0.034}, 1),  # beside a busy process
+        ({1: 0.01, 2: 0.01}, 1),
+        ({1: 3.0, 2: 2.0, 4: 2.5}, 2),
+    ],
+)
+def test_the_fastest_is_taken(monkeypatch, seconds, number):
+    machine = Machine(monkeypatch, seconds)
+    before = torch.get_num_threads()
+    assert threads.fastest(list(seconds), machine.step) == number
+    assert torch.get_num_threads() == before
+    assert machine.now <= 3 * sum(max(0.4, it) for it in seconds.values())
+
+
+def test_numbers_take_turns(monkeypatch):
+    """A load that comes and goes meets all numbers."""
+    machine = Machine(monkeypatch, {1: 0.25, 2: 0.25})
+    threads.fastest([1, 2], machine.step)
+    assert machine.steps == [1, 2, 1, 2, 1, 2]
+
+
+def test_a_choice_leaves_the_model_and_the_random_numbers_alone(monkeypatch, two_threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(threads, "_SECONDS", 0.0)
+    model = ConvVAE((1, 8, 8), 2)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    generator = torch.get_rng_state()
+    assert threads.choose_threads(model, torch.zeros(4, 1, 8, 8, dtype=torch.uint8), 4) in (1, 2)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.get_num_threads() == 2
+
+
+def test_the_users_number_wins(monkeypatch, two_threads):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setattr(threads, "fastest", None)
+    assert threads.choose_threads(ConvVAE((1, 8, 8), 2), torch.zeros(4, 1, 8, 8), 4) == 2
