@@ -56,7 +56,7 @@ class Command:
 
     def tests(self, name: str, seconds: float, tests: Sequence[str], processes: int, **more: bool) -> Part:
         """-v, so that a run that is cut short has said which tests failed."""
-        command = [*self._pytest(), "-v", "--tb=short", *tests]
+        command = [*self._pytest(), "-v", "--slow", "--tb=short", *tests]
         if processes > 1 and importlib.util.find_spec("xdist") is not None:
             command += ["-n", str(processes)]
         # Each process compiles in itself: Inductor's own processes would be 16 for each of them.

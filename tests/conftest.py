@@ -64,6 +64,10 @@ def _count_launches() -> None:
     CompiledKernel.__getitem__ = counted_compiled
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run also the tests that take longer than ten seconds")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     try:
         _count_launches()
@@ -72,11 +76,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        skip = pytest.mark.skip(reason="needs a CUDA device")
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(skip)
+    # "-m slow" asks for them by name.
+    with_slow = config.getoption("--slow") or "slow" in config.getoption("markexpr")
+    for marker, runs, reason in (
+        ("gpu", torch.cuda.is_available(), "needs a CUDA device"),
+        ("slow", with_slow, "takes long: --slow runs it"),
+    ):
+        for item in [] if runs else items:
+            if marker in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
