@@ -10,13 +10,14 @@ from fastvae.training.metrics import EpochMetrics, Progress, best_epoch
 from fastvae.training.precision import PRECISIONS
 from fastvae.training.records import versions, write_metrics, write_summary
 from fastvae.training.state import TrainingState
-from fastvae.training.steps import training_step
+from fastvae.training.steps import GraphError, training_step
 
 __all__ = [
     "PRECISIONS",
     "Checkpoint",
     "Display",
     "EpochMetrics",
+    "GraphError",
     "MovingAverage",
     "ProcessLost",
     "Processes",

@@ -80,8 +80,9 @@ def train(
         average: takes in the weights after every step; its model is then the one that is tested.
         patience: training ends once so many epochs have passed without a smaller test loss.
         skip_nonfinite: a step whose gradient is not finite changes nothing and is counted (`EpochMetrics.skipped`).
-        graph: "on": several steps run as one CUDA graph, which only a CUDA device can; "off"; "auto": where it can. The
-            model must then do the same work at every step, without reading from the device.
+        graph: "on": several steps run as one CUDA graph, which only a CUDA device can; "off"; "auto": where it can, and
+            where the capture fails a warning. The model must then do the same work at every step, without reading from
+            the device.
         precision: of convolutions and matrix products, "fp32"; "tf32", where the hardware has it; or "bf16", by
             autocast. Weights and losses are float32 with each.
         fuse_output_layer: compute the decoder's last layer, a ReLU before it, the loss and their gradients together
@@ -108,6 +109,7 @@ def train(
             at the next report or at the end of its epoch; on_state is not called for that epoch, so that what it kept
             before is good.
         ProcessLost: another process has ended.
+        GraphError: with graph="on", a capture failed.
     """
     _check(model, train_images, test_images, epochs, batch_size, learning_rate, beta, kl_warmup, graph, precision)
     if clip_norm is not None and not clip_norm > 0:
@@ -145,7 +147,7 @@ def train(
             train_images,
             batch_size,
             beta_on_device,
-            on_cuda and graph != "off" and not processes.together,
+            graph if on_cuda and not processes.together else "off",
             autocast_dtype,
             fuse_output_layer,
             clip_norm,
