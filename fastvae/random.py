@@ -6,8 +6,9 @@ generator in one of three ways:
 - CUDA, eager: the numbers themselves. The generator's offset moves on as if a kernel of torch had drawn: no launch,
   no synchronisation, and `manual_seed`, `fork_rng`, `set_rng_state` and activation checkpointing act on it as on any
   draw.
-- CUDA, while a graph is captured, and in the steps before (`by_pointer`): device pointers, so that each replay draws anew and `manual_seed` before a replay
-  repeats it. Where this torch offers no pointers (before 2.13), one captured draw of two integers.
+- CUDA, while a graph is captured, and in the steps before (`by_pointer`): device pointers, so that each replay draws
+  anew and `manual_seed` before a replay repeats it. Where this torch offers no pointers (before 2.13), one captured
+  draw of two integers.
 - Everything else (CPU generators have no offset; torch.compile must see the draw): one draw of two integers from the
   generator.
 """

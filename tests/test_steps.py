@@ -258,6 +258,9 @@ def test_the_steps_before_a_capture_use_what_the_graph_uses(device, stand_in, mo
     assert not random._wanted_by_pointer
 
 
+CUDA = torch.device("cuda", 0)
+
+
 class Machine:
     """Stands in for torch.cuda: two devices, of which the first one captured before, and what a failed capture leaves
     in torch 2.11.
@@ -274,7 +277,7 @@ class Machine:
         monkeypatch.setattr(cuda, "default_generators", self.generators)
         monkeypatch.setattr(cuda, "graph_pool_handle", lambda: (0, 7))
         monkeypatch.setattr(cuda, "CUDAGraph", lambda: SimpleNamespace(replay="replay"))
-        monkeypatch.setattr(cuda, "Stream", lambda device=torch.device("cuda", 0): SimpleNamespace(device=device))
+        monkeypatch.setattr(cuda, "Stream", lambda device=CUDA: SimpleNamespace(device=device))
         monkeypatch.setattr(cuda, "current_stream", lambda device: SimpleNamespace(device=device))
         monkeypatch.setattr(cuda, "stream", lambda stream: contextlib.nullcontext())
         monkeypatch.setattr(cuda, "graph", self.graph)
@@ -283,7 +286,7 @@ class Machine:
 
     @contextlib.contextmanager
     def graph(self, graph, *, pool, stream=None, capture_error_mode):
-        device = torch.device("cuda", 0) if stream is None else stream.device
+        device = CUDA if stream is None else stream.device
         self.captured_on.append(device)
         self.generators[device.index].state = "capturing"
         yield
@@ -340,75 +343,12 @@ def test_graph_on_needs_a_cuda_device():
         train(model, data, data, epochs=1, batch_size=4, graph="yes")
 
 
-# ------------------------------------------------------------------------------------------------------------ precision
+# ---------------------------------------------------------------------------------------------------------- on a GPU
 
 
 def small():
     torch.manual_seed(0)
     return ConvVAE((1, 8, 6), latent_dim=3, channels=(4, 6))
-
-
-def settings():
-    return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
-
-
-@pytest.mark.parametrize(("precision", "expected"), [("fp32", "highest"), ("tf32", "high"), ("bf16", "high")])
-def test_precision_is_set_in_training_only(precision, expected, device):
-    data = images(16, (1, 8, 6), torch.uint8, device)
-    seen, dtypes = [], []
-    model = small().to(device)
-
-    def look(module, inputs, output):
-        seen.append(settings()[:2])
-        dtypes.append(output.dtype)
-
-    model.decoder.register_forward_hook(look)
-    before = settings()
-    rows = train(model, data, data[:4], epochs=1, batch_size=8, precision=precision, graph="off")
-    assert settings() == before
-    assert set(seen) == {(expected, precision != "fp32")}
-    # Two steps, and the evaluation, which is not under autocast.
-    assert dtypes[:2] == 2 * [torch.bfloat16 if precision == "bf16" else torch.float32]
-    assert set(dtypes[2:]) == {torch.float32}
-    assert all(parameter.dtype is torch.float32 for parameter in model.parameters())
-    assert rows[0].loss > 0
-
-
-def test_precision_is_set_back_after_an_error(device):
-    data = images(16, (1, 8, 6), torch.uint8, device)
-    before = settings()
-    with pytest.raises(FloatingPointError):
-        train(small().to(device), data, data, epochs=1, batch_size=8, learning_rate=1e30, precision="fp32")
-    assert settings() == before
-
-
-def test_bfloat16_trains_as_float32_does(device):
-    data = images(4, (1, 8, 6), torch.uint8, device).repeat(16, 1, 1, 1)
-    losses = []
-    for precision in ("fp32", "bf16"):
-        torch.manual_seed(1)
-        rows = train(
-            small().to(device),
-            data,
-            data,
-            epochs=10,
-            batch_size=8,
-            learning_rate=0.01,
-            precision=precision,
-            graph="off",
-        )
-        losses.append(rows[-1].loss)
-        assert rows[-1].loss < 0.8 * rows[0].loss
-    assert losses[1] == pytest.approx(losses[0], rel=0.05)
-
-
-def test_precision_must_be_known(device):
-    data = images(8, (1, 8, 6), torch.uint8, device)
-    with pytest.raises(ValueError, match="precision must be one of fp32, tf32, bf16, got 'fp8'"):
-        train(small().to(device), data, data, epochs=1, batch_size=4, precision="fp8")
-
-
-# ---------------------------------------------------------------------------------------------------------- on a GPU
 
 
 @pytest.mark.gpu

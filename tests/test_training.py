@@ -22,9 +22,8 @@ SHAPE = (1, 8, 6)
 
 
 @pytest.fixture(autouse=True)
-def exact(monkeypatch):
+def exact():
     """Plain PyTorch in full float32, to compare with the same; the loop does not depend on the path."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     with fastvae.use_backend("reference"):
         yield
 
