@@ -17,7 +17,8 @@ from typing import BinaryIO
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A binary file that takes the place of ``path`` when the block ends, and vanishes if it raises.
 
-    So readers, and runs that are killed, see the old content or the new, never a part of it. Raises ``OSError``.
+    So readers, and runs that are killed, see the old content or the new, never a part of it. Raises ``OSError``, which
+    names ``path``, also where the block could not write, because the disk is full.
     """
     # A name of its own, so that processes writing at the same time do not write into each other's file.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
@@ -27,6 +28,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())  # else a power failure may leave the new name with nothing in it
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is not None and error.filename in (None, str(temporary), temporary):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -102,7 +102,7 @@ def reproducible() -> Iterator[None]:
     uninitialised memory filled with NaN, so that an output nobody wrote shows.
     """
     torch.manual_seed(0)
-    torch.backends.cudnn.fp32_precision = "ieee"
+    torch.backends.cudnn.allow_tf32 = False
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield

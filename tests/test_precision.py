@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -41,14 +43,14 @@ def test_precision_is_set_in_training_only(precision, expected, device):
     model = small(device)
 
     def look(module, inputs, output):
-        seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.conv.fp32_precision))
+        seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
         dtypes.append(output.dtype)
 
     model.decoder.register_forward_hook(look)
     before = settings()
     rows = train(model, data, data[:4], epochs=1, batch_size=8, precision=precision, graph="off")
     assert settings() == before
-    assert set(seen) == {(expected, "ieee" if precision == "fp32" else "tf32")}
+    assert set(seen) == {(expected, precision != "fp32")}
     # Two steps, and the evaluation, which is not under autocast.
     assert dtypes[:2] == 2 * [torch.bfloat16 if precision == "bf16" else torch.float32]
     assert set(dtypes[2:]) == {torch.float32}
@@ -121,14 +123,14 @@ def test_whatever_was_set_is_as_it_was(change):
         child = os.fork()
         if child == 0:
             try:
-                torch.backends.cudnn.fp32_precision = "none"  # as it was before the suite's fixture
                 change()
                 if precision is not None:
                     with arithmetic(precision):
                         assert torch.get_float32_matmul_precision() == ("highest" if precision == "fp32" else "high")
+                        assert torch.backends.cudnn.allow_tf32 is (precision != "fp32")
                         held, _ = settings()
                         for part in ("conv", "rnn", "matmul"):
-                            assert held["cuda", part] == ("ieee" if precision == "fp32" else "tf32")
+                            assert (held["cuda", part] == "tf32") is (precision != "fp32")
                 os.write(writer, repr(outcome()).encode())
             except BaseException as error:
                 os.write(writer, repr(error).encode())
@@ -138,6 +140,25 @@ def test_whatever_was_set_is_as_it_was(change):
         with open(reader, "rb") as pipe:
             outcomes.append(pipe.read().decode())
     assert outcomes[0].startswith("[") and outcomes[0] == outcomes[1] == outcomes[2]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a process of its own, and CUDA does not survive a fork")
+def test_torchs_defaults_stay():
+    """Those for convolutions follow what is above them, and cannot be put back once they were replaced."""
+    program = """
+import torch
+from fastvae.training.precision import arithmetic
+with arithmetic("tf32"):
+    pass
+torch.backends.fp32_precision = "ieee"
+print(torch.backends.cudnn.conv.fp32_precision)
+torch.backends.fp32_precision = "none"
+with arithmetic("fp32"):
+    torch.backends.cudnn.flags(enabled=False)
+print(torch.backends.cudnn.conv.fp32_precision, torch.backends.cudnn.allow_tf32)
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["ieee", "tf32", "True"]
 
 
 def test_precision_is_set_back_after_an_error(device):
