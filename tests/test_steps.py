@@ -18,6 +18,7 @@ from fastvae import random
 from fastvae.models import VAE, ConvVAE
 from fastvae.training import GraphError, MovingAverage, train
 from fastvae.training import steps as training_steps
+from fastvae.training.graphs import capture
 from fastvae.training.output_layer import output_layer
 from fastvae.training.steps import Steps, training_step
 
@@ -225,8 +226,11 @@ def test_training_goes_on_where_capture_fails(capture, cause, device, stand_in, 
     with pytest.warns(UserWarning, match=f"goes on without a CUDA graph.*: {cause}"):
         found, _ = epochs(captured, 2)
     assert torch.equal(found[..., :3], expected[..., :3])
-    with pytest.raises(GraphError, match=f"capture of a CUDA graph failed: {cause}"):
-        epochs(demanded, 2)
+    try:
+        raise KeyError("of the program that trains once more")
+    except KeyError:
+        with pytest.raises(GraphError, match=f"capture of a CUDA graph failed: {cause}"):
+            epochs(demanded, 2)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a real graph draws other noise on some versions of torch")
@@ -298,7 +302,7 @@ class Machine:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for torch.cuda")
 def test_a_capture_is_on_the_models_device(monkeypatch):
     machine = Machine(monkeypatch)
-    assert training_steps.capture(lambda: None, torch.device("cuda", 1)) == "replay"
+    assert capture(lambda: None, torch.device("cuda", 1)) == "replay"
     assert machine.captured_on == [torch.device("cuda", 1)]
     assert machine.generators[1].state == "after" and not machine.released
 
@@ -307,7 +311,7 @@ def test_a_capture_is_on_the_models_device(monkeypatch):
 def test_a_failed_capture_leaves_generator_and_memory_as_they_were(monkeypatch):
     machine = Machine(monkeypatch, fails=RuntimeError("previous error during capture"))
     with pytest.raises(RuntimeError, match="previous error"):
-        training_steps.capture(lambda: None, torch.device("cuda", 1))
+        capture(lambda: None, torch.device("cuda", 1))
     assert [it.state for it in machine.generators] == ["before", ("clone of", "before")]
     assert machine.closed == machine.released == [(1, (0, 7))]
 
@@ -322,7 +326,7 @@ def test_memory_of_a_capture_that_ended_is_the_graphs_to_release(monkeypatch):
 
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", closed, raising=False)
     with pytest.raises(RuntimeError, match="of what was captured"):
-        training_steps.capture(lambda: None, torch.device("cuda", 1))
+        capture(lambda: None, torch.device("cuda", 1))
     assert not machine.released
 
 

@@ -4,13 +4,14 @@ from fastvae.training.average import MovingAverage
 from fastvae.training.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from fastvae.training.display import Display, make_display
 from fastvae.training.distributed import Processes, ProcessLost, process_group
+from fastvae.training.graphs import GraphError
 from fastvae.training.interrupt import stop_on_interrupt
 from fastvae.training.loop import train
 from fastvae.training.metrics import EpochMetrics, Progress, best_epoch
 from fastvae.training.precision import PRECISIONS
 from fastvae.training.records import versions, write_metrics, write_summary
 from fastvae.training.state import TrainingState
-from fastvae.training.steps import GraphError, training_step
+from fastvae.training.steps import training_step
 
 __all__ = [
     "PRECISIONS",

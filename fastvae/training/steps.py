@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, cast
 
 import torch
@@ -18,8 +18,10 @@ from fastvae.backend import backend_for
 from fastvae.functional import ELBO
 from fastvae.models import VAE
 from fastvae.training.average import MovingAverage
+from fastvae.training.checks import not_negative, number
 from fastvae.training.distributed import Processes
 from fastvae.training.gradients import limit_gradients
+from fastvae.training.graphs import GraphError, capture, first_cause, on_side_stream
 from fastvae.training.output_layer import OutputLayer, output_layer
 
 # A replay costs the host one launch, and the device two fills of the generator's state and two copies, whatever the
@@ -49,7 +51,11 @@ def training_step(
     ``gradient_norms`` are those of `fastvae.training.gradients.limit_gradients`. Where the images are a part of a batch
     that several processes share, the model is one of torch's DistributedDataParallel, without ``output``, and
     ``batch_offset`` the number of images before these. ``free_bits`` is that of `fastvae.models.VAE.forward`.
+
+    Raises ``ValueError`` for a beta, if it is no tensor, that is negative or not finite.
     """
+    if not isinstance(beta, Tensor):
+        beta = number("beta", beta, "finite and not negative", not_negative)
     # No cache: it would keep casts of the weights of one captured step for the next.
     autocast = torch.autocast(images.device.type, autocast_dtype, autocast_dtype is not None, cache_enabled=False)
     roots: tuple[Tensor | None, ...]
@@ -75,10 +81,6 @@ def training_step(
     limit_gradients(optimizer, clip_norm=clip_norm, skip_nonfinite=skip_nonfinite, norms=gradient_norms)
     optimizer.step()
     return values
-
-
-class GraphError(RuntimeError):
-    """A CUDA graph was asked for, and its capture failed."""
 
 
 class Steps:
@@ -232,6 +234,7 @@ class Steps:
             self._replay()
             return True
         self.release()  # so that the gradients are allocated in the graph
+        handled = sys.exc_info()[1]
         try:
             replay = capture(lambda: self._take(self._indices, self._found), self.device)
             # A graph without work is no error to CUDA. No reconstruction, a sum of squares, is negative.
@@ -241,7 +244,7 @@ class Steps:
                 raise RuntimeError("the captured graph is empty")
         except Exception as error:
             self.release()
-            cause = _first_cause(error)
+            cause = first_cause(error, handled)
             if self._graph == "on":
                 raise GraphError(f"the capture of a CUDA graph failed: {cause}") from error
             warnings.warn(f"training goes on without a CUDA graph, whose capture failed: {cause}", stacklevel=3)
@@ -257,49 +260,3 @@ def _numbers(optimizer: Optimizer) -> list[dict[str, Any]]:
         {name: id(value) if isinstance(value, Tensor) else value for name, value in group.items() if name != "params"}
         for group in optimizer.param_groups
     ]
-
-
-def _first_cause(error: BaseException) -> str:
-    """In words. What goes wrong under capture makes the capture's end fail too: that error hides the first one."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return f"{type(error).__name__}: {error}"
-
-
-def on_side_stream(run: Callable[[], None], device: torch.device) -> None:
-    """What is captured later must have run on a stream other than the default one, where nothing can be captured."""
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream(device).wait_stream(stream)
-
-
-def capture(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """A CUDA graph of what `run` launches on a device; nothing is computed yet. Returns its replay.
-
-    If it fails, the device's default generator and memory are as they were: up to torch 2.11 the generator stays in
-    capture, so that the next draw raises, and the graph's memory is never given back.
-    """
-    generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
-    state = generator.clone_state()
-    pool = torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
-    graph = torch.cuda.CUDAGraph()
-    # torch.cuda.graph's own stream is one for all: of the device that was current when the process first captured.
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    try:
-        # A capture that fails leaves its stream current: the outer block puts back the one that was. thread_local: what
-        # the threads of other libraries do is no part of this capture.
-        with (
-            torch.cuda.stream(torch.cuda.current_stream(device)),
-            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
-        ):
-            run()
-    except BaseException:
-        generator.graphsafe_set_state(state)
-        with suppress(RuntimeError):  # that the pool is closed: the capture has ended, and the graph releases it
-            torch._C._cuda_endAllocateToPool(generator.device.index, pool)
-            torch._C._cuda_releasePool(generator.device.index, pool)
-        raise
-    replay: Callable[[], None] = graph.replay
-    return replay
