@@ -424,7 +424,7 @@ def test_a_full_disk_is_one_line(tmp_path, run, example, monkeypatch, capsys):
     monkeypatch.setattr(files, "open", full, raising=False)
     assert run("--resume", tmp_path, "--epochs", 2) == 1
     errors = capsys.readouterr().err
-    assert errors == "train.py: error: [Errno 28] No space left on device\n"
+    assert errors == f"train.py: error: [Errno 28] No space left on device: '{tmp_path / 'checkpoint.pt'}'\n"
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
