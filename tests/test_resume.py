@@ -270,6 +270,21 @@ def test_a_state_of_another_model_in_a_file_is_refused(data, device, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="cuDNN's sums may differ from run to run")
+def test_a_state_is_not_written_to(data, device, tmp_path):
+    """So it can be gone on from twice."""
+    path = tmp_path / "checkpoint.pt"
+    model = make_model(device)
+    run(model, data, path, stop_after=7, **all_options(model))
+    state = read_checkpoint(path).state
+    ends = []
+    for _ in range(2):
+        model = read_checkpoint(path).model.to(device)
+        run(model, data, tmp_path / "end.pt", resume=state, **all_options(model))
+        ends.append(read_checkpoint(tmp_path / "end.pt"))
+    assert_same_end(*ends)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="cuDNN's sums may differ from run to run")
 def test_moments_of_other_strides_are_the_same_moments(data, device, tmp_path):
     """Adam goes through a parameter and its moments in the order of memory."""
     ends = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import zipfile
 from collections.abc import Mapping
@@ -42,7 +43,7 @@ def previous(path: Path) -> Path:
 
 
 def write_checkpoint(
-    path: Path,
+    path: str | os.PathLike[str],
     model: ConvVAE,
     epoch: int,
     state: TrainingState | None = None,
@@ -62,6 +63,7 @@ def write_checkpoint(
     Raises ``OSError`` where it cannot be written, and ``ValueError`` or ``TypeError`` for a model that its settings do
     not build, because a layer was replaced; what was there stays.
     """
+    path = Path(path)
     settings, tensors = stored(model)
     saved = {
         "model": tensors,
@@ -79,12 +81,13 @@ def write_checkpoint(
         file.write(content.getbuffer())
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """What is in a checkpoint's file, on the CPU, in the dtypes that it had.
 
     Raises ``OSError`` where there is no such file, and ``ValueError`` where it is no checkpoint, or a damaged one; if
     the one before it, `previous`, is there and whole, the error says so.
     """
+    path = Path(path)
     try:
         return _read(path)
     except ValueError as error:

@@ -45,7 +45,9 @@ def warn_of_values(name: str, images: Tensor) -> None:
     """Warn of values that no sigmoid gives. They are looked at on their device, and read once."""
     if not images.is_floating_point():
         return
-    low, high = torch.stack(images.aminmax()).tolist()
+    # In parts: of images that do not lie in memory one after the other, aminmax makes a copy.
+    bounds = torch.stack([torch.stack(part.aminmax()) for part in torch.split(images, 1024)])
+    low, high = torch.stack([bounds[:, 0].min(), bounds[:, 1].max()]).tolist()
     if math.isnan(low):
         warnings.warn(f"{name} hold NaN, expected values from 0 to 1", stacklevel=3)
     elif low < 0 or high > 1:

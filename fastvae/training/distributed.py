@@ -84,12 +84,11 @@ def _said_when_terminated() -> Iterator[None]:
     os.set_blocking(writer, False)
 
     def watch() -> None:
-        while number := os.read(reader, 1):
-            if number[0] == signal.SIGTERM:
+        while number := os.read(reader, 1)[0]:
+            if number == signal.SIGTERM:
                 text = f"process {os.environ['RANK']}: ended by SIGTERM, as torchrun does when one has failed\n"
                 os.write(2, text.encode())
                 os._exit(128 + signal.SIGTERM)
-        os.close(reader)
 
     watching = threading.Thread(target=watch, daemon=True)
     watching.start()
@@ -100,8 +99,10 @@ def _said_when_terminated() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGTERM, previous)
         signal.set_wakeup_fd(fd)
-        os.close(writer)
+        os.write(writer, b"\0")  # not its end: a process that was forked may hold it open
         watching.join()
+        os.close(writer)
+        os.close(reader)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -81,12 +82,13 @@ def restore(state: TrainingState, steps: Steps, scheduler: LRScheduler | None) -
     if scheduler is not None and state.schedule is not None:
         _check_schedule(scheduler, state.schedule)
 
-    restore_optimizer(steps.optimizer, state.optimizer)
+    # Copies: the optimizer and the scheduler would go on in the tensors and lists of the state.
+    restore_optimizer(steps.optimizer, copy.deepcopy(state.optimizer))
     if steps.average is not None and state.average is not None:
         steps.average.model.load_state_dict(state.average)
         steps.average.steps.fill_(len(state.rows) * steps.count + done)
     if scheduler is not None and state.schedule is not None:
-        scheduler.load_state_dict(state.schedule)
+        scheduler.load_state_dict(copy.deepcopy(state.schedule))
     if done:
         steps.order = state.order.to(steps.images.device)
         steps.history[:done] = state.history.to(steps.device)
