@@ -226,6 +226,7 @@ CRAFTED = {
     "shape": (lambda it: changed_moment(it, lambda moment: moment[:1]), "exp_avg of encoder.conv1.weight must be"),
     "dtype": (lambda it: changed_moment(it, torch.Tensor.double), "exp_avg of encoder.conv1.weight must be"),
     "empty": (lambda it: changed_moment(it, lambda moment: moment[:0]), "exp_avg of encoder.conv1.weight must be"),
+    "no values": (lambda it: changed_moment(it, lambda moment: moment.to("meta")), "must be torch.float32 .* on meta"),
     "number": (lambda it: changed_moment(it, lambda moment: 3.0), "exp_avg of encoder.conv1.weight must be a tensor"),
     "step": (lambda it: it.optimizer["state"][1].update(step=torch.zeros(2)), "step of encoder.conv1.bias must be"),
     "missing": (lambda it: it.optimizer["state"][0].pop("exp_avg_sq"), "must have step, exp_avg and exp_avg_sq"),
@@ -325,6 +326,10 @@ def test_what_is_no_checkpoint(content, tmp_path):
         read_checkpoint(path)
     torch.save({"model": {}}, path)
     with pytest.raises(ValueError, match="is not a checkpoint of fastvae"):
+        read_checkpoint(path)
+    model = make_model("cpu")
+    torch.save({"model": model.to("meta").state_dict(), "settings": model.settings, "state": None}, path)
+    with pytest.raises(ValueError, match="it has tensors without values"):
         read_checkpoint(path)
     with pytest.raises(FileNotFoundError):
         read_checkpoint(tmp_path / "absent.pt")

@@ -17,7 +17,7 @@ import torch
 
 from fastvae.data import DownloadError, load_digits
 from fastvae.models import ConvVAE
-from fastvae.training import TrainingState
+from fastvae.training import GraphError, TrainingState
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "train.py"
 FILES = {
@@ -162,6 +162,16 @@ def test_an_aborted_run_leaves_nothing_of_the_one_before(tmp_path, example, run,
     assert capsys.readouterr().err == "train.py: aborted\n"
     assert {path.name for path in folder.iterdir()} == {"metrics.csv", "notes.txt", "tensorboard"}
     assert read_metrics(folder) == []
+
+
+def test_a_capture_that_fails_is_one_line(tmp_path, run, capsys, example, monkeypatch):
+    def fail(*_, **__):
+        raise GraphError("the capture of a CUDA graph failed: ValueError: x")
+
+    monkeypatch.setattr(example, "train", fail)
+    assert run(*SMALL, "--out", tmp_path) == 1
+    words = "train.py: the capture of a CUDA graph failed: ValueError: x (--graph auto goes on without)\n"
+    assert capsys.readouterr().err == words
 
 
 def test_a_seed_repeats_a_run(tmp_path, run):

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 import fastvae
 from fastvae.evaluation import Evaluation, evaluate
 from fastvae.models import ConvVAE
-from fastvae.training import Progress, train, training_step
+from fastvae.training import Progress, checks, train, training_step
 from fastvae.training import loop as training_loop
 from fastvae.training import steps as training_steps
 
@@ -419,10 +419,13 @@ def test_a_model_without_anything_to_train():
         train(model, images(20, "cpu"), images(5, "cpu"), epochs=1, batch_size=4)
 
 
-def test_numbers_of_numpy_and_a_compiled_model_are_taken(device):
-    model = torch.compile(small_model(device), backend="eager")
+def test_a_compiled_model_is_a_model():
+    checks.check_model(torch.compile(small_model("cpu"), backend="eager"))
+
+
+def test_numbers_of_numpy_are_taken(device):
     (row,) = train(
-        model, images(20, device), images(5, device), epochs=np.int64(1), batch_size=np.int32(4),
+        small_model(device), images(20, device), images(5, device), epochs=np.int64(1), batch_size=np.int32(4),
         learning_rate=np.float32(1e-3), beta=np.float64(0.5), graph="off",
     )  # fmt: skip
     assert row.loss == pytest.approx(row.reconstruction + 0.5 * row.kl, rel=1e-5)

@@ -32,6 +32,8 @@ def stored(model: ConvVAE) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def restored(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ConvVAE:
     """The model, on the CPU, with the dtypes of the tensors, which are copied. Raises errors of many kinds."""
     model = _built(settings)
+    if any(value.is_meta for value in tensors.values()):
+        raise ValueError("it has tensors without values")
     # Copies: tensors of a file may share memory, and a mapped one changes when its file is written to.
     model.load_state_dict(
         {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}, assign=True

@@ -18,10 +18,9 @@ def check_tensor(name: str, value: object, dtype: torch.dtype, shape: torch.Size
     """Raises ``ValueError`` for anything else."""
     if not isinstance(value, Tensor):
         raise ValueError(f"resume does not fit: {name} must be a tensor, got {value!r}")
-    if value.dtype is not dtype or value.shape != shape or value.layout is not torch.strided:
-        raise ValueError(
-            f"resume does not fit: {name} must be {dtype} {list(shape)}, got {value.dtype} {list(value.shape)}"
-        )
+    if value.dtype is not dtype or value.shape != shape or value.layout is not torch.strided or value.is_meta:
+        found = f"{value.dtype} {list(value.shape)} on {value.device}"
+        raise ValueError(f"resume does not fit: {name} must be {dtype} {list(shape)}, got {found}")
 
 
 def check_optimizer(optimizer: Optimizer, state: object, names: Mapping[Any, str]) -> None:
