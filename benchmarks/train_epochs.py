@@ -85,7 +85,7 @@ def make_epoch(provider: str, model: ConvVAE, optimizer: Adam, images: Tensor) -
             images,
             BATCH_SIZE,
             torch.ones((), device=device),
-            graph=device.type == "cuda",
+            graph="on" if device.type == "cuda" else "off",
             fuse_output_layer=provider == "fused-output-graph",
         )
 

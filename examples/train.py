@@ -61,6 +61,7 @@ from fastvae.training import (
     PRECISIONS,
     Checkpoint,
     EpochMetrics,
+    GraphError,
     MovingAverage,
     Processes,
     ProcessLost,
@@ -137,6 +138,9 @@ def main() -> int:
         return 1
     except ProcessLost as error:
         print(f"train.py: {error} (--resume goes on from the last checkpoint)", file=sys.stderr)
+        return 1
+    except GraphError as error:
+        print(f"train.py: {error} (--graph auto goes on without)", file=sys.stderr)
         return 1
     except FloatingPointError as error:
         print(f"train.py: {error} (a smaller --lr may help)", file=sys.stderr)

@@ -22,8 +22,9 @@ def load(path: str | os.PathLike[str]) -> ConvVAE:
     """The model of a run: of its folder, or of its checkpoint.pt, see `fastvae.training.write_checkpoint`; or of a file
     whose name ends in .safetensors, see `fastvae.export.write_safetensors`.
 
-    Of a run that kept a moving average of the weights, the model has the average. It is on the CPU and in evaluation
-    mode. Raises ``OSError`` where there is no such file, and ``ValueError`` where it holds no such model.
+    Of a run that kept a moving average of the weights, the model has the average. It is on the CPU, in evaluation mode,
+    and has the dtypes that it was written with. Raises ``OSError`` where there is no such file, and ``ValueError``
+    where it holds no such model or is damaged.
     """
     path = Path(path)
     model: ConvVAE

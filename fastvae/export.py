@@ -22,12 +22,16 @@ import torch
 from torch import Tensor, nn
 
 from fastvae.backend import use_backend
-from fastvae.files import replacing
+from fastvae.files import checksum, replacing
 from fastvae.models import VAE, ConvVAE
+from fastvae.models.stored import restored, stored
 
 # What an exported model may differ by, relative to 1 + |value|: a fortieth of a grey level of 256. Float32 leaves 1e-6,
 # and a layer that is read wrongly 1e-2 or more.
 TOLERANCE = 1e-4
+
+# In the place of a checksum while it is computed.
+_UNSEALED = "0" * 64
 
 
 class Encoder(nn.Module):
@@ -119,26 +123,32 @@ def write_program(path: Path, half: Encoder | Decoder) -> float:
 
 
 def write_safetensors(path: Path, model: ConvVAE) -> None:
-    """The model's weights, bit for bit and under their names in its state_dict, with its settings as metadata.
+    """The model's weights, bit for bit and under their names in its state_dict, with its settings as metadata, and a
+    checksum: "sha256", of the file with 64 zeros in its place.
 
-    Raises ``ImportError`` where safetensors is not installed, and ``OSError``.
+    Raises ``ImportError`` where safetensors is not installed, ``OSError``, and ``ValueError`` or ``TypeError`` for a
+    model that its settings do not build, because a layer was replaced.
     """
     try:
         from safetensors.torch import save
     except ImportError as error:
         raise ImportError('model.safetensors needs safetensors: pip install "fastvae[export]"') from error
-    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    settings, tensors = stored(model)
     # "format" is what other readers of safetensors ask for.
-    metadata = {"format": "pt", "model": "fastvae.models.ConvVAE", "settings": json.dumps(model.settings)}
+    metadata = {"format": "pt", "model": "fastvae.models.ConvVAE", "settings": json.dumps(settings)}
+    content = save(tensors, {**metadata, "sha256": _UNSEALED})
+    # The header comes first, so this is the place.
+    content = content.replace(_UNSEALED.encode(), checksum(content).encode(), 1)
     with replacing(path) as file:
-        file.write(save(tensors, metadata))
+        file.write(content)
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> ConvVAE:
     """The model that `write_safetensors` wrote, on the CPU.
 
     Raises ``ImportError`` where safetensors is not installed, ``OSError`` where there is no such file, and
-    ``ValueError`` where it does not hold such a model.
+    ``ValueError`` where it does not hold such a model, or is damaged: its checksum is another one (files that were
+    written before there was one have none).
     """
     try:
         from safetensors import safe_open
@@ -149,16 +159,18 @@ def read_safetensors(path: str | os.PathLike[str]) -> ConvVAE:
             metadata = file.metadata() or {}
             if "settings" not in metadata:
                 raise ValueError("it holds no settings of a ConvVAE")
-            # Copies: a mapped tensor changes when its file is written to.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        with torch.device("meta"):  # no weights are drawn that would be thrown away
-            model = ConvVAE(**json.loads(metadata["settings"]))
-        model.load_state_dict(tensors, assign=True)  # in the dtypes of the file
-        return model
+            if "sha256" in metadata and not _whole(Path(path), metadata["sha256"]):
+                raise ValueError("it is damaged: its checksum is not that of its content")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return restored(json.loads(metadata["settings"]), tensors)
     except OSError:
         raise
     except Exception as error:  # a damaged file raises errors of many kinds
         raise ValueError(f"{path} is not a model of fastvae: {' '.join(str(error).split())}") from error
+
+
+def _whole(path: Path, digest: str) -> bool:
+    return checksum(path.read_bytes().replace(digest.encode(), _UNSEALED.encode(), 1)) == digest
 
 
 def _copied(model: VAE) -> VAE:

@@ -6,8 +6,9 @@ generator in one of three ways:
 - CUDA, eager: the numbers themselves. The generator's offset moves on as if a kernel of torch had drawn: no launch,
   no synchronisation, and `manual_seed`, `fork_rng`, `set_rng_state` and activation checkpointing act on it as on any
   draw.
-- CUDA, while a graph is captured: device pointers, so that each replay draws anew and `manual_seed` before a replay
-  repeats it. Where this torch offers no pointers (before 2.13), one captured draw of two integers.
+- CUDA, while a graph is captured, and in the steps before (`by_pointer`): device pointers, so that each replay draws
+  anew and `manual_seed` before a replay repeats it. Where this torch offers no pointers (before 2.13), one captured
+  draw of two integers.
 - Everything else (CPU generators have no offset; torch.compile must see the draw): one draw of two integers from the
   generator.
 """
@@ -15,6 +16,8 @@ generator in one of three ways:
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -39,6 +42,25 @@ class PhiloxState(NamedTuple):
     offset: int
 
 
+# One for all threads: backward, which may draw again, runs in a thread of its own.
+_wanted_by_pointer = False
+
+
+@contextmanager
+def by_pointer() -> Iterator[None]:
+    """In this block noise is reserved by pointer, as it is while a graph is captured.
+
+    A kernel that reads its seed through a pointer is another one than a kernel that is given it: what runs in this
+    block compiles and loads what a capture is going to launch.
+    """
+    global _wanted_by_pointer
+    before, _wanted_by_pointer = _wanted_by_pointer, True
+    try:
+        yield
+    finally:
+        _wanted_by_pointer = before
+
+
 def reserve(device: torch.device, generator: torch.Generator | None) -> PhiloxState:
     """Reserve the noise of one call from `generator`, or from the default generator of `device`."""
     if device.type != "cuda" or torch.compiler.is_compiling():
@@ -47,6 +69,8 @@ def reserve(device: torch.device, generator: torch.Generator | None) -> PhiloxSt
         generator = torch.cuda.default_generators[device.index]
     if _is_capturing(device):
         return _captured(device, generator)
+    if _wanted_by_pointer:
+        return _drawn(device, generator)
     return by_value(generator)
 
 

@@ -106,10 +106,11 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def reproducible() -> Iterator[None]:
-    """A fixed seed, deterministic algorithms, and uninitialised memory filled with NaN, so that an output nobody
-    wrote shows.
+    """A fixed seed, deterministic algorithms, float32 in cuDNN, whose results tests compare with float32, and
+    uninitialised memory filled with NaN, so that an output nobody wrote shows.
     """
     torch.manual_seed(0)
+    torch.backends.cudnn.allow_tf32 = False
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import select
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from fastvae.models import ConvVAE
+from fastvae.training import distributed, read_checkpoint, train
 from fastvae.training import loop as training_loop
-from fastvae.training import read_checkpoint, train
 from fastvae.training.distributed import Processes
 
 HERE = Path(__file__).parent
@@ -130,6 +136,86 @@ def test_errors(option, message, monkeypatch):
     data = torch.zeros(16, 1, 8, 6, dtype=torch.uint8)
     with pytest.raises(ValueError, match=message):
         train(ConvVAE((1, 8, 6), 3, (4,)), data, data, **{"epochs": 1, "batch_size": 8, **option})
+
+
+# ------------------------------------------------------------------------------------------------- the process group
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The calls that a process of torchrun's makes for NCCL, without it."""
+    calls = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: calls.append("init"))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append("destroy"))
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(dist, "new_group", lambda **named: calls.append(named["backend"]) or "waiting")
+    monkeypatch.setattr(dist, "group", SimpleNamespace(WORLD="everyone"))
+    return calls
+
+
+def test_the_group_that_waits_is_made_at_the_start(launched):
+    """All are there then; a process that comes to it later, when the first one is busy, waits for minutes only."""
+    with distributed.process_group(torch.device("cpu")):
+        assert launched == ["init", "gloo"]
+        assert distributed.waiting_group() == "waiting"
+        assert launched == ["init", "gloo"]
+    assert launched == ["init", "gloo", "destroy"]
+    assert not distributed._gloo_groups
+
+
+def test_leaving_a_group_of_lost_processes_does_not_block(launched, monkeypatch):
+    never = threading.Event()
+    monkeypatch.setattr(dist, "destroy_process_group", never.wait)
+    monkeypatch.setattr(distributed, "_FAREWELL_SECONDS", 0.05)
+    began = time.perf_counter()
+    with pytest.raises(distributed.ProcessLost), distributed.process_group(torch.device("cpu")):
+        raise distributed.ProcessLost("gone")
+    assert time.perf_counter() - began < 5
+    never.set()
+
+
+def test_sigterm_ends_a_process_that_is_blocked(launched):
+    """The main thread is in a call that no signal interrupts, as one of CUDA is."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.dup2(writer, 2)
+        with distributed.process_group(torch.device("cpu")):
+            mutex = ctypes.create_string_buffer(64)  # of pthread_mutex_t, zeros are the initial value
+            lock = ctypes.CDLL(None).pthread_mutex_lock
+            lock(mutex)
+            os.write(writer, b"locked\n")
+            lock(mutex)
+        os._exit(1)
+    os.close(writer)
+    try:
+        with open(reader) as errors:
+            assert errors.readline() == "locked\n"
+            time.sleep(0.1)
+            os.kill(child, signal.SIGTERM)
+            ready, _, _ = select.select([errors], [], [], 20)
+            assert ready, "it goes on"
+            assert errors.read() == "process 1: ended by SIGTERM, as torchrun does when one has failed\n"
+    finally:
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGTERM
+
+
+def test_signals_are_as_they_were(launched):
+    def of_the_user(number, frame):
+        pass
+
+    previous = signal.signal(signal.SIGTERM, of_the_user)
+    try:
+        with distributed.process_group(torch.device("cpu")):
+            assert signal.getsignal(signal.SIGTERM) is not of_the_user
+        assert signal.getsignal(signal.SIGTERM) is of_the_user
+        assert signal.set_wakeup_fd(-1) == -1
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 # ------------------------------------------------------------------------------------------------------------ torchrun

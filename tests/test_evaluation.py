@@ -15,9 +15,8 @@ COUNT = 700  # more than one batch, and no multiple of it
 
 
 @pytest.fixture(autouse=True)
-def exact(monkeypatch):
+def exact():
     """Plain PyTorch in full float32, to compare with plain PyTorch in full float32."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     with fastvae.use_backend("reference"):
         yield
 

@@ -381,6 +381,27 @@ def test_damaged_safetensors(how, reason, model, tmp_path) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_a_changed_bit_of_safetensors_is_seen(tmp_path) -> None:
+    """What is read of a changed file is what was written: without the name of the checksum it is an older file."""
+    path = tmp_path / "model.safetensors"
+    model = ConvVAE((1, 4, 4), 2, (2,))
+    write_safetensors(path, model)
+    content = path.read_bytes()
+    refused = 0
+    for place in torch.randint(0, 8 * len(content), (300,)).tolist():
+        changed = bytearray(content)
+        changed[place // 8] ^= 1 << place % 8
+        path.write_bytes(changed)
+        try:
+            found = fastvae.load(path).state_dict()
+        except ValueError as error:
+            assert str(path) in str(error)
+            refused += 1
+            continue
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in found.items())
+    assert refused > 250
+
+
 def test_an_undamaged_file_is_read(model, tmp_path) -> None:
     damaged(model, tmp_path / "model.safetensors", "not at all")
     assert fastvae.load(tmp_path / "model.safetensors").settings == model.settings

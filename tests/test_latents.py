@@ -24,8 +24,7 @@ SHAPE = (1, 5, 4)
 
 
 @pytest.fixture(autouse=True)
-def exact(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def exact():
     with fastvae.use_backend("reference"):
         yield
 

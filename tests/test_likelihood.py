@@ -19,9 +19,8 @@ PIXELS = 12
 
 
 @pytest.fixture(autouse=True)
-def exact(monkeypatch):
+def exact():
     """Plain PyTorch in full float32, to compare with plain PyTorch in float64."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     with fastvae.use_backend("reference"):
         yield
 

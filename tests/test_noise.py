@@ -586,6 +586,14 @@ def test_capture_is_that_of_the_tensors_device(cuda_generator, drawn, monkeypatc
     assert entered == [torch.device("cuda", 1), None]
 
 
+def test_what_runs_before_a_capture_draws_too(cuda_generator, drawn) -> None:
+    """Its kernels read the seed through a pointer, as those that are captured do."""
+    with random.by_pointer():
+        assert random.reserve(CUDA, None) == "drawn"
+    assert drawn == [(CUDA, cuda_generator)] and cuda_generator.offset == 40
+    assert random.reserve(CUDA, None) == PhiloxState(None, None, 11, 40)
+
+
 def test_compiled_code_draws(cuda_generator, drawn, monkeypatch) -> None:
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert random.reserve(CUDA, None) == "drawn"

@@ -11,7 +11,8 @@ import sys
 import pytest
 import torch
 
-from fastvae.models import ConvVAE
+from fastvae.export import write_safetensors
+from fastvae.models import VAE, ConvVAE
 from fastvae.training import MovingAverage, read_checkpoint, train, write_checkpoint
 from fastvae.training.checkpoint import previous
 
@@ -153,7 +154,7 @@ def test_a_state_of_other_options_is_refused(data, device, tmp_path):
 
 def test_a_learning_rate_on_the_device_stays_the_same_tensor(device):
     """A captured graph reads it where it was."""
-    from fastvae.training.state import _restore_optimizer
+    from fastvae.training.optimizer_state import restore_optimizer
 
     def make():
         rate = torch.tensor(0.5, device=device)
@@ -161,7 +162,7 @@ def test_a_learning_rate_on_the_device_stays_the_same_tensor(device):
 
     first, second = make(), make()
     first[0].fill_(0.25)
-    _restore_optimizer(second[1], first[1].state_dict())
+    restore_optimizer(second[1], first[1].state_dict())
     assert second[1].param_groups[0]["lr"] is second[0] and second[0] == 0.25
 
 
@@ -192,16 +193,113 @@ def test_time_goes_on(data, device, tmp_path):
     assert read_checkpoint(path).state.rows[-1].seconds > 1000.0
 
 
-def test_a_state_of_other_images_is_refused(data, device, tmp_path):
+@pytest.mark.parametrize("stop_after", [STEPS + 3, STEPS], ids=["in an epoch", "between two"])
+@pytest.mark.parametrize("older", [False, True])
+def test_a_state_of_other_images_is_refused(stop_after, older, data, device, tmp_path):
+    """Or of other batches; files of before both were kept tell it by their steps."""
     path = tmp_path / "checkpoint.pt"
-    run(make_model(device), data, path, stop_after=3)
+    run(make_model(device), data, path, stop_after=stop_after)
     found = read_checkpoint(path)
-    with pytest.raises(ValueError, match="resume must be a state of 20 images in batches of 4, got 21 images and 3"):
-        run(found.model.to(device), data[:20], path, resume=found.state)
-    other = found.state._replace(generators=found.state.generators * 2)
-    if device.type == "cpu":
-        with pytest.raises(ValueError, match="same kind of device"):
-            run(found.model, data, path, resume=other)
+    state = found.state._replace(images=None, batch_size=None) if older else found.state
+    model = found.model.to(device)
+    # 5 instead of 4 images a batch leave 4 steps an epoch instead of 5.
+    for images, batch_size in ((data[:16], 4), (data, 5)):
+        with pytest.raises(
+            ValueError, match=f"resume must be a state of {len(images)} images in batches of {batch_size}"
+        ):
+            train(model, images, images, epochs=EPOCHS, batch_size=batch_size, resume=state)
+    with pytest.raises(ValueError, match="resume must be a state of the same kind of device"):
+        run(model, data, path, resume=state._replace(generators=state.generators * 3))
+    if stop_after > STEPS:
+        for order in (state.order * 0, state.order + 1):
+            with pytest.raises(ValueError, match="resume must have the order of 21 images, each of them once"):
+                run(model, data, path, resume=state._replace(order=order))
+
+
+def changed_moment(state, change):
+    """Of Adam, for the first convolution's weights."""
+    moments = state.optimizer["state"][0]
+    moments["exp_avg"] = change(moments["exp_avg"])
+
+
+CRAFTED = {
+    "shape": (lambda it: changed_moment(it, lambda moment: moment[:1]), "exp_avg of encoder.conv1.weight must be"),
+    "dtype": (lambda it: changed_moment(it, torch.Tensor.double), "exp_avg of encoder.conv1.weight must be"),
+    "empty": (lambda it: changed_moment(it, lambda moment: moment[:0]), "exp_avg of encoder.conv1.weight must be"),
+    "no values": (lambda it: changed_moment(it, lambda moment: moment.to("meta")), "must be torch.float32 .* on meta"),
+    "number": (lambda it: changed_moment(it, lambda moment: 3.0), "exp_avg of encoder.conv1.weight must be a tensor"),
+    "step": (lambda it: it.optimizer["state"][1].update(step=torch.zeros(2)), "step of encoder.conv1.bias must be"),
+    "missing": (lambda it: it.optimizer["state"][0].pop("exp_avg_sq"), "must have step, exp_avg and exp_avg_sq"),
+    "another": (lambda it: it.optimizer["state"].update({99: {}}), "parameters, got number 99"),
+    "option": (lambda it: it.optimizer["param_groups"][0].update(amsgrad=True), "amsgrad must be like False"),
+    "betas": (lambda it: it.optimizer["param_groups"][0].update(betas=(0.9,)), "betas must be like"),
+    "parameters": (lambda it: it.optimizer["param_groups"][0].update(params=[0]), "a group of parameters must be"),
+    "groups": (lambda it: it.optimizer["param_groups"].clear(), "has 1 groups of parameters"),
+    "no state_dict": (lambda it: it.optimizer.clear(), "must have the state_dict of an optimizer"),
+    "average": (lambda it: it.average.update({"decoder.logits.bias": torch.zeros(2)}), "average of decoder.logits"),
+    "schedule": (lambda it: it.schedule.update(optimizer=1), "state of a CosineAnnealingLR, got optimizer in it"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CRAFTED)
+def test_a_state_that_does_not_fit_is_refused(name, data, device, tmp_path):
+    """Before anything is changed. Loaded as it is, its tensors were read beyond their ends."""
+    craft, message = CRAFTED[name]
+    states = []
+    model = make_model(device)
+    options = {"batch_size": 4, "schedule": cosine, "average": MovingAverage(model, 0.8), "graph": "off"}
+    train(model, data, data, epochs=1, on_state=states.append, **options)
+    craft(states[0])
+    before = [value.clone() for value in model.state_dict().values()]
+    generator = torch.get_rng_state()
+    with pytest.raises(ValueError, match=message):
+        train(model, data, data, epochs=2, resume=states[0], **options)
+    assert all(map(torch.equal, before, model.state_dict().values()))
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_a_state_of_another_model_in_a_file_is_refused(data, device, tmp_path):
+    """The weights of one run and the moments of another."""
+    path = tmp_path / "checkpoint.pt"
+    run(make_model(device), data, path, epochs=1)
+    state = read_checkpoint(path).state
+    larger = ConvVAE((1, 8, 6), latent_dim=3, channels=(8, 6))
+    write_checkpoint(path, larger, 1, state)
+    found = read_checkpoint(path)
+    with pytest.raises(ValueError, match=r"exp_avg of encoder.conv1.weight must be torch.float32 .8, 1, 3, 3., got"):
+        run(found.model.to(device), data, path, resume=found.state)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="cuDNN's sums may differ from run to run")
+def test_a_state_is_not_written_to(data, device, tmp_path):
+    """So it can be gone on from twice."""
+    path = tmp_path / "checkpoint.pt"
+    model = make_model(device)
+    run(model, data, path, stop_after=7, **all_options(model))
+    state = read_checkpoint(path).state
+    ends = []
+    for _ in range(2):
+        model = read_checkpoint(path).model.to(device)
+        run(model, data, tmp_path / "end.pt", resume=state, **all_options(model))
+        ends.append(read_checkpoint(tmp_path / "end.pt"))
+    assert_same_end(*ends)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="cuDNN's sums may differ from run to run")
+def test_moments_of_other_strides_are_the_same_moments(data, device, tmp_path):
+    """Adam goes through a parameter and its moments in the order of memory."""
+    ends = []
+    for format in (torch.preserve_format, torch.contiguous_format):
+        path = tmp_path / "checkpoint.pt"
+        run(make_model(device), data, path, epochs=1)
+        found = read_checkpoint(path)
+        moments = found.state.optimizer["state"]
+        assert any(not it["exp_avg"].is_contiguous() for it in moments.values())
+        for held in moments.values():
+            held["exp_avg"] = held["exp_avg"].clone(memory_format=format)
+        run(found.model.to(device), data, path, resume=found.state)
+        ends.append(read_checkpoint(path))
+    assert_same_end(*ends)
 
 
 # ------------------------------------------------------------------------------------------------------------ the file
@@ -229,8 +327,137 @@ def test_what_is_no_checkpoint(content, tmp_path):
     torch.save({"model": {}}, path)
     with pytest.raises(ValueError, match="is not a checkpoint of fastvae"):
         read_checkpoint(path)
+    model = make_model("cpu")
+    torch.save({"model": model.to("meta").state_dict(), "settings": model.settings, "state": None}, path)
+    with pytest.raises(ValueError, match="it has tensors without values"):
+        read_checkpoint(path)
     with pytest.raises(FileNotFoundError):
         read_checkpoint(tmp_path / "absent.pt")
+
+
+def small_checkpoint(path):
+    model = ConvVAE((1, 4, 4), latent_dim=2, channels=(2,))
+    states = []
+    data = torch.rand(4, 1, 4, 4)
+    train(model, data, data, epochs=1, batch_size=2, on_state=states.append)
+    write_checkpoint(path, model, 1, states[0], {"lr": 1e-3}, keep_previous=False)
+    return path.read_bytes()
+
+
+def test_a_changed_bit_is_seen(tmp_path):
+    """What is read of a changed file is what was written: the bit is one of those that pad it."""
+    path = tmp_path / "checkpoint.pt"
+    content = small_checkpoint(path)
+    expected = read_checkpoint(path)
+    refused = 0
+    for place in torch.randint(0, 8 * len(content), (300,)).tolist():
+        changed = bytearray(content)
+        changed[place // 8] ^= 1 << place % 8
+        path.write_bytes(changed)
+        try:
+            found = read_checkpoint(path)
+        except ValueError as error:
+            assert str(path) in str(error)
+            refused += 1
+            continue
+        assert equal(found[1:4], expected[1:4])
+        assert equal(found.model.state_dict(), expected.model.state_dict())
+    assert refused > 100
+
+
+def test_a_damaged_file_is_named_and_the_one_before_it(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    content = small_checkpoint(path)
+    weights = read_checkpoint(path).model.encoder.conv1.weight.detach().numpy().tobytes()
+    changed = content.replace(weights, bytes(len(weights)))
+    assert changed != content
+    for damaged in (changed, content[: len(content) // 2], content[:-1]):
+        path.write_bytes(damaged)
+        previous(path).unlink(missing_ok=True)
+        with pytest.raises(ValueError, match=r"checkpoint\.pt is not a checkpoint of fastvae: (?!.*previous)"):
+            read_checkpoint(path)
+        previous(path).write_bytes(content)
+        with pytest.raises(
+            ValueError, match=r"checkpoint\.pt is not .*; .*checkpoint\.previous\.pt, of epoch 1, is whole"
+        ):
+            read_checkpoint(path)
+        previous(path).write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"checkpoint\.pt is not (?!.*previous)"):
+            read_checkpoint(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_a_checkpoint_keeps_its_dtypes(dtype, tmp_path):
+    model = make_model("cpu").to(dtype)
+    average = MovingAverage(model, 0.5)
+    data = torch.rand(8, 1, 8, 6).to(torch.float64 if dtype is torch.float64 else torch.float32)
+    states = []
+    if dtype is torch.float64:  # on a CPU, fastvae's operations take it where torch's convolutions do
+        train(model, data, data, epochs=1, batch_size=4, average=average, on_state=states.append)
+    write_checkpoint(tmp_path / "checkpoint.pt", model, 1, *states)
+    found = read_checkpoint(tmp_path / "checkpoint.pt")
+    assert {it.dtype for it in found.model.parameters()} == {dtype}
+    assert equal(found.model.state_dict(), model.state_dict())
+    if states:
+        assert {it.dtype for it in found.average.parameters()} == {dtype}
+        assert equal(found.average.state_dict(), average.model.state_dict())
+
+
+def replace_activation(model):
+    model.encoder.relu1 = torch.nn.LeakyReLU()
+
+
+def add_layer(model):
+    model.decoder.append(torch.nn.Identity())
+
+
+def remove_layer(model):
+    del model.decoder.relu1
+
+
+def prune(model):
+    model.encoder.conv1.weight = torch.nn.Parameter(model.encoder.conv1.weight[:2].detach())
+
+
+@pytest.mark.parametrize("change", [replace_activation, add_layer, remove_layer, prune])
+def test_a_model_that_its_settings_do_not_build_is_not_written(change, tmp_path):
+    model = make_model("cpu")
+    change(model)
+    for write, path in ((write_checkpoint, tmp_path / "a.pt"), (write_safetensors, tmp_path / "a.safetensors")):
+        with pytest.raises(ValueError, match=r"model must have the layers that its settings make, .*, got "):
+            write(path, model, *([1] if write is write_checkpoint else []))
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_a_conv_vae_is_written(tmp_path):
+    model = VAE(torch.nn.Identity(), torch.nn.Identity(), 3)
+    with pytest.raises(TypeError, match=r"model must be a fastvae.models.ConvVAE, .* got fastvae.models.vae.VAE"):
+        write_checkpoint(tmp_path / "a.pt", model, 1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="cuDNN's sums may differ from run to run")
+def test_a_checkpoint_of_before_is_read(data, device, tmp_path):
+    """As it was written before it had images and batch_size: training goes on from it."""
+    path = tmp_path / "checkpoint.pt"
+    expected = run(make_model(device), data, path)
+    run(make_model(device), data, path, stop_after=7)
+    saved = torch.load(path, weights_only=True)
+    names = ["rows", "seconds", "order", "history", "optimizer", "generators", "average", "schedule"]
+    older = {
+        # In the order of the file, and as it lay in memory: channels_last.
+        "model": {
+            name: value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value
+            for name, value in saved["model"].items()
+        },
+        "settings": saved["settings"],
+        "epoch": saved["epoch"],
+        "state": {name: saved["state"][name] for name in names},
+        "run": saved["run"],
+    }
+    torch.save(older, path)
+    found = read_checkpoint(path)
+    assert found.state.images is None and found.epoch == 2
+    assert run(found.model.to(device), data, path, resume=found.state) == expected
 
 
 def test_a_full_disk(device, tmp_path):
@@ -244,7 +471,7 @@ def test_a_full_disk(device, tmp_path):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 10, limit[1]))
     try:
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match=r"checkpoint\.pt"):
             write_checkpoint(path, large, 3)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import os
 import signal
 import struct
 import subprocess
@@ -16,7 +17,7 @@ import torch
 
 from fastvae.data import DownloadError, load_digits
 from fastvae.models import ConvVAE
-from fastvae.training import TrainingState
+from fastvae.training import GraphError, TrainingState
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "train.py"
 FILES = {
@@ -28,7 +29,8 @@ FILES = {
     "error_histogram.png",
     "generated.png",
 }
-SMALL = ("--dataset", "digits", "--device", "cpu", "--limit", "64", "--batch-size", "16")
+# fp32: some tests compute a run's numbers again.
+SMALL = ("--dataset", "digits", "--device", "cpu", "--limit", "64", "--batch-size", "16", "--precision", "fp32")
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +110,8 @@ def test_end_to_end(tmp_path):
         text=True,
         check=True,
         cwd=tmp_path,
+        # Some versions of torch warn of their own older settings.
+        env={**os.environ, "PYTHONWARNINGS": "ignore:Please use the new API settings"},
     )
     rows, summary = check_folder(tmp_path / "run", interrupted=False, epochs=3)
     assert [row["step"] for row in rows] == [4, 8, 12]
@@ -158,6 +162,16 @@ def test_an_aborted_run_leaves_nothing_of_the_one_before(tmp_path, example, run,
     assert capsys.readouterr().err == "train.py: aborted\n"
     assert {path.name for path in folder.iterdir()} == {"metrics.csv", "notes.txt", "tensorboard"}
     assert read_metrics(folder) == []
+
+
+def test_a_capture_that_fails_is_one_line(tmp_path, run, capsys, example, monkeypatch):
+    def fail(*_, **__):
+        raise GraphError("the capture of a CUDA graph failed: ValueError: x")
+
+    monkeypatch.setattr(example, "train", fail)
+    assert run(*SMALL, "--out", tmp_path) == 1
+    words = "train.py: the capture of a CUDA graph failed: ValueError: x (--graph auto goes on without)\n"
+    assert capsys.readouterr().err == words
 
 
 def test_a_seed_repeats_a_run(tmp_path, run):
@@ -420,7 +434,7 @@ def test_a_full_disk_is_one_line(tmp_path, run, example, monkeypatch, capsys):
     monkeypatch.setattr(files, "open", full, raising=False)
     assert run("--resume", tmp_path, "--epochs", 2) == 1
     errors = capsys.readouterr().err
-    assert errors == "train.py: error: [Errno 28] No space left on device\n"
+    assert errors == f"train.py: error: [Errno 28] No space left on device: '{tmp_path / 'checkpoint.pt'}'\n"
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 

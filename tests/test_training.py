@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import re
 import sys
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
 
 import fastvae
 from fastvae.evaluation import Evaluation, evaluate
 from fastvae.models import ConvVAE
-from fastvae.training import Progress, train, training_step
+from fastvae.training import Progress, checks, train, training_step
 from fastvae.training import loop as training_loop
 from fastvae.training import steps as training_steps
 
@@ -22,9 +25,8 @@ SHAPE = (1, 8, 6)
 
 
 @pytest.fixture(autouse=True)
-def exact(monkeypatch):
+def exact():
     """Plain PyTorch in full float32, to compare with the same; the loop does not depend on the path."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     with fastvae.use_backend("reference"):
         yield
 
@@ -59,6 +61,7 @@ def test_partial_batches_are_discarded_and_images_reshuffled(device):
     assert [(row.epoch, row.step) for row in rows] == [(1, 4), (2, 8)]
 
 
+@pytest.mark.filterwarnings("ignore:kl_warmup is 7 epochs, of 3")
 @pytest.mark.parametrize("kl_warmup", [0.0, 0.25, 1.5, 7.0])
 def test_the_weight_of_the_divergence_grows(kl_warmup, device, monkeypatch):
     used, tested = [], []
@@ -369,6 +372,8 @@ def test_an_update_that_was_not_finite_is_named(device, monkeypatch):
         ({"beta": float("nan")}, "beta must be finite and not negative, got nan"),
         ({"kl_warmup": -1}, "kl_warmup must be finite and not negative, got -1"),
         ({"kl_warmup": float("inf")}, "kl_warmup must be finite and not negative, got inf"),
+        ({"beta": 10**400}, "beta must be finite and not negative, got inf"),
+        ({"train_images": images(20, "cpu")[0]}, r"train_images must have shape \[N, C, H, W\], got \[1, 8, 6\]"),
         ({"test_images": images(0, "cpu")}, "test_images must hold at least one image"),
         (
             {"train_images": images(20, "cpu").to("meta")},
@@ -381,6 +386,105 @@ def test_errors_name_argument_value_and_expectation(changes, message):
     arguments = {"train_images": images(20, "cpu"), "test_images": images(5, "cpu"), "epochs": 1, "batch_size": 4}
     with pytest.raises(ValueError, match=message):
         train(small_model("cpu"), **(arguments | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_images": images(20, "cpu").numpy()}, "train_images must be a tensor .* got numpy.ndarray"),
+        ({"test_images": None}, "test_images must be a tensor .* got None"),
+        ({"train_images": DataLoader(images(20, "cpu"))}, "train_images must be a tensor .* got torch.*DataLoader"),
+        (
+            {"train_images": images(20, "cpu").double() / 255},
+            r"train_images must be uint8 \(read as x / 255\) or of the model's dtype, torch.float32, got torch.float64",
+        ),
+        ({"test_images": images(5, "cpu").long()}, "test_images must be uint8 .* got torch.int64"),
+        ({"model": torch.nn.Linear(3, 3)}, "model must be a fastvae.models.VAE, got torch.nn.modules.linear.Linear"),
+        ({"model": None}, "model must be a fastvae.models.VAE, got None"),
+        ({"epochs": 1.5}, "epochs must be an integer, got 1.5"),
+        ({"batch_size": "4"}, "batch_size must be an integer, got '4'"),
+        ({"learning_rate": "1e-3"}, "learning_rate must be a number, got '1e-3'"),
+        ({"resume": "checkpoint.pt"}, "resume must be a TrainingState, .* got <class 'str'>"),
+    ],
+)
+def test_what_is_something_else(changes, message):
+    arguments = {"train_images": images(20, "cpu"), "test_images": images(5, "cpu"), "epochs": 1, "batch_size": 4}
+    with pytest.raises(TypeError, match=message):
+        train(**({"model": small_model("cpu")} | arguments | changes))
+
+
+def test_a_model_without_anything_to_train():
+    model = small_model("cpu").requires_grad_(False)
+    with pytest.raises(ValueError, match="model must have a parameter that requires a gradient, got none"):
+        train(model, images(20, "cpu"), images(5, "cpu"), epochs=1, batch_size=4)
+
+
+def test_a_compiled_model_is_a_model():
+    checks.check_model(torch.compile(small_model("cpu"), backend="eager"))
+
+
+def test_numbers_of_numpy_are_taken(device):
+    (row,) = train(
+        small_model(device), images(20, device), images(5, device), epochs=np.int64(1), batch_size=np.int32(4),
+        learning_rate=np.float32(1e-3), beta=np.float64(0.5), graph="off",
+    )  # fmt: skip
+    assert row.loss == pytest.approx(row.reconstruction + 0.5 * row.kl, rel=1e-5)
+
+
+@pytest.mark.parametrize("beta", [-1.0, float("nan"), float("inf")])
+def test_a_step_with_such_a_beta_is_refused(beta, device):
+    model = small_model(device)
+    optimizer = torch.optim.Adam(model.parameters())
+    with pytest.raises(ValueError, match=f"beta must be finite and not negative, got {beta}"):
+        training_step(model, optimizer, images(4, device), beta=beta)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (
+            "train_images",
+            lambda it: (it - 0.1307) / 0.3081,
+            r"train_images hold values from -0.4\d* to 2.8\d*, expected 0 to",
+        ),
+        ("train_images", lambda it: 4 * it, r"train_images hold values from 0 to 4, expected 0 to 1"),
+        ("test_images", lambda it: 2 * it - 1, r"test_images hold values from -1 to 1, expected 0 to 1"),
+        (
+            "test_images",
+            lambda it: it.index_fill(0, torch.tensor(2, device=it.device), float("nan")),
+            "test_images hold NaN",
+        ),
+    ],
+    ids=["normalised", "larger", "signed", "not a number"],
+)
+def test_images_that_no_sigmoid_gives_are_named(name, change, message, device, recwarn, reads):
+    """Once, however many steps and epochs there are, and read once."""
+    given = {"train_images": images(32, device) / 255, "test_images": images(5, device) / 255}
+    counts = [
+        reads(
+            lambda data=data: train(
+                small_model(device), **data, epochs=3, batch_size=8, learning_rate=1e-6, graph="off"
+            )
+        )
+        for data in ({it: (255 * value).byte() for it, value in given.items()}, given)
+    ]
+    assert counts[1]["tolist"] == counts[0]["tolist"] + 2  # one for each set
+    assert not list(recwarn)
+    train(
+        small_model(device), **(given | {name: change(given[name])}), epochs=3, batch_size=8, learning_rate=1e-6,
+        graph="off",
+    )  # fmt: skip
+    (warning,) = recwarn
+    assert re.match(message, str(warning.message))
+
+
+def test_a_warmup_that_does_not_end_is_said(device, recwarn):
+    options = {"epochs": 2, "batch_size": 4, "graph": "off"}
+    train(small_model(device), images(8, device), images(5, device), kl_warmup=2, **options)
+    assert not list(recwarn)
+    train(small_model(device), images(8, device), images(5, device), kl_warmup=5, **options)
+    (warning,) = recwarn
+    assert str(warning.message) == "kl_warmup is 5 epochs, of 2: the weight of the divergence ends below 0.4 beta"
 
 
 def test_a_batch_of_all_images_is_allowed(device):

@@ -4,6 +4,7 @@ from fastvae.training.average import MovingAverage
 from fastvae.training.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from fastvae.training.display import Display, make_display
 from fastvae.training.distributed import Processes, ProcessLost, process_group
+from fastvae.training.graphs import GraphError
 from fastvae.training.interrupt import stop_on_interrupt
 from fastvae.training.loop import train
 from fastvae.training.metrics import EpochMetrics, Progress, best_epoch
@@ -17,6 +18,7 @@ __all__ = [
     "Checkpoint",
     "Display",
     "EpochMetrics",
+    "GraphError",
     "MovingAverage",
     "ProcessLost",
     "Processes",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import os
 import shutil
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +14,7 @@ import torch
 
 from fastvae.files import replacing
 from fastvae.models import ConvVAE
+from fastvae.models.stored import restored, stored
 from fastvae.training.metrics import EpochMetrics
 from fastvae.training.state import TrainingState
 
@@ -39,7 +43,7 @@ def previous(path: Path) -> Path:
 
 
 def write_checkpoint(
-    path: Path,
+    path: str | os.PathLike[str],
     model: ConvVAE,
     epoch: int,
     state: TrainingState | None = None,
@@ -54,46 +58,63 @@ def write_checkpoint(
     to be compared with. Whoever is killed while this writes leaves the file that was there before; that file is then
     kept beside the new one, as `previous`, unless ``keep_previous`` is false.
 
-    Raises ``OSError`` where it cannot be written; what was there stays.
+    torch keeps a checksum of each part of the file, which `read_checkpoint` compares.
+
+    Raises ``OSError`` where it cannot be written, and ``ValueError`` or ``TypeError`` for a model that its settings do
+    not build, because a layer was replaced; what was there stays.
     """
+    path = Path(path)
+    settings, tensors = stored(model)
     saved = {
-        "model": {name: value.detach().cpu() for name, value in model.state_dict().items()},
-        "settings": model.settings,
+        "model": tensors,
+        "settings": settings,
         "epoch": epoch,
         "state": None if state is None else {**state._asdict(), "rows": [row._asdict() for row in state.rows]},
         "run": None if run is None else dict(run),
     }
+    content = io.BytesIO()  # torch's own writer to a file hides why the file could not be written
+    torch.save(saved, content)
     if keep_previous and path.exists():
         with open(path, "rb") as old, replacing(previous(path)) as copy:
             shutil.copyfileobj(old, copy)
     with replacing(path) as file:
-        try:
-            torch.save(saved, file)
-        except RuntimeError as error:
-            # Of torch's writer, in the wake of what the file itself raised.
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
+        file.write(content.getbuffer())
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
-    """What is in a checkpoint's file, on the CPU.
+def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """What is in a checkpoint's file, on the CPU, in the dtypes that it had.
 
-    Raises ``OSError`` where there is no such file, and ``ValueError`` where it is no checkpoint.
+    Raises ``OSError`` where there is no such file, and ``ValueError`` where it is no checkpoint, or a damaged one; if
+    the one before it, `previous`, is there and whole, the error says so.
     """
+    path = Path(path)
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        model = ConvVAE(**saved["settings"])
-        model.load_state_dict(saved["model"])
+        return _read(path)
+    except ValueError as error:
+        before = previous(path)
+        try:
+            epoch = _read(before).epoch
+        except (OSError, ValueError):
+            raise error from None
+        raise ValueError(f"{error}; {before}, of epoch {epoch}, is whole") from error
+
+
+def _read(path: Path) -> Checkpoint:
+    content = path.read_bytes()
+    try:
+        # torch writes the checksums of a zip file, and does not compare them.
+        with zipfile.ZipFile(io.BytesIO(content)) as parts:
+            damaged = parts.testzip()
+        if damaged is not None:
+            raise ValueError(f"it is damaged: the checksum of {damaged} is not that of its content")
+        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        model = restored(saved["settings"], saved["model"])
         state, average = saved["state"], None
         if state is not None:
             state = TrainingState(**{**state, "rows": [EpochMetrics(**row) for row in state["rows"]]})
             if state.average is not None:
-                average = ConvVAE(**saved["settings"])
-                average.load_state_dict(state.average)
+                average = restored(saved["settings"], state.average)
         return Checkpoint(model, saved["epoch"], state, saved["run"], average)
-    except OSError:
-        raise
-    except Exception as error:  # torch.load and load_state_dict raise errors of many kinds
-        reason = str(error).partition("\n")[0] or type(error).__name__
+    except Exception as error:  # of a damaged file, zipfile, torch.load and load_state_dict raise errors of many kinds
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path} is not a checkpoint of fastvae: {reason}") from error

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,9 @@ _TIMEOUT = timedelta(minutes=5)
 
 # For what the first process does alone while the others wait: a large set of images takes its time.
 _PATIENCE = timedelta(days=1)
+
+# torchrun gives a process 30 seconds to end.
+_FAREWELL_SECONDS = 10
 
 
 class ProcessLost(RuntimeError):
@@ -48,18 +51,58 @@ def process_group(device: torch.device) -> Iterator[None]:
     if on_cuda:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_cuda else "gloo", timeout=_TIMEOUT)
+    try:
+        with _said_when_terminated():
+            waiting_group()
+            yield
+    except BaseException:
+        _gloo_groups.clear()
+        # Another process may be lost: leaving NCCL then waits for what will never come, and this process is to end.
+        leaving = threading.Thread(target=_leave, args=[device], daemon=True)
+        leaving.start()
+        leaving.join(_FAREWELL_SECONDS)
+        raise
+    _gloo_groups.clear()
+    dist.destroy_process_group()
 
-    def terminate(number: int, frame: FrameType | None) -> None:
-        # Not print, and no exception: this may come in the middle of either.
-        os.write(2, f"process {os.environ['RANK']}: ended by SIGTERM, as torchrun does when one has failed\n".encode())
-        os._exit(128 + number)
 
-    previous = signal.signal(signal.SIGTERM, terminate)
+def _leave(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with suppress(Exception):  # there is an error already
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _said_when_terminated() -> Iterator[None]:
+    """In this block SIGTERM ends the process with a message.
+
+    A handler in Python waits for the main thread to come back from what it calls, which may be a collective operation
+    that never ends. So a thread is told of the signal, through a pipe that Python's own handler writes to.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def watch() -> None:
+        while number := os.read(reader, 1)[0]:
+            if number == signal.SIGTERM:
+                text = f"process {os.environ['RANK']}: ended by SIGTERM, as torchrun does when one has failed\n"
+                os.write(2, text.encode())
+                os._exit(128 + signal.SIGTERM)
+
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
+    fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: None)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
-        dist.destroy_process_group()
+        signal.set_wakeup_fd(fd)
+        os.write(writer, b"\0")  # not its end: a process that was forked may hold it open
+        watching.join()
+        os.close(writer)
+        os.close(reader)
 
 
 @contextmanager
@@ -75,20 +118,29 @@ def losses_named() -> Iterator[None]:
         raise
 
 
+def waiting_group() -> dist.ProcessGroup:
+    """The group in which processes wait for the first: of gloo, because what waits on a GPU has no patience.
+
+    To be called by all at about the same time, before one lets the others wait: making a group takes all of them, and
+    has no patience either.
+    """
+    everyone = dist.group.WORLD
+    assert everyone is not None
+    if dist.get_backend() == "gloo":
+        return everyone
+    if everyone not in _gloo_groups:
+        _gloo_groups[everyone] = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+    return _gloo_groups[everyone]
+
+
 def wait_for_all() -> None:
     """Wait until all processes have come here; it is an error if one has ended."""
-    everyone = dist.group.WORLD
-    if dist.get_backend() != "gloo":  # what waits on a GPU has no patience
-        if everyone not in _gloo_groups:
-            _gloo_groups[everyone] = dist.new_group(backend="gloo", timeout=_TIMEOUT)
-        everyone = _gloo_groups[everyone]
-    assert everyone is not None
     options = dist.BarrierOptions()
     options.timeout = _PATIENCE
-    everyone.barrier(options).wait(_PATIENCE)
+    waiting_group().barrier(options).wait(_PATIENCE)
 
 
-_gloo_groups: dict[dist.ProcessGroup | None, dist.ProcessGroup] = {}
+_gloo_groups: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
 
 
 class Processes:
@@ -106,6 +158,7 @@ class Processes:
         """The model, with the weights of the first process, whose gradients are averaged over the processes."""
         if not self.together:
             return model
+        waiting_group()
         return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
 
     def share_generators(self) -> None:

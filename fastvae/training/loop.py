@@ -19,6 +19,16 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from fastvae.evaluation import Evaluation, evaluate
 from fastvae.models import VAE
 from fastvae.training.average import MovingAverage
+from fastvae.training.checks import (
+    check_images,
+    check_model,
+    integer,
+    not_negative,
+    number,
+    positive,
+    warn_of_values,
+    warn_of_warmup,
+)
 from fastvae.training.distributed import Processes, losses_named
 from fastvae.training.finite import broken, means
 from fastvae.training.memory import freed_memory_kept
@@ -66,12 +76,13 @@ def train(
     and on_state. Without a CUDA graph.
 
     Args:
-        train_images, test_images: [N, C, H, W], uint8 (read as x / 255) or floats in [0, 1]; on the model's device, or
-            on the CPU, from where they are brought as they are needed: sets that do not fit a GPU.
+        train_images, test_images: [N, C, H, W], uint8 (read as x / 255) or of the model's dtype in [0, 1] (a warning
+            says where they are not); on the model's device, or on the CPU, from where they are brought as they are
+            needed: sets that do not fit a GPU.
         epochs, batch_size, learning_rate: positive; beta: the weight of the divergence, not negative.
         kl_warmup: the epochs, whole or not, in which the weight grows from 0 to beta in equal steps (Bowman et al.,
             "Generating Sentences from a Continuous Space", 2016); the steps of one graph share a weight. The test loss
-            has beta from the start.
+            has beta from the start. More epochs than there are is a warning.
         free_bits: nats that each dimension of z may hold, in the mean over a batch, before its divergence counts
             (`fastvae.functional.gaussian_kl`); of several processes each has its own mean. The test loss has none.
         clip_norm: the largest norm of all gradients together; larger ones are scaled to it.
@@ -80,8 +91,9 @@ def train(
         average: takes in the weights after every step; its model is then the one that is tested.
         patience: training ends once so many epochs have passed without a smaller test loss.
         skip_nonfinite: a step whose gradient is not finite changes nothing and is counted (`EpochMetrics.skipped`).
-        graph: "on": several steps run as one CUDA graph, which only a CUDA device can; "off"; "auto": where it can. The
-            model must then do the same work at every step, without reading from the device.
+        graph: "on": several steps run as one CUDA graph, which only a CUDA device can; "off"; "auto": where it can, and
+            where the capture fails a warning. The model must then do the same work at every step, without reading from
+            the device.
         precision: of convolutions and matrix products, "fp32"; "tf32", where the hardware has it; or "bf16", by
             autocast. Weights and losses are float32 with each.
         fuse_output_layer: compute the decoder's last layer, a ReLU before it, the loss and their gradients together
@@ -101,24 +113,44 @@ def train(
 
     Raises:
         ValueError: an argument out of range, a batch_size larger than the training set, images on another device,
-            graph="on" without a CUDA device, fuse_output_layer with a decoder that does not end in such a layer, or a
-            state of other images or batches; in several processes a batch_size that they cannot share evenly,
-            graph="on" or fuse_output_layer.
+            graph="on" without a CUDA device, fuse_output_layer with a decoder that does not end in such a layer, a
+            model without a parameter to train, or a state of other images, batches or parameters; in several processes
+            a batch_size that they cannot share evenly, graph="on" or fuse_output_layer.
+        TypeError: a model that is no VAE, images that are no tensor or of another dtype, or what is no number.
         FloatingPointError: a loss or a gradient is not finite, or with skip_nonfinite none of an epoch is finite, seen
             at the next report or at the end of its epoch; on_state is not called for that epoch, so that what it kept
             before is good.
         ProcessLost: another process has ended.
+        GraphError: with graph="on", a capture failed.
     """
-    _check(model, train_images, test_images, epochs, batch_size, learning_rate, beta, kl_warmup, graph, precision)
-    if clip_norm is not None and not clip_norm > 0:
-        raise ValueError(f"clip_norm must be positive, got {clip_norm}")
-    if not 0 <= free_bits < math.inf:
-        raise ValueError(f"free_bits must be finite and not negative, got {free_bits}")
-    if patience is not None and patience < 1:
-        raise ValueError(f"patience must be at least 1, got {patience}")
+    check_model(model)
+    check_images("train_images", train_images, model)
+    check_images("test_images", test_images, model)
+    epochs = integer("epochs", epochs, 1)
+    batch_size = integer("batch_size", batch_size, 1, len(train_images), ", the number of training images")
+    learning_rate = number("learning_rate", learning_rate, "positive and finite", positive)
+    beta = number("beta", beta, "finite and not negative", not_negative)
+    kl_warmup = number("kl_warmup", kl_warmup, "finite and not negative", not_negative)
+    free_bits = number("free_bits", free_bits, "finite and not negative", not_negative)
+    if clip_norm is not None:
+        clip_norm = number("clip_norm", clip_norm, "positive", lambda value: value > 0)
+    if patience is not None:
+        patience = integer("patience", patience, 1)
+    if graph not in ("auto", "on", "off"):
+        raise ValueError(f'graph must be "auto", "on" or "off", got {graph!r}')
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if resume is not None and not isinstance(resume, TrainingState):
+        raise TypeError(f"resume must be a TrainingState, of on_state or a Checkpoint's state, got {type(resume)}")
     device = next(model.parameters()).device
     on_cuda = device.type == "cuda"
+    if graph == "on" and not on_cuda:
+        raise ValueError(f'graph="on" needs a CUDA device, got {device}')
     processes = Processes(device)
+    if processes.rank == 0:
+        warn_of_values("train_images", train_images)
+        warn_of_values("test_images", test_images)
+        warn_of_warmup(kl_warmup, epochs)
     if processes.together:
         if batch_size % processes.size:
             raise ValueError(f"batch_size must be a multiple of {processes.size}, the processes, got {batch_size}")
@@ -145,7 +177,7 @@ def train(
             train_images,
             batch_size,
             beta_on_device,
-            on_cuda and graph != "off" and not processes.together,
+            graph if on_cuda and not processes.together else "off",
             autocast_dtype,
             fuse_output_layer,
             clip_norm,
@@ -260,41 +292,3 @@ def _train(
             break
         done = 0
     return rows
-
-
-def _check(
-    model: VAE,
-    train_images: Tensor,
-    test_images: Tensor,
-    epochs: int,
-    batch_size: int,
-    learning_rate: float,
-    beta: float,
-    kl_warmup: float,
-    graph: str,
-    precision: str,
-) -> None:
-    if epochs < 1:
-        raise ValueError(f"epochs must be at least 1, got {epochs}")
-    if not 1 <= batch_size <= len(train_images):
-        raise ValueError(
-            f"batch_size must be 1 to {len(train_images)}, the number of training images, got {batch_size}"
-        )
-    if not (learning_rate > 0 and math.isfinite(learning_rate)):
-        raise ValueError(f"learning_rate must be positive and finite, got {learning_rate}")
-    if not (beta >= 0 and math.isfinite(beta)):
-        raise ValueError(f"beta must be finite and not negative, got {beta}")
-    if not (kl_warmup >= 0 and math.isfinite(kl_warmup)):
-        raise ValueError(f"kl_warmup must be finite and not negative, got {kl_warmup}")
-    if graph not in ("auto", "on", "off"):
-        raise ValueError(f'graph must be "auto", "on" or "off", got {graph!r}')
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    device = next(model.parameters()).device
-    if graph == "on" and device.type != "cuda":
-        raise ValueError(f'graph="on" needs a CUDA device, got {device}')
-    for name, images in (("train_images", train_images), ("test_images", test_images)):
-        if images.device != device and images.device.type != "cpu":
-            raise ValueError(f"{name} must be on the model's device, {device}, or the CPU, got {images.device}")
-    if len(test_images) == 0:
-        raise ValueError("test_images must hold at least one image, got none")

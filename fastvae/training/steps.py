@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,12 +13,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 import fastvae.functional as F
+from fastvae import random
 from fastvae.backend import backend_for
 from fastvae.functional import ELBO
 from fastvae.models import VAE
 from fastvae.training.average import MovingAverage
+from fastvae.training.checks import not_negative, number
 from fastvae.training.distributed import Processes
 from fastvae.training.gradients import limit_gradients
+from fastvae.training.graphs import GraphError, capture, first_cause, on_side_stream
 from fastvae.training.output_layer import OutputLayer, output_layer
 
 # A replay costs the host one launch, and the device two fills of the generator's state and two copies, whatever the
@@ -47,7 +51,11 @@ def training_step(
     ``gradient_norms`` are those of `fastvae.training.gradients.limit_gradients`. Where the images are a part of a batch
     that several processes share, the model is one of torch's DistributedDataParallel, without ``output``, and
     ``batch_offset`` the number of images before these. ``free_bits`` is that of `fastvae.models.VAE.forward`.
+
+    Raises ``ValueError`` for a beta, if it is no tensor, that is negative or not finite.
     """
+    if not isinstance(beta, Tensor):
+        beta = number("beta", beta, "finite and not negative", not_negative)
     # No cache: it would keep casts of the weights of one captured step for the next.
     autocast = torch.autocast(images.device.type, autocast_dtype, autocast_dtype is not None, cache_enabled=False)
     roots: tuple[Tensor | None, ...]
@@ -78,10 +86,14 @@ def training_step(
 class Steps:
     """The steps of an epoch on shuffled images.
 
-    With `graph`, the first steps run as they are, for nothing may be compiled or allocated for the first time while a
+    With a graph, the first steps run as they are, for nothing may be compiled or allocated for the first time while a
     graph is captured; the next ones are captured, and from then on replayed. What changes between replays lies in
-    tensors that the graph reads: which images, beta, and the state of the generator. The images' device must be the
-    current one.
+    tensors that the graph reads: which images, beta, and the state of the generator. Other numbers of the optimizer,
+    like the betas that some schedules move, are part of the graph: it is captured again when one of them has changed.
+    The images' device must be the current one.
+
+    graph: "off"; "auto": with a graph, and without one from where a capture fails, which is a warning; "on": a capture
+    that fails raises `GraphError`.
 
     Images on the CPU, for a model that is elsewhere, are brought there as many as run at a time.
 
@@ -97,7 +109,7 @@ class Steps:
         images: Tensor,
         batch_size: int,
         beta: Tensor,
-        graph: bool,
+        graph: str,
         autocast_dtype: torch.dtype | None = None,
         fuse_output_layer: bool = False,
         clip_norm: float | None = None,
@@ -116,7 +128,7 @@ class Steps:
         self._model = self.processes.wrap(model)
         self.count = len(images) // batch_size
         self.at_a_time = 1
-        if graph:
+        if graph != "off":
             self.at_a_time = min(
                 (k for k in _STEPS_PER_GRAPH if k <= self.count), key=lambda k: self.count % k, default=1
             )
@@ -132,9 +144,10 @@ class Steps:
             self._source = images[: self.at_a_time * batch_size].to(device, memory_format=torch.channels_last)
             self._copied = [torch.cuda.Event() for _ in range(2 * (device.type == "cuda"))]  # type: ignore[no-untyped-call]
         self._graph = graph
-        self._norms = not graph or clip_norm is not None or skip_nonfinite
+        self._norms = graph == "off" or clip_norm is not None or skip_nonfinite
         self._warm = False
         self._replay: Callable[[], None] | None = None
+        self._captured_numbers: list[dict[str, Any]] = []  # of the optimizer, as they are in the graph
 
     def shuffle(self) -> None:
         """Begin an epoch."""
@@ -147,17 +160,19 @@ class Steps:
         found = self.history[first : first + count]
         if self._source is not self.images:
             indices = self._bring(self.processes.part(indices))  # several processes run one step at a time
-        if self._graph and self._warm and self._replay is None and count == self.at_a_time:
-            self._replay = self._captured()
-        if not self._graph or count < self.at_a_time:
+        if self._graph == "off" or count < self.at_a_time:
             self._take(indices, found)
-        elif self._replay is None:
-            on_side_stream(lambda: self._take(indices, found))
+            return count
+        # The steps before a capture use what the graph will use, so that the kernels that run under capture are
+        # compiled and loaded before: how a tensor is aligned and where a seed comes from make other kernels.
+        self._indices.copy_(indices)
+        if not self._warm:
+            with random.by_pointer():
+                on_side_stream(lambda: self._take(self._indices, self._found), self.device)
             self._warm = True
-        else:
-            self._indices.copy_(indices)
-            self._replay()
-            found.copy_(self._found)
+        elif not self._replayed():
+            self._take(self._indices, self._found)
+        found.copy_(self._found)
         return count
 
     def release(self) -> None:
@@ -209,35 +224,39 @@ class Steps:
             batch = self._source[indices]
         return batch.contiguous(memory_format=torch.channels_last)
 
-    def _captured(self) -> Callable[[], None] | None:
-        self.optimizer.zero_grad()  # so that the gradients are allocated in the graph
+    def _replayed(self) -> bool:
+        """Run the steps as a graph, which is captured first if there is none with the optimizer's numbers of now.
+
+        False where the capture failed: nothing has run, and nothing will be captured any more.
+        """
+        numbers = _numbers(self.optimizer)
+        if self._replay is not None and numbers == self._captured_numbers:
+            self._replay()
+            return True
+        self.release()  # so that the gradients are allocated in the graph
+        handled = sys.exc_info()[1]
         try:
-            return capture(lambda: self._take(self._indices, self._found))
-        except RuntimeError as error:
-            self.optimizer.zero_grad()
-            warnings.warn(f"training goes on without a CUDA graph, whose capture failed: {error}", stacklevel=2)
-            self._graph = False
-            return None
+            replay = capture(lambda: self._take(self._indices, self._found), self.device)
+            # A graph without work is no error to CUDA. No reconstruction, a sum of squares, is negative.
+            self._found[:, 1] = -1
+            replay()
+            if (self._found[:, 1] < 0).any():
+                raise RuntimeError("the captured graph is empty")
+        except Exception as error:
+            self.release()
+            cause = first_cause(error, handled)
+            if self._graph == "on":
+                raise GraphError(f"the capture of a CUDA graph failed: {cause}") from error
+            warnings.warn(f"training goes on without a CUDA graph, whose capture failed: {cause}", stacklevel=3)
+            self._graph = "off"
+            return False
+        self._replay, self._captured_numbers = replay, numbers
+        return True
 
 
-def on_side_stream(run: Callable[[], None]) -> None:
-    """What is captured later must have run on a stream other than the default one, where nothing can be captured."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-
-
-def capture(run: Callable[[], None]) -> Callable[[], None]:
-    """A CUDA graph of what `run` launches; nothing is computed yet. Returns its replay."""
-    graph = torch.cuda.CUDAGraph()
-    # A capture that fails leaves its stream current: the outer block puts back the one that was. thread_local: what the
-    # threads of other libraries do is no part of this capture.
-    with (
-        torch.cuda.stream(torch.cuda.current_stream()),
-        torch.cuda.graph(graph, capture_error_mode="thread_local"),
-    ):
-        run()
-    replay: Callable[[], None] = graph.replay
-    return replay
+def _numbers(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Of each group all but its parameters; a tensor counts as which one it is, because a graph reads what is in it."""
+    return [
+        {name: id(value) if isinstance(value, Tensor) else value for name, value in group.items() if name != "params"}
+        for group in optimizer.param_groups
+    ]
