@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastvae.models import ConvVAE
-from fastvae.training import threads
+from fastvae.training import threads, train
 
 
 class Machine:
@@ -71,3 +71,63 @@ def test_the_users_number_wins(monkeypatch, two_threads):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     monkeypatch.setattr(threads, "fastest", None)
     assert threads.choose_threads(ConvVAE((1, 8, 8), 2), torch.zeros(4, 1, 8, 8), 4) == 2
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+DATA = torch.randint(0, 256, (8, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def trained(monkeypatch, two_threads):
+    """Train an epoch; returns the threads of its steps, and its state."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(threads, "fastest", lambda numbers, step: 1)
+
+    def run(epochs=1, **options):
+        seen, states = [], []
+
+        def look(*arguments):
+            seen.append(torch.get_num_threads())
+
+        torch.manual_seed(0)
+        model = ConvVAE((1, 8, 8), 2, channels=(2,))
+        model.register_forward_hook(look)
+        train(model, DATA, DATA, epochs=epochs, batch_size=4, on_state=states.append, **options)
+        return set(seen), states[-1]
+
+    return run
+
+
+def test_steps_have_the_threads_that_were_chosen(trained):
+    seen, state = trained()
+    assert seen == {1} and state.threads == 1
+    assert torch.get_num_threads() == 2
+
+
+def test_steps_have_the_threads_that_are_asked_for(trained):
+    seen, state = trained(threads=2)
+    assert seen == {2} and state.threads == 2
+
+
+def test_training_goes_on_with_the_threads_that_it_had(trained):
+    _, state = trained(threads=2)
+    seen, later = trained(epochs=2, resume=state)
+    assert seen == {2} and later.threads == 2
+    # A state of before the number was kept.
+    seen, _ = trained(epochs=2, resume=state._replace(threads=None))
+    assert seen == {1}
+
+
+def test_the_users_number_wins_over_that_of_a_state(trained, monkeypatch):
+    _, state = trained()
+    assert state.threads == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    seen, _ = trained(epochs=2, resume=state)
+    assert seen == {2}
+
+
+@pytest.mark.parametrize(("number", "error"), [(0, ValueError), (1.5, TypeError), (True, TypeError)])
+def test_threads_must_be_a_number_of_threads(trained, number, error):
+    with pytest.raises(error, match="threads must be"):
+        trained(threads=number)

@@ -12,6 +12,7 @@ from fastvae.training.precision import PRECISIONS
 from fastvae.training.records import versions, write_metrics, write_summary
 from fastvae.training.state import TrainingState
 from fastvae.training.steps import training_step
+from fastvae.training.threads import choose_threads, with_threads
 
 __all__ = [
     "PRECISIONS",
@@ -25,6 +26,7 @@ __all__ = [
     "Progress",
     "TrainingState",
     "best_epoch",
+    "choose_threads",
     "make_display",
     "process_group",
     "read_checkpoint",
@@ -32,6 +34,7 @@ __all__ = [
     "train",
     "training_step",
     "versions",
+    "with_threads",
     "write_checkpoint",
     "write_metrics",
     "write_summary",

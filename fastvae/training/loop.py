@@ -36,6 +36,7 @@ from fastvae.training.metrics import EpochMetrics, Progress, best_epoch
 from fastvae.training.precision import PRECISIONS, arithmetic
 from fastvae.training.state import TrainingState, restore, state_of
 from fastvae.training.steps import Steps
+from fastvae.training.threads import choose_threads, with_threads
 
 # Each report reads from the device, so it waits for the steps that are queued there; a display needs no more than this.
 _REPORT_SECONDS = 0.5
@@ -59,6 +60,7 @@ def train(
     skip_nonfinite: bool = False,
     graph: str = "auto",
     precision: str = "tf32",
+    threads: int | None = None,
     fuse_output_layer: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
     on_progress: Callable[[Progress], None] | None = None,
@@ -96,6 +98,8 @@ def train(
             the device.
         precision: of convolutions and matrix products, "fp32"; "tf32", where the hardware has it; or "bf16", by
             autocast. Weights and losses are float32 with each.
+        threads: of a CPU's steps; None: those with which a step takes the least time (`choose_threads`), or with
+            `resume` those of the state. Of several processes each has those that torch has.
         fuse_output_layer: compute the decoder's last layer, a ReLU before it, the loss and their gradients together
             (`fastvae.functional.conv_elbo_value_and_grad`), in float32. Not yet measured on a GPU; on the CPU it only
             shows the same losses.
@@ -136,6 +140,8 @@ def train(
         clip_norm = number("clip_norm", clip_norm, "positive", lambda value: value > 0)
     if patience is not None:
         patience = integer("patience", patience, 1)
+    if threads is not None:
+        threads = integer("threads", threads, 1)
     if graph not in ("auto", "on", "off"):
         raise ValueError(f'graph must be "auto", "on" or "off", got {graph!r}')
     if precision not in PRECISIONS:
@@ -170,7 +176,13 @@ def train(
     scheduler = None if schedule is None else schedule(optimizer)
     beta_on_device = torch.tensor(beta, device=device)
     autocast_dtype = torch.bfloat16 if precision == "bf16" else None
-    with losses_named(), arithmetic(precision), torch.cuda.device(device) if on_cuda else freed_memory_kept():
+    if on_cuda or (processes.together and threads is None):
+        threads = torch.get_num_threads()
+    elif threads is None:
+        before = None if resume is None else resume.threads
+        threads = choose_threads(model, train_images, batch_size, precision=precision, before=before)
+    on_device = torch.cuda.device(device) if on_cuda else freed_memory_kept()
+    with losses_named(), arithmetic(precision), with_threads(threads), on_device:
         steps = Steps(
             model,
             optimizer,

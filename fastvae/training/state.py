@@ -23,7 +23,8 @@ class TrainingState(NamedTuple):
     optimizer: its state_dict. generators: the states of the default generators, the CPU's and, if the model is on
     another device, that device's.
     average: the state_dict of `MovingAverage.model`, None without one; schedule: of the scheduler.
-    images, batch_size: those of the training set, and of a step; None in files of before they were kept.
+    images, batch_size: those of the training set, and of a step; threads: those of a CPU's steps. None in files of
+    before they were kept.
     """
 
     rows: list[EpochMetrics]
@@ -36,6 +37,7 @@ class TrainingState(NamedTuple):
     schedule: dict[str, Any] | None = None
     images: int | None = None
     batch_size: int | None = None
+    threads: int | None = None
 
 
 def state_of(
@@ -53,6 +55,7 @@ def state_of(
         None if scheduler is None else _on_cpu(scheduler.state_dict()),
         len(steps.images),
         steps.batch_size,
+        None if steps.device.type == "cuda" else torch.get_num_threads(),
     )
 
 

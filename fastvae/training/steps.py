@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -237,10 +238,10 @@ class Steps:
         handled = sys.exc_info()[1]
         try:
             replay = capture(lambda: self._take(self._indices, self._found), self.device)
-            # A graph without work is no error to CUDA. No reconstruction, a sum of squares, is negative.
-            self._found[:, 1] = -1
+            # A graph without work is no error to CUDA. No step has this reconstruction.
+            self._found[:, 1] = -math.inf
             replay()
-            if (self._found[:, 1] < 0).any():
+            if self._found[:, 1].isneginf().any():
                 raise RuntimeError("the captured graph is empty")
         except Exception as error:
             self.release()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastvae.models import VAE
+from fastvae.training.memory import freed_memory_kept
 from fastvae.training.precision import arithmetic
 from fastvae.training.steps import training_step
 
@@ -25,24 +26,29 @@ from fastvae.training.steps import training_step
 _SECONDS = 0.2
 
 
-def choose_threads(model: VAE, images: Tensor, batch_size: int, *, precision: str = "tf32") -> int:
+def choose_threads(
+    model: VAE, images: Tensor, batch_size: int, *, precision: str = "tf32", before: int | None = None
+) -> int:
     """The number of threads with which a step of `fastvae.training.train` takes the least time on this CPU now.
 
     Steps are tried on a copy of the model with 1, 2, 4, ... threads, up to ``torch.get_num_threads()``, for 0.4 s each
     (at least three steps). The model and the random numbers stay as they were.
 
-    The last bits of what is trained depend on the number of threads. Where the environment variable OMP_NUM_THREADS is
-    set, ``torch.get_num_threads()`` is returned, so that equal seeds give equal bits whatever else the machine does.
+    The last bits of what is trained depend on the number of threads. So a run that goes on keeps the number that it had
+    ``before``. Where the environment variable OMP_NUM_THREADS is set, ``torch.get_num_threads()`` is returned, so that
+    equal seeds give equal bits whatever else the machine does.
     """
     available = torch.get_num_threads()
-    if available == 1 or os.environ.get("OMP_NUM_THREADS"):
+    if os.environ.get("OMP_NUM_THREADS"):
         return available
+    if before is not None or available == 1:
+        return before or available
     trial = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(trial.parameters(), lr=0.0)
     batch = images[:batch_size].contiguous(memory_format=torch.channels_last)
     autocast_dtype = torch.bfloat16 if precision == "bf16" else None
     numbers = [1 << power for power in range(available.bit_length()) if 1 << power < available]
-    with torch.random.fork_rng(devices=[]), arithmetic(precision):
+    with torch.random.fork_rng(devices=[]), arithmetic(precision), freed_memory_kept():
         return fastest(
             [*numbers, available], lambda: training_step(trial, optimizer, batch, autocast_dtype=autocast_dtype)
         )
@@ -52,11 +58,11 @@ def fastest(numbers: Sequence[int], step: Callable[[], object]) -> int:
     """Of these numbers of threads the one with which a step takes the least time; of equals the first."""
     seconds = dict.fromkeys(numbers, 0.0)
     for number in numbers:  # the first step with each number allocates and prepares
-        with threads(number):
+        with with_threads(number):
             step()
     for _ in range(2):  # in turns, because the load of the machine changes
         for number in numbers:
-            with threads(number):
+            with with_threads(number):
                 seconds[number] += mean_seconds(step)
     return min(numbers, key=lambda number: seconds[number])
 
@@ -73,10 +79,10 @@ def mean_seconds(step: Callable[[], object]) -> float:
 
 
 @contextmanager
-def threads(number: int | None) -> Iterator[None]:
-    """Compute with so many threads in this block; with None, with as many as before."""
+def with_threads(number: int) -> Iterator[None]:
+    """Compute with so many threads in this block."""
     before = torch.get_num_threads()
-    torch.set_num_threads(before if number is None else number)
+    torch.set_num_threads(number)
     try:
         yield
     finally:
