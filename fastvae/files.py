@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import os
 import uuid
@@ -38,3 +39,13 @@ def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[object]
     writer.writerows([f"{value:.7g}" if isinstance(value, float) else value for value in row] for row in rows)
     with replacing(path) as file:
         file.write(text.getvalue().encode())
+
+
+def checksum(content: bytes | Path) -> str:
+    """The SHA-256, 64 hexadecimal digits, of bytes or of a file, which is read a block at a time. Raises ``OSError``."""
+    digest = hashlib.sha256(b"" if isinstance(content, Path) else content)
+    if isinstance(content, Path):
+        with open(content, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
