@@ -2,7 +2,7 @@
 
     python examples/train.py                    scikit-learn's bundled digits on a CPU, MNIST on a CUDA device
     python examples/train.py --dataset mnist    MathWorks' example: 30 epochs in batches of 128
-    python examples/train.py --dataset folder --data-dir DIR    PNG and JPEG files of your own
+    python examples/train.py --data-dir DIR     pictures of your own, of any format and size
     python examples/train.py --resume DIR       go on with the run in DIR, as if it had not stopped
     torchrun --nproc-per-node=N examples/train.py     in N processes, each with its GPU and its part of every batch
 
@@ -42,7 +42,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, ReduceLROnP
 
 import fastvae
 from fastvae import plots
-from fastvae.data import DATASETS, OWN_DATASETS, DownloadError, ImageDataset, load_dataset
+from fastvae.data import DATASETS, OWN_DATASETS, DownloadError, ImageDataset, find_dataset, load_dataset
 from fastvae.evaluation import reconstruction_errors
 from fastvae.models import VAE, ConvVAE
 from fastvae.program import (
@@ -151,6 +151,11 @@ def run(arguments: argparse.Namespace, device: torch.device, checkpoint: Checkpo
     processes = Processes(device)
     arguments.quiet = arguments.quiet or processes.rank > 0
     say: Callable[[str], None] = (lambda line: None) if arguments.quiet else print
+    if arguments.dataset == "auto" and arguments.data_dir is not None:
+        try:
+            arguments.dataset = find_dataset(arguments.data_dir)
+        except (ImportError, OSError, ValueError) as error:
+            raise UserError(f"--data-dir without --dataset: {error}") from error
     if arguments.dataset == "folder" and arguments.data_dir is not None:
         say(f"reading   {printable(str(arguments.data_dir))} (may take minutes the first time)")
     try:
@@ -416,13 +421,13 @@ def choose_dataset(
         dataset = load_dataset(name, data_dir, image_size=image_size, strict=strict)
         return dataset, f"{shape_in_words(dataset.train_images.shape[1:])}, from {printable(str(data_dir))}"
     if name == "digits":
-        return load_dataset(name), "asked for (MNIST: --dataset mnist)"
+        return load_dataset(name, data_dir), "asked for (MNIST: --dataset mnist)"
     if name != "auto":
         return load_dataset(name, data_dir), "asked for (the bundled digits: --dataset digits)"
     if device.type == "cpu":
         return load_dataset("digits"), "the choice for a CPU, where MNIST takes long (MNIST: --dataset mnist)"
     try:
-        mnist = load_dataset("mnist", data_dir)
+        mnist = load_dataset("mnist")
         return mnist, "the choice for a CUDA device (the bundled digits: --dataset digits)"
     except (DownloadError, OSError) as error:
         cause = str(error).splitlines()[0].rstrip(":")
@@ -446,7 +451,7 @@ def skipped_in_words(dataset: ImageDataset) -> str:
     first = "; ".join(f"{printable(item.path)}: {item.reason}" for item in dataset.skipped[:3])
     rest = ", ..." if len(dataset.skipped) > 3 else ""
     files = "file" if len(dataset.skipped) == 1 else "files"
-    return f"{len(dataset.skipped):,} {files} that cannot be read (--strict: stop): {first}{rest}"
+    return f"{len(dataset.skipped):,} {files} not read (--strict: stop): {first}{rest}"
 
 
 def printable(text: str) -> str:
@@ -511,7 +516,12 @@ def new_folder(dataset: str) -> Path:
 def parse_arguments() -> tuple[argparse.Namespace, set[str]]:
     """The arguments, and the names of those that were given."""
     parser = Parser(__doc__)
-    parser.add_argument("--dataset", choices=("auto", *DATASETS), default="auto")
+    parser.add_argument(
+        "--dataset",
+        choices=("auto", *DATASETS),
+        default="auto",
+        help="default: what --data-dir holds; without it digits on a CPU, mnist on a CUDA device",
+    )
     parser.add_argument(
         "--data-dir",
         type=Path,
@@ -524,7 +534,7 @@ def parse_arguments() -> tuple[argparse.Namespace, set[str]]:
         metavar="N",
         help="resize a folder's images to N x N pixels, default: the size they share, if not above 128, else 64",
     )
-    parser.add_argument("--strict", action="store_true", help="stop at a file that cannot be read, default: skip it")
+    parser.add_argument("--strict", action="store_true", help="stop at a file that is not read, default: name it")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--backend", choices=("auto", "triton", "reference"), default="auto")
     parser.add_argument(

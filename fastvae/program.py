@@ -114,7 +114,7 @@ def open_run(arguments: argparse.Namespace) -> Run:
 
 
 def images_in_words(run: Run) -> str:
-    skipped = f"; files left out, which cannot be read: {len(run.dataset.skipped):,}" if run.dataset.skipped else ""
+    skipped = f"; files that are not read: {len(run.dataset.skipped):,}" if run.dataset.skipped else ""
     return f"{run.dataset.name}, {len(run.images):,} test images on {run.images.device.type}{skipped}"
 
 

@@ -419,7 +419,7 @@ def test_pictures_of_any_size(saved, run, name, monkeypatch, capsys):
     few = ("--samples", 2) if name == "evaluate" else ()
     assert run(name, saved, "--dataset", "folder", "--data-dir", saved / "pictures", *few) == 0
     output, errors = capsys.readouterr()
-    assert "3 test images on cpu; files left out, which cannot be read: 1\n" in output
+    assert "3 test images on cpu; files that are not read: 1\n" in output
     assert errors == ""
 
 
