@@ -13,13 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .dataset import ImageDataset, SkippedFile, tensor_of
+from .dataset import MOST_PIXELS, ImageDataset, SkippedFile, tensor_of
 from .decoded import MODES, decoded_once, strict_error
 from .mnist import default_data_dir
 from .pictures import picture_endings, require_pillow
 
 _SETS = ("train", "test")
-_MOST_PIXELS = 1 << 26  # of an image as it is wanted: 8192 x 8192
 _TENTH = bytes([26])  # of the first bytes of hashes, 26 of 256 are below it
 _HIDDEN = ("desktop.ini", "thumbs.db")  # by Windows, as names that begin with a dot are elsewhere
 
@@ -71,8 +70,8 @@ def load_folder(
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     if size is not None and (len(size) != 2 or min(size) < 1):
         raise ValueError(f"image_size must be a positive number of pixels or two, (height, width), got {image_size}")
-    if size is not None and math.prod(size) > _MOST_PIXELS:
-        raise ValueError(f"image_size must be of at most {_MOST_PIXELS:,} pixels, got {size[0]} x {size[1]}")
+    if size is not None and math.prod(size) > MOST_PIXELS:
+        raise ValueError(f"image_size must be of at most {MOST_PIXELS:,} pixels, got {size[0]} x {size[1]}")
     if channels not in (None, *MODES):
         raise ValueError(f"channels must be 1 or 3, got {channels}")
     root = Path(path).expanduser()
