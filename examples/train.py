@@ -10,7 +10,8 @@ Ctrl-C ends training after the current step; the model is still evaluated, every
 ("interrupted" in summary.json is true). A second Ctrl-C aborts, with exit code 130. What the user can put right ends in
 one line and exit code 2, a loss that diverges in exit code 1.
 
-Files in --out, each written atomically; those of an earlier run are removed first:
+Files in --out, each written atomically; those of an earlier run are removed first. A run that finds another at work in
+its folder ends without touching it:
     metrics.csv            a row for each epoch: losses in nats per image, seconds since training began
     checkpoint.pt          the model and the state of its training, written every --checkpoint-every epochs and at the
                            end; checkpoint.previous.pt is the one before
@@ -50,6 +51,8 @@ from fastvae.program import (
     UserError,
     choose_device,
     fraction,
+    locked,
+    make_folder,
     non_negative_number,
     positive_integer,
     positive_number,
@@ -120,15 +123,15 @@ def main() -> int:
     """Run the program; returns its exit code."""
     try:
         arguments, given = parse_arguments()
-        checkpoint = take_over(arguments, given) if arguments.resume else None
-        # With "auto" the environment variable FASTVAE_BACKEND stays in force.
-        asked = arguments.backend != "auto"
-        device = own_device(arguments.device)
-        with (
-            fastvae.use_backend(arguments.backend) if asked else contextlib.nullcontext(),
-            process_group(device),
-        ):
-            run(arguments, device, checkpoint)
+        with contextlib.ExitStack() as held:
+            if arguments.resume and arguments.resume.is_dir() and os.environ.get("RANK", "0") == "0":
+                held.enter_context(locked(arguments.resume))  # before its checkpoint is read
+            checkpoint = take_over(arguments, given) if arguments.resume else None
+            if arguments.backend != "auto":  # with "auto" the environment variable FASTVAE_BACKEND stays in force
+                held.enter_context(fastvae.use_backend(arguments.backend))
+            device = own_device(arguments.device)
+            held.enter_context(process_group(device))
+            run(arguments, device, checkpoint, held)
     except UserError as error:
         print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -147,7 +150,10 @@ def main() -> int:
     return 0
 
 
-def run(arguments: argparse.Namespace, device: torch.device, checkpoint: Checkpoint | None) -> None:
+def run(
+    arguments: argparse.Namespace, device: torch.device, checkpoint: Checkpoint | None, held: contextlib.ExitStack
+) -> None:
+    """held: what ends with the program; the lock of the run's folder goes there."""
     processes = Processes(device)
     arguments.quiet = arguments.quiet or processes.rank > 0
     say: Callable[[str], None] = (lambda line: None) if arguments.quiet else print
@@ -202,7 +208,7 @@ def run(arguments: argparse.Namespace, device: torch.device, checkpoint: Checkpo
     parameters = sum(parameter.numel() for parameter in model.parameters())
 
     # Of several processes only the first writes.
-    folder = prepare_run(arguments.out, dataset.name, new=checkpoint is None) if processes.rank == 0 else Path()
+    folder = prepare_run(arguments.out, dataset.name, checkpoint is None, held) if processes.rank == 0 else Path()
     say(f"device    {device_name(device)}")
     if processes.together:
         say(f"processes {processes.size}, with {batch_size // processes.size} images of every batch each")
@@ -490,10 +496,14 @@ def take_over(arguments: argparse.Namespace, given: set[str]) -> Checkpoint:
     return checkpoint
 
 
-def prepare_run(out: Path | None, dataset: str, new: bool) -> Path:
-    """The run's folder."""
+def prepare_run(out: Path | None, dataset: str, new: bool, held: contextlib.ExitStack) -> Path:
+    """The run's folder, locked; that of a run that goes on is already."""
     try:
-        folder = prepare_folder(new_folder(dataset) if out is None else out, FILES, new=new)
+        folder = new_folder(dataset) if out is None else out
+        if new:
+            make_folder(folder)
+            held.enter_context(locked(folder))
+        prepare_folder(folder, FILES, new=new)
         if new:
             shutil.rmtree(folder / "tensorboard", ignore_errors=True)
             write_metrics(folder / "metrics.csv", [])  # shows now, not after training, that files can be written

@@ -32,9 +32,8 @@ def dataset_of(name: str, train: Part, test: Part | None) -> ImageDataset:
     where they lie in row-major order. Floats must lie in [0, 1] and become the nearest of 256 levels, round(255 x), in
     memory: what is lost is at most 1/510 per value. Labels are integers below 2^63, [N] or [N, 1].
 
-    Raises ``ValueError``, naming the source, for what is none of this, for images above 8192 x 8192 pixels, for fewer than
-    two images without a test set,
-    and for a test set whose images have another shape.
+    Raises ``ValueError``, naming the source, for what is none of this, for images above 8192 x 8192 pixels, for fewer
+    than two images without a test set, and for a test set whose images have another shape.
     """
     train_images, train_labels = _images(train), _labels(train)
     if test is not None:

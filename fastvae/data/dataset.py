@@ -9,7 +9,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-
 MOST_PIXELS = 1 << 26  # of an image, 8192 x 8192: a larger one is a mistake, and what is made of it fills the memory
 
 
