@@ -160,7 +160,7 @@ def test_read_idx_does_not_allocate_what_a_false_header_asks_for(tmp_path: Path,
     path = write(tmp_path / "some-file", gzip.compress(content) if packed else content)
     tracemalloc.start()
     try:
-        with pytest.raises(ValueError, match="truncated data: .*[0-9] bytes, expected 4294967295"):
+        with pytest.raises(ValueError, match=r"truncated data: .*[0-9] bytes, expected 4294967295"):
             read_idx(path)
         assert tracemalloc.get_traced_memory()[1] < 16 << 20
     finally:

@@ -567,7 +567,7 @@ def test_a_lock_ends_with_its_process(tmp_path):
         os._exit(0)
     try:
         assert os.read(reading, 6) == b"locked"
-        with pytest.raises(UserError, match=f"is in use by another run, process {child} on "), locked(tmp_path):
+        with pytest.raises(UserError, match=rf"is in use by another run, process {child} on "), locked(tmp_path):
             pass
     finally:
         os.kill(child, signal.SIGKILL)
