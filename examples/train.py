@@ -249,7 +249,8 @@ def run(
     else:
         ended = "interrupted"
         say("stopped early; evaluating")
-    write_figures(folder, model if average is None else average.model, test_images, rows, arguments)
+    sampled = "z = mu" if arguments.deterministic else "sampled z"
+    shown_mse = write_figures(folder, model if average is None else average.model, test_images, rows, arguments)
     write_summary(
         folder / "summary.json",
         {
@@ -276,6 +277,7 @@ def run(
         f"result    loss {last.loss:.2f} and test loss {last.test_loss:.2f} nats per image, "
         f"test mse {last.test_mse:.4f} with z = mu, {last.seconds:.0f} s"
     )
+    say(f"pictures  reconstructions and their errors with {sampled}, mse {shown_mse:.4f}")
     say(f"written   {folder}: {', '.join(name for name in FILES if (folder / name).exists())}")
 
 
@@ -365,7 +367,8 @@ def write_figures(
     test_images: torch.Tensor,
     rows: list[EpochMetrics],
     arguments: argparse.Namespace,
-) -> None:
+) -> float:
+    """Returns the mean squared error of the reconstructions as they are shown."""
     deterministic = arguments.deterministic
     plots.plot_losses(folder / "loss.png", rows)
     device = next(model.parameters()).device
@@ -378,7 +381,8 @@ def write_figures(
     plots.plot_errors(folder / "error_histogram.png", errors, deterministic=deterministic)
     # A generator of its own, so that a seed means the same latents however long training was.
     generator = torch.Generator(device).manual_seed(arguments.seed)
-    plots.write_image_grid(folder / "generated.png", model.sample(64, generator))
+    plots.write_image_grid(folder / "generated.png", model.sample(64, generator), title="64 images from z ~ N(0, I)")
+    return errors.mean().item()
 
 
 def settings(arguments: argparse.Namespace, epochs: int, batch_size: int) -> dict[str, Any]:

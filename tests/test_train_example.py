@@ -102,7 +102,7 @@ def check_folder(folder: Path, *, interrupted: bool, epochs: int | None = None) 
     for name in FILES:
         if name.endswith(".png"):
             assert (folder / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert struct.unpack(">II", (folder / "generated.png").read_bytes()[16:24]) == (672, 672)
+    assert struct.unpack(">II", (folder / "generated.png").read_bytes()[16:24]) == (672, 45 + 672)
     return rows, summary
 
 

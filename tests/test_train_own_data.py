@@ -76,6 +76,7 @@ def test_a_folder(tmp_path, run, own, capsys, monkeypatch):
     assert training + test == 40 and test >= 1
     expected = f"folder, {training} training and {test} test images; 12 x 12 pixels, RGB, from {own}"
     assert lines["dataset"] == expected
+    assert lines["pictures"].startswith("reconstructions and their errors with sampled z, mse 0.")
     assert lines["skipped"].startswith("4 files not read (--strict: stop): ")
     assert lines["skipped"].endswith(", ...") and "\x1b" not in lines["skipped"]
     assert {item["path"] for item in summary["dataset"]["skipped"]} == {
@@ -85,7 +86,7 @@ def test_a_folder(tmp_path, run, own, capsys, monkeypatch):
     assert summary["settings"]["batch_size"] == 16
     assert read_checkpoint(folder / "checkpoint.pt").model.image_shape == (3, 12, 12)
     size = struct.unpack(">II", (folder / "generated.png").read_bytes()[16:24])
-    assert size == (8 * 12 * 3, 8 * 12 * 3)
+    assert size == (8 * 12 * 3, 45 + 8 * 12 * 3)  # below its title
     for name in ("reconstructions.png", "error_histogram.png", "loss.png"):
         assert (folder / name).read_bytes()[:4] == b"\x89PNG"
 

@@ -67,7 +67,7 @@ def datasets(monkeypatch):
 @pytest.fixture(autouse=True)
 def coarse_figures(monkeypatch):
     """Most of the programs' time here would go into pixels."""
-    monkeypatch.setattr("fastvae.plots.figure._DOTS_PER_INCH", 30)
+    monkeypatch.setattr("fastvae.plots.figure.DOTS_PER_INCH", 30)
 
 
 @pytest.fixture
