@@ -183,7 +183,7 @@ def test_user_errors_are_one_line(folder, run, tmp_path, capsys) -> None:
 
 
 def test_what_is_installed_is_enough_for_something(folder, run, tmp_path, monkeypatch, capsys) -> None:
-    """After README's first command there is neither safetensors nor onnxscript: the command that brings them is named."""
+    """After README's first command there is neither safetensors nor onnxscript: the command for them is named."""
     checkpoint = tmp_path / "checkpoint.pt"
     write_checkpoint(checkpoint, fastvae.load(folder / "model.safetensors"), 1)
     found = importlib.util.find_spec

@@ -23,7 +23,7 @@ def test_a_checkout_finds_its_kernels_by_its_path_alone():
 
 
 def test_a_script_beside_the_clone_finds_what_pip_installed(tmp_path):
-    """The clone is named fastvae too: to Python a package without files, which it takes only where there is no other."""
+    """The clone is named fastvae too: to Python a package without files, taken only where there is no other."""
     clone, installed = tmp_path / "beside" / "fastvae", tmp_path / "site-packages" / "fastvae"
     clone.mkdir(parents=True)
     for name in ("fastvae", "kernels"):

@@ -255,8 +255,8 @@ def test_image_grid_with_a_title(tmp_path, width):
     band = len(titled) - len(plain)
     np.testing.assert_array_equal(titled[band:], plain)
     ink = np.nonzero(titled[:band].min(2) < 128)
-    assert 0 < ink[0].min() and ink[0].max() < band - 1
-    assert 0 < ink[1].min() and ink[1].max() < titled.shape[1] - 1
+    assert ink[0].min() > 0 and ink[0].max() < band - 1
+    assert ink[1].min() > 0 and ink[1].max() < titled.shape[1] - 1
     assert titled.shape[1] / 3 < ink[1].max() - ink[1].min()
     assert abs(ink[1].min() + ink[1].max() - titled.shape[1]) < 0.1 * titled.shape[1]
 

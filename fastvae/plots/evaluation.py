@@ -48,11 +48,8 @@ def plot_kl_per_dimension(path: Path, kl: Tensor, active: Tensor, *, threshold: 
     axes.set_xlim(-0.7, len(values) - 0.3)
     axes.set_xlabel("latent dimension, largest divergence first; grey: not active")
     axes.set_ylabel("KL divergence from N(0, 1), nats")
-    axes.set_title(
-        f"{values.sum():.2f} nats in {len(values)} dimensions; {int(active.sum())} are active: the variance of their mu is "
-        f"above {threshold:g}",
-        fontsize="small",
-    )
+    count = f"{int(active.sum())} are active: the variance of their mu is above {threshold:g}"
+    axes.set_title(f"{values.sum():.2f} nats in {len(values)} dimensions; {count}", fontsize="small")
     axes.grid(axis="y", alpha=0.3)
     save(figure, path)
 
