@@ -94,14 +94,17 @@ def evaluate_run() -> None:
     posteriors = evaluation.posteriors(model, images)
     active = evaluation.active_units(posteriors.mu, threshold=ACTIVE)
     kl = posteriors.kl
-    say(f"active units    {int(active.sum())} of {active.numel()}; KL {kl.sum():.2f} nats")
+    say(
+        f"active units    {int(active.sum())} of {active.numel()}, with a variance of mu above {ACTIVE}; "
+        f"KL {kl.sum():.2f} nats"
+    )
 
     labels = [None] * len(images) if run.labels is None else run.labels.tolist()
     worst = errors.argsort(descending=True, stable=True)[:WORST]
     rows = zip_longest(range(len(images)), labels, errors.tolist(), bounds.tolist(), likelihoods.tolist())
     write_csv(folder / "images.csv", ("image", "label", "mse", "elbo", "log_likelihood"), rows)
     plots.plot_errors(folder / "error_histogram.png", errors, deterministic=True)
-    plots.plot_kl_per_dimension(folder / "kl_per_dimension.png", kl, active)
+    plots.plot_kl_per_dimension(folder / "kl_per_dimension.png", kl, active, threshold=ACTIVE)
     plots.plot_reconstructions(
         folder / "worst_reconstructions.png",
         images[worst].float() / 255,

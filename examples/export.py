@@ -10,16 +10,19 @@ are removed first:
     decoder.onnx         z [B, K] -> images [B, C, H, W] in [0, 1]
     decoder.pt2          the same for torch.export.load("decoder.pt2").module(), which needs no fastvae
 
-What the user can put right ends in one line and exit code 2, an exported model that computes something else in exit
-code 1.
+A file whose package is not installed is left out, and named at the end with the command that installs it; decoder.pt2
+needs torch alone. What the user can put right ends in one line and exit code 2, an exported model that computes
+something else in exit code 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import fastvae
@@ -52,15 +55,29 @@ def run(arguments: argparse.Namespace) -> None:
     images, latents = f"images [B, {', '.join(map(str, model.image_shape))}]", f"[B, {model.latent_dim}]"
     encoder, decoder = Encoder(model), Decoder(model)
 
-    write_safetensors(folder / "model.safetensors", model)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    say(folder / "model.safetensors", f"{parameters:,} parameters")
-    difference = write_onnx(folder / "encoder.onnx", encoder)
-    say(folder / "encoder.onnx", f"{images} -> mu, logvar {latents}", compared("onnxruntime", difference))
-    difference = write_onnx(folder / "decoder.onnx", decoder)
-    say(folder / "decoder.onnx", f"z {latents} -> {images}", compared("onnxruntime", difference))
-    difference = write_program(folder / "decoder.pt2", decoder)
-    say(folder / "decoder.pt2", f"z {latents} -> {images}", compared("torch.export", difference))
+    missing: dict[str, list[str]] = {}  # what needs a package that is not installed: the files, by the error's words
+
+    @contextlib.contextmanager
+    def writing(name: str) -> Iterator[Path]:
+        try:
+            yield folder / name
+        except ImportError as error:
+            missing.setdefault(str(error), []).append(name)
+
+    with writing("model.safetensors") as path:
+        write_safetensors(path, model)
+        say(path, f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters")
+    with writing("encoder.onnx") as path:
+        difference = write_onnx(path, encoder)
+        say(path, f"{images} -> mu, logvar {latents}", compared("onnxruntime", difference))
+    with writing("decoder.onnx") as path:
+        difference = write_onnx(path, decoder)
+        say(path, f"z {latents} -> {images}", compared("onnxruntime", difference))
+    with writing("decoder.pt2") as path:
+        difference = write_program(path, decoder)
+        say(path, f"z {latents} -> {images}", compared("torch.export", difference))
+    if missing:
+        raise UserError("; ".join(f"{', '.join(names)} not written: {words}" for words, names in missing.items()))
 
 
 def say(path: Path, *facts: str) -> None:

@@ -74,7 +74,9 @@ def generate() -> None:
     say(f"images    {images_in_words(run)}")
 
     generator = torch.Generator(run.images.device).manual_seed(arguments.seed)
-    plots.write_image_grid(folder / "generated.png", run.model.sample(SAMPLES, generator))
+    plots.write_image_grid(
+        folder / "generated.png", run.model.sample(SAMPLES, generator), title=f"{SAMPLES} images from z ~ N(0, I)"
+    )
     found = posteriors(run.model, run.images)
     pairs = [arguments.between] if arguments.between else random_pairs(len(run.images), arguments.seed)
     plots.plot_image_rows(

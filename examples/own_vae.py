@@ -2,8 +2,8 @@
 
     python examples/own_vae.py [--epochs 40]
 
-On a CUDA device the loop runs the fused operations inside CUDA graphs, elsewhere plain PyTorch. Writes own_vae.png: 64
-images decoded from z ~ N(0, I).
+On a CUDA device the loop runs the fused operations inside CUDA graphs, elsewhere plain PyTorch. Writes
+runs/own_vae.png: 64 images decoded from z ~ N(0, I).
 """
 
 from __future__ import annotations
@@ -43,5 +43,7 @@ rows = train(
     batch_size=32,
     on_epoch=lambda row: print(f"epoch {row.epoch}: loss {row.loss:.2f}, test loss {row.test_loss:.2f} nats per image"),
 )
-plots.write_image_grid(Path("own_vae.png"), model.sample(64))
-print(f"{rows[-1].seconds:.0f} s on {device}; own_vae.png is written")
+path = Path("runs", "own_vae.png")
+path.parent.mkdir(exist_ok=True)
+plots.write_image_grid(path, model.sample(64), title="64 images from z ~ N(0, I)")
+print(f"{rows[-1].seconds:.0f} s on {device}; {path} is written")

@@ -2,7 +2,7 @@
 
     python examples/train.py                    scikit-learn's bundled digits on a CPU, MNIST on a CUDA device
     python examples/train.py --dataset mnist    MathWorks' example: 30 epochs in batches of 128
-    python examples/train.py --dataset folder --data-dir DIR    PNG and JPEG files of your own
+    python examples/train.py --data-dir DIR     pictures of your own, of any format and size
     python examples/train.py --resume DIR       go on with the run in DIR, as if it had not stopped
     torchrun --nproc-per-node=N examples/train.py     in N processes, each with its GPU and its part of every batch
 
@@ -10,7 +10,8 @@ Ctrl-C ends training after the current step; the model is still evaluated, every
 ("interrupted" in summary.json is true). A second Ctrl-C aborts, with exit code 130. What the user can put right ends in
 one line and exit code 2, a loss that diverges in exit code 1.
 
-Files in --out, each written atomically; those of an earlier run are removed first:
+Files in --out, each written atomically; those of an earlier run are removed first. A run that finds another at work in
+its folder ends without touching it:
     metrics.csv            a row for each epoch: losses in nats per image, seconds since training began
     checkpoint.pt          the model and the state of its training, written every --checkpoint-every epochs and at the
                            end; checkpoint.previous.pt is the one before
@@ -42,7 +43,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, ReduceLROnP
 
 import fastvae
 from fastvae import plots
-from fastvae.data import DATASETS, OWN_DATASETS, DownloadError, ImageDataset, load_dataset
+from fastvae.data import DATASETS, OWN_DATASETS, DownloadError, ImageDataset, find_dataset, load_dataset
 from fastvae.evaluation import reconstruction_errors
 from fastvae.models import VAE, ConvVAE
 from fastvae.program import (
@@ -50,6 +51,8 @@ from fastvae.program import (
     UserError,
     choose_device,
     fraction,
+    locked,
+    make_folder,
     non_negative_number,
     positive_integer,
     positive_number,
@@ -121,15 +124,15 @@ def main() -> int:
     """Run the program; returns its exit code."""
     try:
         arguments, given = parse_arguments()
-        checkpoint = take_over(arguments, given) if arguments.resume else None
-        # With "auto" the environment variable FASTVAE_BACKEND stays in force.
-        asked = arguments.backend != "auto"
-        device = own_device(arguments.device)
-        with (
-            fastvae.use_backend(arguments.backend) if asked else contextlib.nullcontext(),
-            process_group(device),
-        ):
-            run(arguments, device, checkpoint)
+        with contextlib.ExitStack() as held:
+            if arguments.resume and arguments.resume.is_dir() and os.environ.get("RANK", "0") == "0":
+                held.enter_context(locked(arguments.resume))  # before its checkpoint is read
+            checkpoint = take_over(arguments, given) if arguments.resume else None
+            if arguments.backend != "auto":  # with "auto" the environment variable FASTVAE_BACKEND stays in force
+                held.enter_context(fastvae.use_backend(arguments.backend))
+            device = own_device(arguments.device)
+            held.enter_context(process_group(device))
+            run(arguments, device, checkpoint, held)
     except UserError as error:
         print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -151,10 +154,18 @@ def main() -> int:
     return 0
 
 
-def run(arguments: argparse.Namespace, device: torch.device, checkpoint: Checkpoint | None) -> None:
+def run(
+    arguments: argparse.Namespace, device: torch.device, checkpoint: Checkpoint | None, held: contextlib.ExitStack
+) -> None:
+    """held: what ends with the program; the lock of the run's folder goes there."""
     processes = Processes(device)
     arguments.quiet = arguments.quiet or processes.rank > 0
     say: Callable[[str], None] = (lambda line: None) if arguments.quiet else print
+    if arguments.dataset == "auto" and arguments.data_dir is not None:
+        try:
+            arguments.dataset = find_dataset(arguments.data_dir)
+        except (ImportError, OSError, ValueError) as error:
+            raise UserError(f"--data-dir without --dataset: {error}") from error
     if arguments.dataset == "folder" and arguments.data_dir is not None:
         say(f"reading   {printable(str(arguments.data_dir))} (may take minutes the first time)")
     try:
@@ -201,7 +212,7 @@ def run(arguments: argparse.Namespace, device: torch.device, checkpoint: Checkpo
     parameters = sum(parameter.numel() for parameter in model.parameters())
 
     # Of several processes only the first writes.
-    folder = prepare_run(arguments.out, dataset.name, new=checkpoint is None) if processes.rank == 0 else Path()
+    folder = prepare_run(arguments.out, dataset.name, checkpoint is None, held) if processes.rank == 0 else Path()
     say(f"device    {device_name(device)}")
     if processes.together:
         say(f"processes {processes.size}, with {batch_size // processes.size} images of every batch each")
@@ -242,7 +253,8 @@ def run(arguments: argparse.Namespace, device: torch.device, checkpoint: Checkpo
     else:
         ended = "interrupted"
         say("stopped early; evaluating")
-    write_figures(folder, model if average is None else average.model, test_images, rows, arguments)
+    sampled = "z = mu" if arguments.deterministic else "sampled z"
+    shown_mse = write_figures(folder, model if average is None else average.model, test_images, rows, arguments)
     write_summary(
         folder / "summary.json",
         {
@@ -269,6 +281,7 @@ def run(arguments: argparse.Namespace, device: torch.device, checkpoint: Checkpo
         f"result    loss {last.loss:.2f} and test loss {last.test_loss:.2f} nats per image, "
         f"test mse {last.test_mse:.4f} with z = mu, {last.seconds:.0f} s"
     )
+    say(f"pictures  reconstructions and their errors with {sampled}, mse {shown_mse:.4f}")
     say(f"written   {folder}: {', '.join(name for name in FILES if (folder / name).exists())}")
 
 
@@ -358,7 +371,8 @@ def write_figures(
     test_images: torch.Tensor,
     rows: list[EpochMetrics],
     arguments: argparse.Namespace,
-) -> None:
+) -> float:
+    """Returns the mean squared error of the reconstructions as they are shown."""
     deterministic = arguments.deterministic
     plots.plot_losses(folder / "loss.png", rows)
     device = next(model.parameters()).device
@@ -371,7 +385,8 @@ def write_figures(
     plots.plot_errors(folder / "error_histogram.png", errors, deterministic=deterministic)
     # A generator of its own, so that a seed means the same latents however long training was.
     generator = torch.Generator(device).manual_seed(arguments.seed)
-    plots.write_image_grid(folder / "generated.png", model.sample(64, generator))
+    plots.write_image_grid(folder / "generated.png", model.sample(64, generator), title="64 images from z ~ N(0, I)")
+    return errors.mean().item()
 
 
 def settings(arguments: argparse.Namespace, epochs: int, batch_size: int) -> dict[str, Any]:
@@ -420,13 +435,13 @@ def choose_dataset(
         dataset = load_dataset(name, data_dir, image_size=image_size, strict=strict)
         return dataset, f"{shape_in_words(dataset.train_images.shape[1:])}, from {printable(str(data_dir))}"
     if name == "digits":
-        return load_dataset(name), "asked for (MNIST: --dataset mnist)"
+        return load_dataset(name, data_dir), "asked for (MNIST: --dataset mnist)"
     if name != "auto":
         return load_dataset(name, data_dir), "asked for (the bundled digits: --dataset digits)"
     if device.type == "cpu":
         return load_dataset("digits"), "the choice for a CPU, where MNIST takes long (MNIST: --dataset mnist)"
     try:
-        mnist = load_dataset("mnist", data_dir)
+        mnist = load_dataset("mnist")
         return mnist, "the choice for a CUDA device (the bundled digits: --dataset digits)"
     except (DownloadError, OSError) as error:
         cause = str(error).splitlines()[0].rstrip(":")
@@ -450,7 +465,7 @@ def skipped_in_words(dataset: ImageDataset) -> str:
     first = "; ".join(f"{printable(item.path)}: {item.reason}" for item in dataset.skipped[:3])
     rest = ", ..." if len(dataset.skipped) > 3 else ""
     files = "file" if len(dataset.skipped) == 1 else "files"
-    return f"{len(dataset.skipped):,} {files} that cannot be read (--strict: stop): {first}{rest}"
+    return f"{len(dataset.skipped):,} {files} not read (--strict: stop): {first}{rest}"
 
 
 def printable(text: str) -> str:
@@ -489,10 +504,14 @@ def take_over(arguments: argparse.Namespace, given: set[str]) -> Checkpoint:
     return checkpoint
 
 
-def prepare_run(out: Path | None, dataset: str, new: bool) -> Path:
-    """The run's folder."""
+def prepare_run(out: Path | None, dataset: str, new: bool, held: contextlib.ExitStack) -> Path:
+    """The run's folder, locked; that of a run that goes on is already."""
     try:
-        folder = prepare_folder(new_folder(dataset) if out is None else out, FILES, new=new)
+        folder = new_folder(dataset) if out is None else out
+        if new:
+            make_folder(folder)
+            held.enter_context(locked(folder))
+        prepare_folder(folder, FILES, new=new)
         if new:
             shutil.rmtree(folder / "tensorboard", ignore_errors=True)
             write_metrics(folder / "metrics.csv", [])  # shows now, not after training, that files can be written
@@ -515,7 +534,12 @@ def new_folder(dataset: str) -> Path:
 def parse_arguments() -> tuple[argparse.Namespace, set[str]]:
     """The arguments, and the names of those that were given."""
     parser = Parser(__doc__)
-    parser.add_argument("--dataset", choices=("auto", *DATASETS), default="auto")
+    parser.add_argument(
+        "--dataset",
+        choices=("auto", *DATASETS),
+        default="auto",
+        help="default: what --data-dir holds; without it digits on a CPU, mnist on a CUDA device",
+    )
     parser.add_argument(
         "--data-dir",
         type=Path,
@@ -528,7 +552,7 @@ def parse_arguments() -> tuple[argparse.Namespace, set[str]]:
         metavar="N",
         help="resize a folder's images to N x N pixels, default: the size they share, if not above 128, else 64",
     )
-    parser.add_argument("--strict", action="store_true", help="stop at a file that cannot be read, default: skip it")
+    parser.add_argument("--strict", action="store_true", help="stop at a file that is not read, default: name it")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--backend", choices=("auto", "triton", "reference"), default="auto")
     parser.add_argument(

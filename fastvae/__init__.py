@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+# In a checkout, which holds kernels/ beside fastvae/, so that it works where Python finds it by its path alone.
+if not Path(__file__).with_name("kernels").is_dir():
+    __path__.append(str(Path(__file__).parents[1]))
 
 from fastvae import functional, nn
 from fastvae.backend import Backend, backend_for, use_backend
 from fastvae.distributions import DiagonalGaussian
 
 if TYPE_CHECKING:
+    from fastvae import data as data
+    from fastvae import evaluation as evaluation
+    from fastvae import export as export
+    from fastvae import models as models
+    from fastvae import plots as plots
+    from fastvae import training as training
     from fastvae.models import ConvVAE
 
 __version__ = "0.1.0"
 
+# Imported when they are first asked for, so that importing fastvae stays quick.
+_LATER = ("data", "evaluation", "export", "models", "plots", "training")
+
 __all__ = ["Backend", "DiagonalGaussian", "__version__", "backend_for", "functional", "load", "nn", "use_backend"]
+
+
+if not TYPE_CHECKING:  # else a name that does not exist would have a type
+
+    def __getattr__(name):
+        if name in _LATER:
+            return importlib.import_module(f"fastvae.{name}")
+        raise AttributeError(f"module 'fastvae' has no attribute {name!r}")
 
 
 def load(path: str | os.PathLike[str]) -> ConvVAE:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -114,7 +117,7 @@ def open_run(arguments: argparse.Namespace) -> Run:
 
 
 def images_in_words(run: Run) -> str:
-    skipped = f"; files left out, which cannot be read: {len(run.dataset.skipped):,}" if run.dataset.skipped else ""
+    skipped = f"; files that are not read: {len(run.dataset.skipped):,}" if run.dataset.skipped else ""
     return f"{run.dataset.name}, {len(run.images):,} test images on {run.images.device.type}{skipped}"
 
 
@@ -158,16 +161,68 @@ def prepare_folder(folder: Path, names: Sequence[str], *, new: bool = True) -> P
     """Make the folder, and remove files of these names that are left of an earlier run, so that what it holds is all of
     one run; of a run that goes on (not new) only what it left unfinished when it was killed. Raises `UserError`.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out must be a folder, got the file {folder}")
+    make_folder(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         for name in names:
             for path in (*([folder / name] if new else []), *folder.glob(f".{name}.*.part")):
                 path.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"--out cannot be written: {error}") from error
     return folder
+
+
+def make_folder(folder: Path) -> None:
+    """Raises `UserError`."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out must be a folder, got the file {folder}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out cannot be written: {error}") from error
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder, because each would overwrite the other's files. Of a run with several processes
+    only the first locks.
+
+    The operating system ends the lock when the process ends, also when it is killed; the file .lock remains. Raises
+    `UserError` while another process holds the lock, and ``OSError``.
+    """
+    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if not _try_to_lock(file):
+            holder = os.read(file, 200).decode(errors="replace") or "another process"
+            raise UserError(f"{folder} is in use by another run, {holder}: wait for its end, or name another folder")
+        os.ftruncate(file, 0)
+        os.write(file, f"process {os.getpid()} on {platform.node()}".encode())
+        yield
+    finally:
+        os.close(file)  # which unlocks it
+
+
+def _try_to_lock(file: int) -> bool:
+    """Whether no other process holds the lock; true too where the file system has no locks."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        os.lseek(file, 1 << 30, os.SEEK_SET)  # behind the text, because Windows lets nobody read what is locked
+        try:
+            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        finally:
+            os.lseek(file, 0, os.SEEK_SET)
+    else:
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+    return True
 
 
 def positive_integer(text: str) -> int:

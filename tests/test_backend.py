@@ -221,6 +221,8 @@ assert not heavy, heavy
 assert "fastvae.kernels" not in sys.modules
 assert not torch.cuda.is_initialized()
 assert seconds < 0.3, f"{seconds:.2f} s"
+assert not {"fastvae.models", "fastvae.training", "fastvae.data"} & set(sys.modules)
+assert fastvae.models.VAE and fastvae.training.train  # imported when they are asked for
 """)
 
 

@@ -160,11 +160,26 @@ def test_read_idx_does_not_allocate_what_a_false_header_asks_for(tmp_path: Path,
     path = write(tmp_path / "some-file", gzip.compress(content) if packed else content)
     tracemalloc.start()
     try:
-        with pytest.raises(ValueError, match="truncated data: 10 bytes, expected 4294967295"):
+        with pytest.raises(ValueError, match=r"truncated data: .*[0-9] bytes, expected 4294967295"):
             read_idx(path)
         assert tracemalloc.get_traced_memory()[1] < 16 << 20
     finally:
         tracemalloc.stop()
+
+
+def test_read_idx_inflates_no_more_than_its_header_promises(tmp_path: Path) -> None:
+    """16 MB of zeros in 16 kB: behind a header of 6 bytes, and behind one that promises more than such a file holds."""
+    for count, message in ((6, "trailing bytes after the data, expected exactly 6 bytes"), (2**32 - 1, "at most")):
+        content = struct.pack(">BBBBI", 0, 0, 8, 1, count) + bytes(16 << 20)
+        path = write(tmp_path / "bomb.gz", gzip.compress(content))
+        del content
+        tracemalloc.start()
+        try:
+            with pytest.raises(ValueError, match=rf"bomb\.gz: .*{message}"):
+                read_idx(path)
+            assert tracemalloc.get_traced_memory()[1] < 4 << 20
+        finally:
+            tracemalloc.stop()
 
 
 def test_read_idx_missing_file(tmp_path: Path) -> None:
@@ -345,6 +360,17 @@ def test_network_errors_while_reading(
     with pytest.raises(DownloadError, match=type(error).__name__):
         load_mnist(tmp_path / "data", mirrors=["https://mirror.invalid/"])
     assert names_in(tmp_path / "data") == []
+
+
+def test_a_mirror_that_sends_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, published: Published) -> None:
+    class Endless(io.BytesIO):
+        def read(self, size: int = -1) -> bytes:
+            assert 0 <= size < 1 << 20
+            return bytes(size)
+
+    monkeypatch.setattr(urllib.request, "urlopen", lambda address, timeout: Endless())
+    with pytest.raises(DownloadError, match="md5 of the"):
+        load_mnist(tmp_path / "data", mirrors=["https://mirror.invalid/"])
 
 
 @pytest.mark.parametrize(("keywords", "expected"), [({}, 10.0), ({"timeout": 2.5}, 2.5)])

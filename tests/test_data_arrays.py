@@ -129,14 +129,28 @@ def test_arrays_that_are_no_images(case, tmp_path):
         load_npy(tmp_path / "a.npy")
 
 
+def test_images_of_an_absurd_size(tmp_path):
+    """10 GB an image, all of it a hole in the file: nothing is read."""
+    path = tmp_path / "a.npy"
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (2, 10**5, 10**5)})
+        try:
+            file.truncate(file.tell() + 2 * 10**10)
+        except OSError:
+            pytest.skip("the file system has no such files")
+    with pytest.raises(ValueError, match=r"a\.npy has .*: 10,000,000,000 pixels an image, expected at most 67,108,864"):
+        load_npy(path)
+
+
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
         (np.arange(6), r"shape \[6\], expected \[7\], a label for each image"),
         (np.eye(7, dtype=np.int64), r"shape \[7, 7\], expected \[7\]"),
+        (np.array([0, 2**63, 1, 2, 3, 4, 2**64 - 1], np.uint64), f"the label {2**64 - 1}, expected integers below 2"),
         (np.arange(7.0), "dtype float64, expected integers"),
     ],
-    ids=["too few", "one-hot", "floats"],
+    ids=["too few", "one-hot", "too large", "floats"],
 )
 def test_labels_that_are_none(labels, message, tmp_path):
     np.savez(tmp_path / "a.npz", images=TRAIN, labels=labels)
@@ -199,6 +213,7 @@ def damaged_files() -> dict[str, bytes]:
         "npy, magic alone": npy[:6],
         "npy, header damaged": npy[:12] + b"\xff(((" + npy[16:],
         "npy, shape of terabytes": swollen,
+        "npy, shape beyond 2^64": npy.replace(b"(7, 5, 4)", b"(9999999999999, 9999999, 4)"),
         "npz, half": npz[: len(npz) // 2],
         "npz, all but a byte": npz[:-1],
         "npz, a bit flipped": bytes(flipped),

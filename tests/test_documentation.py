@@ -312,6 +312,15 @@ def test_pictures_are_small_and_shown():
         assert picture.stat().st_size < 150_000, picture.name
 
 
+def test_the_scripts_of_the_site_are_shipped_with_it():
+    """Formulas are set without a network."""
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("extra_javascript:\n")[2]
+    scripts = [line.split()[1] for line in itertools.takewhile(lambda line: line.startswith("  - "), text.splitlines())]
+    assert scripts == ["formulas.js", "mathjax/tex-svg.js"]
+    assert all((DOCS / script).is_file() for script in scripts)
+    assert "Apache License" in (DOCS / "mathjax" / "LICENSE").read_text(encoding="utf-8")
+
+
 def test_the_site_builds_without_warnings_and_has_every_public_name(tmp_path):
     if importlib.util.find_spec("mkdocs") is None or importlib.util.find_spec("mkdocstrings") is None:
         pytest.skip('needs mkdocs: pip install -e ".[docs]"')
@@ -321,6 +330,12 @@ def test_the_site_builds_without_warnings_and_has_every_public_name(tmp_path):
     built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     assert "WARNING" not in built.stderr
+    for html in tmp_path.rglob("*.html"):  # links lead elsewhere; what a page is made of does not
+        fetched = re.findall(
+            r'<(?:script|img|link rel="stylesheet")[^>]*(?:src|href)="(https?:[^"]*)', html.read_text()
+        )
+        assert not fetched, (html, fetched)
+    assert (tmp_path / "mathjax" / "LICENSE").is_file()
     for page in (DOCS / "api").glob("*.md"):
         module = importlib.import_module(page.read_text(encoding="utf-8").partition("::: ")[2].split()[0])
         html = (tmp_path / "api" / page.stem / "index.html").read_text(encoding="utf-8")

@@ -182,6 +182,24 @@ def test_user_errors_are_one_line(folder, run, tmp_path, capsys) -> None:
         assert message in output.err
 
 
+def test_what_is_installed_is_enough_for_something(folder, run, tmp_path, monkeypatch, capsys) -> None:
+    """After README's first command there is neither safetensors nor onnxscript: the command for them is named."""
+    checkpoint = tmp_path / "checkpoint.pt"
+    write_checkpoint(checkpoint, fastvae.load(folder / "model.safetensors"), 1)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else found(name))
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    assert run(checkpoint) == 2
+    output = capsys.readouterr()
+    assert output.err == (
+        "export.py: error: model.safetensors not written: model.safetensors needs safetensors: pip install "
+        '"fastvae[export]"; encoder.onnx, decoder.onnx not written: writing ONNX needs onnxscript: pip install '
+        '"fastvae[export]"\n'
+    )
+    assert output.out.startswith(str(tmp_path / "decoder.pt2"))
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.pt", "decoder.pt2"}
+
+
 def test_another_result_is_exit_code_1(folder, run, tmp_path, monkeypatch, capsys, example) -> None:
     def refuse(path, half):
         raise RuntimeError(f"{path} was not written: it differs")
@@ -220,8 +238,9 @@ def test_no_file_of_an_earlier_export_stays_beside_new_ones(run, example, model,
 
     monkeypatch.setattr(example, "write_onnx", refuse)
     assert run(tmp_path / "model.safetensors") == 2
-    assert capsys.readouterr().err == "export.py: error: no onnxscript\n"
-    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    assert capsys.readouterr().err == "export.py: error: encoder.onnx, decoder.onnx not written: no onnxscript\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "decoder.pt2"}
+    assert b"of an earlier model" not in (tmp_path / "decoder.pt2").read_bytes()
 
 
 @pytest.mark.parametrize("change", [0.01, math.nan])

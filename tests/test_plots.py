@@ -72,6 +72,15 @@ def test_losses(tmp_path, figures):
     assert {text.get_text() for text in axes.get_legend().get_texts()} == set(curves)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 30])
+def test_epochs_are_whole_numbers(tmp_path, figures, count):
+    plots.plot_losses(tmp_path / "loss.png", [ROWS[0]._replace(epoch=epoch) for epoch in range(1, count + 1)])
+    axes = figures[0].axes[0]
+    low, high = axes.get_xlim()
+    ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
+    assert ticks and all(tick == round(tick) for tick in ticks)
+
+
 @pytest.mark.parametrize(
     ("count", "columns", "rows", "deterministic", "latents"),
     [(20, 10, 2, True, "z = mu"), (13, 10, 1, False, "sampled z"), (1, 1, 1, True, "z = mu")],
@@ -156,7 +165,9 @@ def test_kl_per_dimension(tmp_path, figures):
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "3", "0", "2"]
     colours = [bar.get_facecolor() for bar in axes.patches]
     assert colours[0] == colours[2] and colours[1] == colours[3] != colours[0]
-    assert axes.get_title() == "3.50 nats in 4 dimensions, 2 of them active"
+    assert axes.get_title() == "3.50 nats in 4 dimensions; 2 are active: the variance of their mu is above 0.01"
+    plots.plot_kl_per_dimension(tmp_path / "kl.png", kl, active, threshold=0.5)
+    assert figures[1].axes[0].get_title().endswith("above 0.5")
     assert "nats" in axes.get_ylabel()
 
 
@@ -198,6 +209,9 @@ def test_scores(tmp_path, figures):
         above = (scores > 0.9).float().mean().item()
         assert stairs.get_label() == f"{name}: {above:.1%} of {len(scores)} above"
     assert list(axes.lines[0].get_xdata()) == [0.9, 0.9]
+    (legend,) = figures[0].legends
+    assert len(legend.get_texts()) == 3
+    assert legend.get_window_extent().y0 >= axes.get_window_extent().y1  # it covers nothing
     assert axes.get_xlabel() == "a score"
 
 
@@ -229,6 +243,22 @@ def test_image_grid(tmp_path, channels):
         expected = (images[index] * 255).round().byte().permute(1, 2, 0).expand(-1, -1, 3).numpy()
         for shift in range(3):
             np.testing.assert_array_equal(tile[shift::3, shift::3], expected)
+
+
+@pytest.mark.parametrize("width", [4, 28])
+def test_image_grid_with_a_title(tmp_path, width):
+    """In a band above the images, which stay as they are; all of it is in the picture, also where that is narrow."""
+    images = torch.rand(64, 1, 8, width)
+    plots.write_image_grid(tmp_path / "plain.png", images)
+    plots.write_image_grid(tmp_path / "titled.png", images, title="64 images from z ~ N(0, I)")
+    plain, titled = read_png(tmp_path / "plain.png"), read_png(tmp_path / "titled.png")
+    band = len(titled) - len(plain)
+    np.testing.assert_array_equal(titled[band:], plain)
+    ink = np.nonzero(titled[:band].min(2) < 128)
+    assert ink[0].min() > 0 and ink[0].max() < band - 1
+    assert ink[1].min() > 0 and ink[1].max() < titled.shape[1] - 1
+    assert titled.shape[1] / 3 < ink[1].max() - ink[1].min()
+    assert abs(ink[1].min() + ink[1].max() - titled.shape[1]) < 0.1 * titled.shape[1]
 
 
 def test_image_grid_keeps_dark_images_dark(tmp_path):

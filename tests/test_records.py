@@ -145,6 +145,22 @@ def test_a_bar_for_a_terminal(capsys, monkeypatch):
         assert part in last
 
 
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
+@pytest.mark.parametrize(("columns", "expected"), [(0, display.Lines), (80, display.Bar)])
+def test_a_terminal_without_a_width_shows_lines(columns, expected, monkeypatch):
+    """tqdm would show nothing there."""
+    import fcntl
+    import struct
+    import termios
+
+    controlling, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with os.fdopen(terminal, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert isinstance(make_display(2), expected)
+    os.close(controlling)
+
+
 def test_lines_where_tqdm_is_missing(monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setitem(sys.modules, "tqdm", None)

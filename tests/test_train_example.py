@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import errno
 import importlib.util
 import json
 import os
+import platform
 import signal
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +21,7 @@ import torch
 
 from fastvae.data import DownloadError, load_digits
 from fastvae.models import ConvVAE
+from fastvae.program import UserError, locked
 from fastvae.training import GraphError, TrainingState
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "train.py"
@@ -71,7 +76,7 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 
 def check_folder(folder: Path, *, interrupted: bool, epochs: int | None = None) -> tuple[list[dict[str, float]], dict]:
     """Every file is there, is what it should be, and agrees with the others; nothing else is."""
-    assert {path.name for path in folder.iterdir()} - {"checkpoint.previous.pt"} == {*FILES, "tensorboard"}
+    assert {path.name for path in folder.iterdir()} - {"checkpoint.previous.pt", ".lock"} == {*FILES, "tensorboard"}
     rows = read_metrics(folder)
     header = "epoch,step,loss,reconstruction,kl,test_loss,test_mse,seconds,skipped,learning_rate"
     assert ",".join(rows[0]) == header
@@ -98,7 +103,7 @@ def check_folder(folder: Path, *, interrupted: bool, epochs: int | None = None) 
     for name in FILES:
         if name.endswith(".png"):
             assert (folder / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert struct.unpack(">II", (folder / "generated.png").read_bytes()[16:24]) == (672, 672)
+    assert struct.unpack(">II", (folder / "generated.png").read_bytes()[16:24]) == (672, 45 + 672)
     return rows, summary
 
 
@@ -160,7 +165,7 @@ def test_an_aborted_run_leaves_nothing_of_the_one_before(tmp_path, example, run,
     monkeypatch.setattr(example, "train", abort)
     assert run(*SMALL, "--out", folder) == 130
     assert capsys.readouterr().err == "train.py: aborted\n"
-    assert {path.name for path in folder.iterdir()} == {"metrics.csv", "notes.txt", "tensorboard"}
+    assert {path.name for path in folder.iterdir()} == {"metrics.csv", "notes.txt", "tensorboard", ".lock"}
     assert read_metrics(folder) == []
 
 
@@ -326,7 +331,8 @@ def test_choice_of_the_dataset(example, monkeypatch):
 def test_default_folder_and_defaults(tmp_path, example, monkeypatch):
     """Runs that start in the same second get folders of their own."""
     monkeypatch.chdir(tmp_path)
-    folders = [example.prepare_run(None, "digits", new=True) for _ in range(3)]
+    with contextlib.ExitStack() as held:
+        folders = [example.prepare_run(None, "digits", True, held) for _ in range(3)]
     assert len({folder.resolve() for folder in folders}) == 3
     for folder in folders:
         assert folder.parent == Path("runs")
@@ -495,7 +501,7 @@ def test_a_run_on_other_images_is_refused(tmp_path, run, capsys, example, monkey
     assert run("--device", "cpu", "--batch-size", 500, "--epochs", 1, "--quiet", "--out", tmp_path) == 0
     digits = load_digits()
     fewer = digits._replace(train_images=digits.train_images[:900])
-    monkeypatch.setattr(example, "load_dataset", lambda name: fewer)
+    monkeypatch.setattr(example, "load_dataset", lambda name, data_dir: fewer)
     monkeypatch.setattr(example, "train", lambda *_, **__: pytest.fail("training began"))
     assert run("--resume", tmp_path) == 2
     assert "there were 1500 training images, there are 900" in capsys.readouterr().err
@@ -544,6 +550,56 @@ def test_a_run_of_other_processes_is_refused(tmp_path, run, capsys, no_training)
     )
     assert run("--resume", tmp_path) == 2
     assert "--resume: torchrun had 2 processes, it has no" in capsys.readouterr().err
+
+
+def test_a_second_run_in_the_same_folder_stops(tmp_path, run, capsys, no_training):
+    """Also one that would go on with the first, before it reads the checkpoint that the first will replace."""
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "metrics.csv").write_text("of the first run")
+    with locked(out):
+        for arguments in (["--out", out], ["--resume", out]):
+            assert run(*SMALL, *arguments) == 2
+            errors = capsys.readouterr().err
+            expected = f"train.py: error: {out} is in use by another run, process {os.getpid()} on {platform.node()}: "
+            assert errors == f"{expected}wait for its end, or name another folder\n"
+    assert (out / "metrics.csv").read_text() == "of the first run"
+    assert run("--resume", out) == 2
+    assert "is in use" not in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_lock_ends_with_its_process(tmp_path):
+    """Also where it is killed and cleans nothing up."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with locked(tmp_path):
+            os.write(writing, b"locked")
+            time.sleep(60)
+        os._exit(0)
+    try:
+        assert os.read(reading, 6) == b"locked"
+        with pytest.raises(UserError, match=rf"is in use by another run, process {child} on "), locked(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(reading)
+        os.close(writing)
+    with locked(tmp_path):
+        pass
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with locked(tmp_path):
+        pass
 
 
 def test_nothing_to_resume(tmp_path, run, capsys, no_training):

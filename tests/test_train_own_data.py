@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastvae.data import find_dataset
 from fastvae.training import read_checkpoint
 
 Image = pytest.importorskip("PIL.Image")
@@ -75,7 +76,8 @@ def test_a_folder(tmp_path, run, own, capsys, monkeypatch):
     assert training + test == 40 and test >= 1
     expected = f"folder, {training} training and {test} test images; 12 x 12 pixels, RGB, from {own}"
     assert lines["dataset"] == expected
-    assert lines["skipped"].startswith("4 files that cannot be read (--strict: stop): ")
+    assert lines["pictures"].startswith("reconstructions and their errors with sampled z, mse 0.")
+    assert lines["skipped"].startswith("4 files not read (--strict: stop): ")
     assert lines["skipped"].endswith(", ...") and "\x1b" not in lines["skipped"]
     assert {item["path"] for item in summary["dataset"]["skipped"]} == {
         "a/empty.png", "a/cut.png", "b/te\nxt\x1b[31m.jpg", "b/noise.jpg",
@@ -84,7 +86,7 @@ def test_a_folder(tmp_path, run, own, capsys, monkeypatch):
     assert summary["settings"]["batch_size"] == 16
     assert read_checkpoint(folder / "checkpoint.pt").model.image_shape == (3, 12, 12)
     size = struct.unpack(">II", (folder / "generated.png").read_bytes()[16:24])
-    assert size == (8 * 12 * 3, 8 * 12 * 3)
+    assert size == (8 * 12 * 3, 45 + 8 * 12 * 3)  # below its title
     for name in ("reconstructions.png", "error_histogram.png", "loss.png"):
         assert (folder / name).read_bytes()[:4] == b"\x89PNG"
 
@@ -94,7 +96,7 @@ def test_a_folder(tmp_path, run, own, capsys, monkeypatch):
     message = refused(run, capsys, "--resume", folder, "--epochs", 3, "--image-size", 16)
     assert message == f"--resume: --image-size was 12 in {folder}, got 16"
     message = refused(run, capsys, "--resume", folder, "--epochs", 3, "--strict")
-    assert "cannot be read" in message and message.endswith("(strict)")
+    assert "is not read" in message and message.endswith("(strict)")
     for path in own.glob("*/*.*"):
         if path.name[0].isdigit():
             with Image.open(path) as image:
@@ -109,10 +111,10 @@ def test_one_file_is_no_files(tmp_path, run, own, capsys):
         (own / name).unlink()
     arguments = ("--dataset", "folder", "--data-dir", own, "--image-size", 4, "--epochs", 1, "--limit", 4)
     assert run(*arguments, "--out", tmp_path / "run") == 0
-    expected = "skipped   1 file that cannot be read (--strict: stop): a/empty.png: the file is empty\n"
+    expected = "skipped   1 file not read (--strict: stop): a/empty.png: the file is empty\n"
     assert expected in capsys.readouterr().out
     message = refused(run, capsys, *arguments, "--strict")
-    assert message == f"{own / 'a' / 'empty.png'} cannot be read: the file is empty (strict)"
+    assert message == f"{own / 'a' / 'empty.png'} is not read: the file is empty (strict)"
 
 
 def test_arrays(tmp_path, run, capsys):
@@ -132,13 +134,58 @@ def test_no_data_dir(name, run, capsys):
     assert refused(run, capsys, "--dataset", name) == f"--dataset {name} needs --data-dir, where its files are"
 
 
+def test_the_kind_is_found_by_what_data_dir_holds(tmp_path, run, capsys):
+    """Without --dataset: nobody who names a folder means the bundled digits."""
+    images = np.random.default_rng(0).integers(0, 256, (20, 8, 6), dtype=np.uint8)
+    (tmp_path / "folder" / "deeper").mkdir(parents=True)
+    for number in range(20):
+        Image.fromarray(images[number]).save(tmp_path / "folder" / "deeper" / f"{number}.bmp")
+    (tmp_path / "folder" / "labels.csv").write_text("0,1")
+    for kind in ("npy", "npz", "idx"):
+        (tmp_path / kind).mkdir()
+    np.save(tmp_path / "npy" / "images.npy", images)
+    np.savez(tmp_path / "npz" / "images.npz", images=images)
+    header = b"\0\0\x08\3" + struct.pack(">III", *images.shape)
+    (tmp_path / "idx" / "train-images-idx3-ubyte").write_bytes(header + images.tobytes())
+    out = tmp_path / "run"
+    for place, kind in {
+        "folder": "folder", "npy": "npy", "npz": "npz", "idx": "idx",
+        "npy/images.npy": "npy", "npz/images.npz": "npz", "idx/train-images-idx3-ubyte": "idx",
+    }.items():  # fmt: skip
+        assert find_dataset(tmp_path / place) == kind
+    assert run("--data-dir", tmp_path / "folder", "--epochs", 1, "--out", out) == 0
+    output = capsys.readouterr().out
+    assert "folder, 18 training and 2 test images" in output or "folder, 19 training and 1 test images" in output
+    assert "skipped   1 file not read (--strict: stop): labels.csv: .csv is no ending of a picture" in output
+    assert read_checkpoint(out / "checkpoint.pt").run["dataset"] == "folder"
+    assert run("--resume", out, "--epochs", 2, "--quiet") == 0
+    assert "labels.csv is not read" in refused(run, capsys, "--data-dir", tmp_path / "folder", "--strict")
+
+
+def test_what_data_dir_does_not_say_is_asked(tmp_path, run, capsys):
+    def reason(place: Path) -> str:
+        return refused(run, capsys, "--data-dir", place).removeprefix("--data-dir without --dataset: ")
+
+    assert "No such file or directory" in reason(tmp_path / "absent")
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "notes.txt").write_text("nothing")
+    expected = "some has no images: expected pictures, or arrays in .npy, .npz or IDX files"
+    assert reason(tmp_path / "some").endswith(expected)
+    assert "notes.txt begins with b'nothin', expected a .npy, .npz or IDX file" in reason(tmp_path / "some/notes.txt")
+    (tmp_path / "some" / "preview.png").write_bytes(b"")
+    np.save(tmp_path / "some" / "images.npy", np.zeros((2, 4, 5), np.uint8))
+    assert reason(tmp_path / "some").endswith("some has data of several kinds, npy, folder: name the one that is meant")
+    message = refused(run, capsys, "--dataset", "digits", "--data-dir", tmp_path)
+    assert message == f'the dataset "digits" comes with scikit-learn, without files in data_dir, got {tmp_path}'
+
+
 def test_other_mistakes(tmp_path, run, capsys):
-    for name in ("auto", "digits", "npy"):
-        message = refused(run, capsys, "--dataset", name, "--data-dir", tmp_path, "--image-size", 32)
+    for arguments in ([], ["--dataset", "digits"], ["--dataset", "npy", "--data-dir", tmp_path]):
+        message = refused(run, capsys, *arguments, "--image-size", 32)
         assert message == "--image-size is for --dataset folder alone"
     message = refused(run, capsys, "--dataset", "folder", "--data-dir", tmp_path / "absent")
     assert "No such file or directory" in message and "absent" in message
-    assert "has no picture: no file whose name ends in" in refused(
+    assert "has no picture: none of its 0 files is named like one" in refused(
         run, capsys, "--dataset", "folder", "--data-dir", tmp_path
     )
 

@@ -67,7 +67,7 @@ def datasets(monkeypatch):
 @pytest.fixture(autouse=True)
 def coarse_figures(monkeypatch):
     """Most of the programs' time here would go into pixels."""
-    monkeypatch.setattr("fastvae.plots.figure._DOTS_PER_INCH", 30)
+    monkeypatch.setattr("fastvae.plots.figure.DOTS_PER_INCH", 30)
 
 
 @pytest.fixture
@@ -419,7 +419,7 @@ def test_pictures_of_any_size(saved, run, name, monkeypatch, capsys):
     few = ("--samples", 2) if name == "evaluate" else ()
     assert run(name, saved, "--dataset", "folder", "--data-dir", saved / "pictures", *few) == 0
     output, errors = capsys.readouterr()
-    assert "3 test images on cpu; files left out, which cannot be read: 1\n" in output
+    assert "3 test images on cpu; files that are not read: 1\n" in output
     assert errors == ""
 
 

@@ -101,4 +101,4 @@ def test_the_example(tmp_path):
         [sys.executable, EXAMPLE, "--epochs", "2"], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert "epoch 2: loss" in done.stdout
-    assert (tmp_path / "own_vae.png").stat().st_size > 5_000
+    assert (tmp_path / "runs" / "own_vae.png").stat().st_size > 5_000

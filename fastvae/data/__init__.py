@@ -15,7 +15,7 @@ from .mnist import (
     load_kmnist,
     load_mnist,
 )
-from .named import DATASETS, OWN_DATASETS, load_dataset
+from .named import DATASETS, OWN_DATASETS, find_dataset, load_dataset
 from .numpy_files import load_npy, load_npz
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "ImageDataset",
     "SkippedFile",
     "default_data_dir",
+    "find_dataset",
     "load_dataset",
     "load_digits",
     "load_fashion_mnist",

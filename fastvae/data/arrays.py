@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .dataset import ImageDataset, tensor_of
+from .dataset import MOST_PIXELS, ImageDataset, tensor_of
 
 _CHANNELS = (1, 3)
 _CHUNK_BYTES = 16 << 20
@@ -29,10 +30,10 @@ def dataset_of(name: str, train: Part, test: Part | None) -> ImageDataset:
 
     Images are [N, H, W], [N, C, H, W] or [N, H, W, C], with C = 1 or 3. Bytes are taken as they are, without a copy
     where they lie in row-major order. Floats must lie in [0, 1] and become the nearest of 256 levels, round(255 x), in
-    memory: what is lost is at most 1/510 per value. Labels are integers, [N] or [N, 1].
+    memory: what is lost is at most 1/510 per value. Labels are integers below 2^63, [N] or [N, 1].
 
-    Raises ``ValueError``, naming the source, for what is none of this, for fewer than two images without a test set,
-    and for a test set whose images have another shape.
+    Raises ``ValueError``, naming the source, for what is none of this, for images above 8192 x 8192 pixels, for fewer
+    than two images without a test set, and for a test set whose images have another shape.
     """
     train_images, train_labels = _images(train), _labels(train)
     if test is not None:
@@ -63,6 +64,9 @@ def _images(part: Part) -> Tensor:
         raise ValueError(f"{source} has shape {shape}, which is ambiguous: both [N, C, H, W] and [N, H, W, C] fit")
     if not (channels_first or channels_last or (array.ndim == 3 and shape[2] not in _CHANNELS)):
         raise ValueError(f"{source} has shape {shape}, expected [N, H, W], or [N, C, H, W] or [N, H, W, C], C 1 or 3")
+    pixels = math.prod(shape[1:]) // (1 if array.ndim == 3 else shape[1] if channels_first else shape[3])
+    if pixels > MOST_PIXELS:
+        raise ValueError(f"{source} has shape {shape}: {pixels:,} pixels an image, expected at most {MOST_PIXELS:,}")
     images = tensor_of(_bytes(array, source))
     if array.ndim == 3:
         return images.unsqueeze(1)
@@ -94,4 +98,7 @@ def _labels(part: Part) -> Tensor | None:
         raise ValueError(f"{source} has shape {list(array.shape)}, expected [{count}], a label for each image")
     if array.dtype.kind not in "iu":
         raise ValueError(f"{source} has dtype {array.dtype}, expected integers")
+    largest = int(array.max())
+    if largest >= 2**63:  # of uint64
+        raise ValueError(f"{source} has the label {largest}, expected integers below 2^63")
     return torch.from_numpy(array.reshape(count).astype(np.int64))

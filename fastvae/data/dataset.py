@@ -9,6 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+MOST_PIXELS = 1 << 26  # of an image, 8192 x 8192: a larger one is a mistake, and what is made of it fills the memory
+
 
 class SkippedFile(NamedTuple):
     """A file that could not be read: its path below the folder that was given, and why."""

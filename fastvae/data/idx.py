@@ -29,6 +29,7 @@ _TYPE_NAMES = {
 }
 _MOST_DIMENSIONS = 32  # what every NumPy release can hold
 _CHUNK_BYTES = 1 << 20
+_MOST_PACKED = 1032  # bytes that one byte of a gzip stream can hold: 258 in two bits
 
 
 def read_idx(path: str | os.PathLike[str], *, expected_shape: tuple[int, ...] | None = None) -> NDArray[np.uint8]:
@@ -47,19 +48,26 @@ def read_idx(path: str | os.PathLike[str], *, expected_shape: tuple[int, ...] | 
         if first_bytes == _GZIP_MAGIC:
             try:
                 with gzip.GzipFile(fileobj=file) as unpacked:
-                    return _read_stream(unpacked, path, expected_shape)
+                    return _read_stream(unpacked, path, expected_shape, _MOST_PACKED)
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 raise ValueError(f"{path}: corrupt gzip stream ({error}), expected a complete one") from error
         if path.suffix == ".gz":
             raise ValueError(f"{path}: not a gzip file: begins with {first_bytes!r}, expected {_GZIP_MAGIC!r}")
-        return _read_stream(file, path, expected_shape)
+        return _read_stream(file, path, expected_shape, 1)
 
 
-def _read_stream(stream: io.BufferedIOBase, path: Path, expected_shape: tuple[int, ...] | None) -> NDArray[np.uint8]:
+def _read_stream(
+    stream: io.BufferedIOBase, path: Path, expected_shape: tuple[int, ...] | None, most_packed: int
+) -> NDArray[np.uint8]:
+    """Read a stream of which one byte in the file holds at most so many."""
     shape = _read_header(stream, path)
     if expected_shape is not None and shape != tuple(expected_shape):
         raise ValueError(f"{path}: header names shape {shape}, expected {tuple(expected_shape)}")
     count = math.prod(shape)
+    most = most_packed * path.stat().st_size - stream.tell()
+    if count > most:  # before what a large file holds is kept
+        found = f"{most}" if most_packed == 1 else f"at most {most}"
+        raise ValueError(f"{path}: truncated data: {found} bytes, expected {count} for shape {shape}")
     # One byte more than expected finds trailing bytes, and takes gzip to its end, where the checksum is verified.
     data = _read_at_most(stream, count + 1)
     if len(data) < count:

@@ -35,10 +35,15 @@ def load_idx(path: str | os.PathLike[str]) -> ImageDataset:
     return dataset_of("idx", _part(train), None if test is None else _part(test))
 
 
+def holds_images(name: str) -> bool:
+    """Whether a file of this name is taken for an IDX file of images."""
+    return "images" in name and "idx" in name
+
+
 def _in_folder(folder: Path) -> tuple[Path, Path | None]:
     # A file that is there packed and unpacked counts once.
     names = {_plain(path.name) for path in folder.iterdir() if path.is_file()}
-    images = sorted(name for name in names if "images" in name and "idx" in name)
+    images = sorted(filter(holds_images, names))
     tests = [name for name in images if any(word in name for word in _TEST_WORDS)]
     trains = [name for name in images if name not in tests]
     if len(trains) != 1 or len(tests) > 1:

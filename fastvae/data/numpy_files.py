@@ -90,7 +90,7 @@ def _named(
 
 
 def _read_npy(path: Path) -> NDArray[Any]:
-    with _reading(path, ".npy"):
+    with _reading(path, ".npy"), np.errstate(over="raise"):  # of the file's size, from the shape in its header
         return np.lib.format.open_memmap(path, mode="r")
 
 

@@ -35,9 +35,9 @@ def plot_errors(path: Path, errors: Tensor, *, deterministic: bool) -> None:
     save(figure, path)
 
 
-def plot_kl_per_dimension(path: Path, kl: Tensor, active: Tensor) -> None:
+def plot_kl_per_dimension(path: Path, kl: Tensor, active: Tensor, *, threshold: float = 0.01) -> None:
     """Bars of each latent dimension's divergence from the prior in nats, largest first; both [K], of `posteriors` and
-    `active_units`.
+    `active_units`, which was called with this threshold.
     """
     order = kl.flatten().argsort(descending=True).cpu()
     values = kl.flatten().cpu()[order].numpy()
@@ -48,9 +48,8 @@ def plot_kl_per_dimension(path: Path, kl: Tensor, active: Tensor) -> None:
     axes.set_xlim(-0.7, len(values) - 0.3)
     axes.set_xlabel("latent dimension, largest divergence first; grey: not active")
     axes.set_ylabel("KL divergence from N(0, 1), nats")
-    axes.set_title(
-        f"{values.sum():.2f} nats in {len(values)} dimensions, {int(active.sum())} of them active", fontsize="medium"
-    )
+    count = f"{int(active.sum())} are active: the variance of their mu is above {threshold:g}"
+    axes.set_title(f"{values.sum():.2f} nats in {len(values)} dimensions; {count}", fontsize="small")
     axes.grid(axis="y", alpha=0.3)
     save(figure, path)
 
@@ -86,7 +85,7 @@ def plot_scores(path: Path, scores: Mapping[str, Tensor], threshold: float, *, s
     """Histograms of each set's anomaly scores [N], as shares of the set, and the threshold."""
     values = {name: set_scores.cpu().double().numpy() for name, set_scores in scores.items()}
     edges = automatic_bins(np.concatenate(list(values.values())))
-    figure, axes = new_figure(6.4, 4.0)
+    figure, axes = new_figure(6.4, 4.6)
     for place, (name, found) in enumerate(values.items()):
         shares = np.histogram(found, edges)[0] / len(found)
         label = f"{name}: {(found > threshold).mean():.1%} of {len(found):,} above"
@@ -96,7 +95,7 @@ def plot_scores(path: Path, scores: Mapping[str, Tensor], threshold: float, *, s
     axes.set_ylim(bottom=0.0)
     axes.set_xlabel(score_label)
     axes.set_ylabel("share of the images")
-    axes.legend()
+    figure.legend(loc="outside upper center")  # within, it would cover the threshold, which may lie anywhere
     save(figure, path)
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-_DOTS_PER_INCH = 150
+DOTS_PER_INCH = 150
 
 
 def require_matplotlib() -> None:
@@ -33,14 +33,15 @@ def new_figure(
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=_DOTS_PER_INCH, layout=layout)
+    figure = Figure(figsize=(width, height), dpi=DOTS_PER_INCH, layout=layout)
     return figure, figure.add_subplot()
 
 
 def tick_integers(axis: Axis) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+    # With one tick at least: to have two, a range of less than one would get fractions.
+    axis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
 
 
 def save(figure: Figure, path: Path) -> None:

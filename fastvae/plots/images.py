@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastvae.files import replacing
-from fastvae.plots.figure import new_figure, require_matplotlib, save
+from fastvae.plots.figure import DOTS_PER_INCH, new_figure, require_matplotlib, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,8 +60,10 @@ def _rows(images: Tensor, labels: Sequence[str]) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def write_image_grid(path: Path, images: Tensor, *, columns: int = 8, scale: int = 3) -> None:
-    """Images [N, C, H, W] in [0, 1], C = 1 or 3, side by side without borders, each pixel ``scale`` pixels wide."""
+def write_image_grid(path: Path, images: Tensor, *, columns: int = 8, scale: int = 3, title: str | None = None) -> None:
+    """Images [N, C, H, W] in [0, 1], C = 1 or 3, side by side without borders, each pixel ``scale`` pixels wide; the
+    title in a band above them, in letters as small as the width needs.
+    """
     require_matplotlib()
     from matplotlib.image import imsave
 
@@ -68,8 +71,23 @@ def write_image_grid(path: Path, images: Tensor, *, columns: int = 8, scale: int
     if grid.ndim == 2:
         # As colour: through a grey colour map, matplotlib puts some values one level off.
         grid = np.stack([grid] * 3, axis=2)
+    grid = grid.repeat(scale, axis=0).repeat(scale, axis=1)
+    if title is not None:
+        grid = np.concatenate([_title_band(title, grid.shape[1]), grid])
     with replacing(path) as file:
-        imsave(file, grid.repeat(scale, axis=0).repeat(scale, axis=1), format="png")
+        imsave(file, grid, format="png")
+
+
+def _title_band(title: str, width: int) -> NDArray[np.uint8]:
+    """Black on white, [rows, width, 3]."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width / DOTS_PER_INCH, 0.3), dpi=DOTS_PER_INCH)
+    text = figure.text(0.5, 0.5, title, ha="center", va="center_baseline", fontsize="medium")
+    text.set_fontsize(float(text.get_fontsize()) * min(1.0, 0.95 * width / text.get_window_extent().width))
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="rgba")
+    return np.frombuffer(buffer.getvalue(), np.uint8).reshape(-1, width, 4)[..., :3]
 
 
 def tile(images: Tensor, columns: int) -> NDArray[np.float32]:

@@ -22,6 +22,8 @@ def plot_losses(path: Path, rows: Sequence[EpochMetrics]) -> None:
     axes.set_xlabel("epoch")
     axes.set_ylabel("nats per image")
     axes.set_ylim(bottom=0.0)
+    if len(rows) == 1:
+        axes.set_xlim(epochs[0] - 0.5, epochs[0] + 0.5)
     tick_integers(axes.xaxis)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import Any, Protocol
@@ -23,19 +24,27 @@ class Display(Protocol):
 
 
 def make_display(epochs: int, quiet: bool = False, first_step: int = 0) -> Display:
-    """A bar if standard output is a terminal and tqdm is installed, else lines; nothing if ``quiet``.
+    """A bar if standard output is a terminal with a width and tqdm is installed, else lines; nothing if ``quiet``.
 
     first_step: the steps of an earlier run that this one goes on from; the rate and the time left are without them.
     """
     if quiet:
         return Silence()
-    if sys.stdout.isatty():
+    if sys.stdout.isatty() and _width() != 0:
         try:
             from tqdm import tqdm
         except ImportError:
             return Lines(epochs, first_step)
         return Bar(epochs, tqdm, first_step)
     return Lines(epochs, first_step)
+
+
+def _width() -> int | None:
+    """Of the terminal; 0, which some terminals within other programs say, would leave no room for a bar."""
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns
+    except (OSError, ValueError):  # none that has a size
+        return None
 
 
 class Silence:
