@@ -47,7 +47,7 @@ def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[object]
 
 
 def checksum(content: bytes | Path) -> str:
-    """The SHA-256, 64 hexadecimal digits, of bytes or of a file, which is read a block at a time. Raises ``OSError``."""
+    """The SHA-256, 64 hexadecimal digits, of bytes or of a file, which is read block by block. Raises ``OSError``."""
     digest = hashlib.sha256(b"" if isinstance(content, Path) else content)
     if isinstance(content, Path):
         with open(content, "rb") as file:
