@@ -70,12 +70,14 @@ from fastvae.training import (
     ProcessLost,
     TrainingState,
     best_epoch,
+    choose_threads,
     make_display,
     process_group,
     read_checkpoint,
     stop_on_interrupt,
     train,
     versions,
+    with_threads,
     write_checkpoint,
     write_metrics,
     write_summary,
@@ -211,9 +213,17 @@ def run(
     model.to(device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
 
+    available = torch.get_num_threads()
+    if device.type == "cpu" and not processes.together:
+        before = None if checkpoint is None or checkpoint.state is None else checkpoint.state.threads
+        number = choose_threads(model, train_images, batch_size, precision=arguments.precision, before=before)
+        held.enter_context(with_threads(number))
     # Of several processes only the first writes.
     folder = prepare_run(arguments.out, dataset.name, checkpoint is None, held) if processes.rank == 0 else Path()
     say(f"device    {device_name(device)}")
+    if device.type == "cpu" and available > 1 and not os.environ.get("OMP_NUM_THREADS"):
+        why = "as before" if checkpoint is not None else f"of {available}, the fastest now"
+        say(f"threads   {torch.get_num_threads()}, {why} (the variable OMP_NUM_THREADS sets another number)")
     if processes.together:
         say(f"processes {processes.size}, with {batch_size // processes.size} images of every batch each")
     say(f"backend   {backend}")
@@ -354,6 +364,7 @@ def fit(
             skip_nonfinite=arguments.skip_nonfinite,
             graph=arguments.graph,
             precision=arguments.precision,
+            threads=torch.get_num_threads(),
             should_stop=should_stop,
             on_progress=display.progress,
             on_epoch=record,
@@ -416,7 +427,8 @@ def placed(images: torch.Tensor, device: torch.device) -> torch.Tensor:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"cuda, {torch.cuda.get_device_name(device)}"
-    return f"cpu, {torch.get_num_threads()} threads"
+    number = torch.get_num_threads()
+    return f"cpu, {number} thread{'' if number == 1 else 's'}"
 
 
 def choose_dataset(

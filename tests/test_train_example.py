@@ -613,3 +613,27 @@ def test_nothing_to_resume(tmp_path, run, capsys, no_training):
     write_checkpoint(tmp_path / "checkpoint.pt", ConvVAE(), 1)
     assert run("--resume", tmp_path) == 2
     assert "no state of its training" in capsys.readouterr().err
+
+
+def test_the_threads_of_a_run_are_said_and_kept(run, tmp_path, monkeypatch, capsys):
+    """A run that goes on has those that it had, whatever is the fastest now."""
+    from fastvae.training import threads
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        monkeypatch.setattr(threads, "fastest", lambda numbers, step: 1)
+        folder = str(tmp_path / "run")
+        assert run(*SMALL, "--epochs", "1", "--out", folder) == 0
+        assert "threads   1, of 2, the fastest now (the variable OMP_NUM_THREADS" in capsys.readouterr().out
+        monkeypatch.setattr(threads, "fastest", lambda numbers, step: 2)
+        assert run("--resume", folder, "--epochs", "2") == 0
+        assert "threads   1, as before" in capsys.readouterr().out
+        assert torch.get_num_threads() == 2
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        assert run(*SMALL, "--epochs", "1", "--out", folder) == 0
+        output = capsys.readouterr().out
+        assert "device    cpu, 2 threads" in output and "the variable" not in output
+    finally:
+        torch.set_num_threads(before)
