@@ -77,6 +77,15 @@ def check_scalar(name: str, value: float | Tensor, first_name: str, first: Tenso
         raise TypeError(f"{name} must be a number or a 0-dimensional tensor, got {type(value).__name__}")
 
 
+def refuse_transforms(name: str) -> None:
+    """Of what is already given with its gradient, a transform would find none, and return zeros."""
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            f"fastvae.functional.{name} does not run under torch.func transforms: it has the gradient already. "
+            "Transform fastvae.functional.elbo_loss instead."
+        )
+
+
 def takes_triton(first: Tensor, *others: Tensor | None, inductor_fuses: bool = False) -> bool:
     """Whether the call runs fused; a single float64 among the tensors makes it a reference call. For inductor_fuses,
     see `fastvae.backend.choose`.

@@ -16,6 +16,7 @@ from fastvae.functional.checks import (
     check_device,
     check_scalar,
     check_target,
+    refuse_transforms,
     takes_triton,
 )
 from fastvae.reference.elbo import ELBO
@@ -82,6 +83,7 @@ def elbo_value_and_grad(
 
     Raises what `elbo_loss` raises.
     """
+    refuse_transforms("elbo_value_and_grad")
     _check(logits, target, kl, beta, reconstruction_weight)
     if grad_scale is not None:
         check_scalar("grad_scale", grad_scale, "logits", logits)
