@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .dimensions import dimensions_backward, dimensions_forward
 from .launch import Plan, launch, make_plan, ticket
-from .layout import Strides, dense_strides, in_format_of, in_order_of, remembered, with_strides
+from .layout import dense_strides, in_format_of, remembered, with_strides
 from .moments import Layout, Moments, cut_moments, moments_tile, read_moments, second_half
 from .noise import NO_RNG, Rng, noise_arguments, noise_tile, run_length, starts_on_quad
 from .numerics import exp, exp_half, expm1, expm1_minus, to_float32
@@ -262,7 +262,6 @@ def plan_backward(
 def gaussian_backward(
     mu: Tensor,
     logvar: Tensor | None,
-    strides: Strides,
     dim: int,
     reduction: str,
     free_bits: float,
@@ -274,10 +273,9 @@ def gaussian_backward(
     eps: Tensor | None,
     *rng: Any,
 ) -> list[Tensor]:
-    """The gradient of packed moments, or of those of mu and logvar that need it. strides: those that mu had in forward;
-    kl: what forward wrote, where there are free bits.
+    """The gradient of packed moments, or of those of mu and logvar that need it. kl: what forward wrote, where there
+    are free bits.
     """
-    mu = in_order_of(mu, strides)
     moments = read_moments(mu, logvar, dim)
     layout = moments.layout
     inputs = [mu] if logvar is None else [t for t, needed in ((mu, needs_mu), (logvar, needs_logvar)) if needed]

@@ -31,9 +31,8 @@ def register(schema: str, launcher: Callable[..., Any], allocate: Callable[..., 
 
     def refuse(ctx: Any, *gradients: Any) -> Any:
         raise RuntimeError(
-            f"torch.ops.fastvae.{name} was differentiated without its autograd.Function, as torch.compile does with "
-            "what torch.func transforms inside it. Transform outside of torch.compile, or inside "
-            'fastvae.use_backend("reference").'
+            f"torch.ops.fastvae.{name} was differentiated without its autograd.Function: call the operation by "
+            'fastvae.functional. Inside a transform of your own, call it in fastvae.use_backend("reference").'
         )
 
     _library.impl(name, implementation, "CompositeExplicitAutograd")
@@ -57,7 +56,7 @@ def is_traced(*arguments: Any) -> bool:
     ):
         return True
     # A loop, because this is asked at each call, and `any` of a generator takes twice as long.
-    for argument in arguments:
+    for argument in arguments:  # noqa: SIM110
         if type(argument) is Tensor and argument._is_zerotensor():
             return True
     return False
@@ -107,7 +106,7 @@ def is_differentiated(*tensors: Tensor | None) -> bool:
         return False
     if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         return True
-    for tensor in tensors:
+    for tensor in tensors:  # noqa: SIM110 - as in `is_traced`
         if tensor is not None and (_is_wrapped(tensor) or _is_batched(tensor)):
             return True
     return False
