@@ -47,9 +47,9 @@ class use_backend:
     """Choose the backend inside a ``with`` block: "triton", "reference" or "auto".
 
     Works outside and inside a function compiled by torch.compile. Asking for "triton" where it cannot run makes the
-    operations raise ``RuntimeError`` saying what is missing; what torch.func transforms inside torch.compile, and what
-    torch.jit.trace records, is the specification all the same, because torch must see its operations. The choice is process-wide, as is torch's own backend
-    selection.
+    operations raise ``RuntimeError`` saying what is missing; but where torch must see the operations, in torch.func
+    transforms inside torch.compile and in torch.jit.trace, they are the specification on every choice. The choice is
+    process-wide, as is torch's own backend selection.
     """
 
     def __init__(self, name: str) -> None:
@@ -118,10 +118,8 @@ def choose(tensor: torch.Tensor, inductor_fuses: bool) -> Backend:
         return Backend("reference", "asked for")
     # Also where "triton" was asked for, as where a backward pass is itself differentiated: only the formula is right.
     if torch._C._are_functorch_transforms_active() and torch.compiler.is_compiling():
-        return Backend(
-            "reference", "torch.compile loses the gradients of fused operations inside torch.func transforms"
-        )
-    if torch.jit.is_tracing():
+        return Backend("reference", "torch.compile loses gradients of fused operations in torch.func transforms")
+    if torch._C._get_tracing_state() is not None:
         return Backend("reference", "torch.jit.trace records plain PyTorch")
     if _requested == "auto" and tensor.device.type == "cpu":
         return Backend("reference", "CPU tensors run plain PyTorch")

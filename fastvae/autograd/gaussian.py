@@ -57,8 +57,9 @@ def _fake_backward(
     return empty_gradients(*[tensor for tensor, needed in ((mu, needs_mu), (logvar, needs_logvar)) if needed])
 
 
-def _registered_backward(mu: Tensor, logvar: Tensor | None, strides: list[int], *others: Any) -> list[Tensor]:
-    return kernels.gaussian_backward(mu, logvar, tuple(strides), *others)
+def _backward(mu: Tensor, logvar: Tensor | None, strides: Sequence[int], *others: Any) -> list[Tensor]:
+    """strides: those that mu had in forward."""
+    return kernels.gaussian_backward(in_order_of(mu, tuple(strides)), logvar, *others)
 
 
 register(
@@ -76,7 +77,7 @@ register(
 register(
     "gaussian_backward(Tensor mu, Tensor? logvar, SymInt[] strides, int dim, str reduction, float free_bits, "
     f"Tensor? z_grad, Tensor? kl_grad, Tensor? kl, bool needs_mu, bool needs_logvar, Tensor? eps, {_RNG}) -> Tensor[]",
-    _registered_backward,
+    _backward,
     _fake_backward,
 )
 
@@ -108,7 +109,7 @@ def _gradients(ctx: Any, z_grad: Tensor | None, kl_grad: Tensor | None) -> tuple
     if is_differentiated(*tensors):
         return _differentiable_gradients(mu, logvar, *ctx.options, z_grad, kl_grad, kl, eps, *rng)
     needs_mu, needs_logvar = ctx.needs_input_grad[:2]
-    launcher = _operations.gaussian_backward if is_traced(*tensors) else kernels.gaussian_backward
+    launcher = _operations.gaussian_backward if is_traced(*tensors) else _backward
     gradients = launcher(mu, logvar, *ctx.options, z_grad, kl_grad, kl, needs_mu, needs_logvar, eps, *rng)
     if logvar is None:
         return gradients[0], None
