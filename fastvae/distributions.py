@@ -57,6 +57,11 @@ class DiagonalGaussian(Distribution):
     has_rsample = True
 
     def __init__(self, moments: Tensor, dim: int = 1, *, validate_args: bool = False) -> None:
+        if isinstance(dim, Tensor):
+            raise TypeError(
+                "DiagonalGaussian takes moments = [mu | logvar] in one tensor, got two tensors; of two, it is "
+                "DiagonalGaussian.from_mu_logvar(mu, logvar)"
+            )
         dim, half = check_packed(moments, dim)
         self._set((moments,), dim, half[:1], half[1:], validate_args)
 
