@@ -8,12 +8,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 import fastvae
 import fastvae.functional as F
@@ -739,6 +742,8 @@ def scalar_errors(name: str) -> list[tuple[dict[str, object], type[Exception], s
         ),
         ({name: True}, TypeError, f"{number} bool"),
         ({name: "1"}, TypeError, f"{number} str"),
+        ({name: np.bool_(True)}, TypeError, f"{number} bool"),
+        ({name: 10**400}, ValueError, f"{name} must be in the range of a float, got an integer of 1329 bits"),
     ]
 
 
@@ -783,6 +788,50 @@ COMMON_ERRORS = [
     *scalar_errors("beta"),
     *scalar_errors("reconstruction_weight"),
 ]
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("number", [np.float32(0.25), np.float64(0.25), np.int64(2), np.uint8(2), Fraction(1, 4)])
+def test_numbers_that_are_not_pythons(device, backend, number) -> None:
+    inputs = make_all((2, 3), device)
+    with fastvae.use_backend(backend):
+        for function, names in ((F.elbo_loss, 2), (F.elbo_value_and_grad, 3)):
+            weights = dict.fromkeys(("beta", "reconstruction_weight", "grad_scale")[:names], number)
+            expected = function(*inputs, **dict.fromkeys(weights, float(number)))
+            assert_equal(flatten(function(*inputs, **weights)), flatten(expected))
+
+
+def flatten(nested) -> tuple[Tensor, ...]:
+    return tuple(pytree.tree_leaves(nested))
+
+
+HALF_WEIGHTS = {  # (beta, reconstruction_weight, grad_scale)
+    "a scale beyond half of the range": (1.0, 100.0, 60000.0),
+    "no number of bits": (0.3, 0.7, 3.0),
+}
+
+
+@pytest.mark.parametrize("weights", HALF_WEIGHTS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_weights_of_half_precision_are_widened_once(device, backend, dtype, weights) -> None:
+    """As their value in float32: products with them are not rounded to their dtype."""
+    inputs = make_all((2, 3), device)
+    features, weight = torch.rand(2, 3, 4, 4, device=device), torch.randn(3, 1, 3, 3, device=device)
+    image = (features, weight, weight[0, :, 0, 0], torch.rand(2, 1, 4, 4, device=device), inputs[2])
+    half = [torch.tensor(w, dtype=dtype, device=device) for w in HALF_WEIGHTS[weights]]
+    wide = [w.float() for w in half]
+    names = ("beta", "reconstruction_weight", "grad_scale")
+    with fastvae.use_backend(backend):
+        for function, arguments, n in (
+            (F.elbo_loss, inputs, 2),
+            (F.elbo_value_and_grad, inputs, 3),
+            (F.conv_elbo_value_and_grad, image, 3),
+        ):
+            expected = flatten(function(*arguments, **dict(zip(names[:n], wide, strict=False))))
+            actual = flatten(function(*arguments, **dict(zip(names[:n], half, strict=False))))
+            assert all(value.isfinite().all() for value in expected)
+            assert_equal(actual, expected)
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def check_pixels(target: Tensor) -> None:
         raise TypeError(f"target must be uint8 (read as t / 255) or floating point, got {target.dtype}")
 
 
-def check_number(name: str, value: float) -> float:
+def check_number(name: str, value: float, expected: str = "a number") -> float:
     """A real number, Python's or numpy's, as a Python number."""
     if type(value) is float:
         return value
@@ -70,7 +70,7 @@ def check_number(name: str, value: float) -> float:
         if torch.compiler.is_compiling():
             return value
     elif isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
     try:
         return float(value)
     except OverflowError:
@@ -102,7 +102,7 @@ def check_scalar(name: str, value: float | Tensor, first_name: str, first: Tenso
         if value.requires_grad:
             raise ValueError(f"{name} must not require grad: it is a weight, not a parameter; pass {name}.detach()")
         return value
-    return check_number(name, value)
+    return check_number(name, value, "a number or a 0-dimensional tensor")
 
 
 def refuse_transforms(name: str) -> None:
