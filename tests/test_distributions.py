@@ -346,6 +346,14 @@ def test_divergences_broadcast_and_dispatch() -> None:
     assert torch.equal(q.kl(q), torch.zeros(4, dtype=torch.float64))
 
 
+def test_what_is_broadcast_can_be_written() -> None:
+    q = DiagonalGaussian(torch.randn(1, 6)).expand((4,))
+    for values in (q.kl(), q.entropy(), q.log_prob(torch.zeros(3)), q.kl(q), q.stddev, q.rsample_with_kl()[1]):
+        before = values.clone()
+        values[0] = 7.0
+        assert torch.equal(values[1:], before[1:])
+
+
 def test_bytes_are_numbers_and_not_pixels() -> None:
     """Only the target of a likelihood of images is read as t / 255."""
     q = DiagonalGaussian(torch.randn(4, 6))

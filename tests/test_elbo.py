@@ -108,7 +108,9 @@ class Oracle:
         assert gradient.dtype is of.dtype
         name = ("logits", "target", "kl")[i]
         assert_within(gradient, self.gradients[i], self.gradient_scales[i], GRADIENTS[i], f"gradient of {name}")
-        if name != "kl":  # that is an expanded scalar
+        if name == "kl":
+            assert gradient.is_contiguous()
+        else:
             assert_strides_of(of, gradient)
 
 
@@ -331,12 +333,25 @@ def test_one_launch_forward_and_one_backward_for_what_is_needed(triton_backend, 
     assert_equal(gradients, tuple(g for g, need in zip(expected, needs, strict=True) if need))
 
 
-def test_the_gradient_of_kl_is_an_expanded_scalar(triton_backend, device) -> None:
-    logits, target, kl = make_all((4, 5), device)
-    (gradient,) = torch.autograd.grad(F.elbo_loss(logits, target, kl.requires_grad_()).loss, kl)
-    assert gradient.shape == (4,) and gradient.stride() == (0,)
-    _, (_, dkl) = F.elbo_value_and_grad(logits, target, kl)
-    assert dkl.shape == (4,) and dkl.stride() == (0,)
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("batch", [4, 1500])
+def test_each_gradient_of_kl_can_be_written(backend, device, batch) -> None:
+    """It is one number for all samples, and yet writing that of one sample changes no other's."""
+    logits, target, kl = make_all((batch, 5), device)
+    image, weight = logits.view(batch, 1, 5, 1), torch.ones(1, 1, 1, 1, device=device)
+    wanted = torch.full((batch,), 0.3 / batch, device=device)
+    wanted[-1] = 7.0
+    with fastvae.use_backend(backend):
+        loss = F.elbo_loss(logits, target, kl.requires_grad_(), beta=0.3).loss
+        gradients = [
+            *torch.autograd.grad(loss, kl, retain_graph=True),
+            torch.autograd.grad(loss, kl, create_graph=True)[0].detach(),
+            F.elbo_value_and_grad(logits, target, kl, beta=0.3)[1][-1],
+            F.conv_elbo_value_and_grad(image, weight, None, target.view_as(image), kl, beta=0.3)[1][-1],
+        ]
+    for gradient in gradients:
+        gradient[-1] = 7.0
+        torch.testing.assert_close(gradient, wanted, rtol=2**-22, atol=0)
 
 
 def test_value_and_grad_is_one_launch(triton_backend, device) -> None:

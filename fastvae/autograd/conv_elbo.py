@@ -16,7 +16,7 @@ from fastvae.kernels.layout import empty_gradients
 
 
 def _fake(features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, kl: Tensor, *others: Any) -> Any:
-    gradients = [*empty_gradients(features), weight.new_empty(weight.shape), kl.new_empty([])]
+    gradients = [*empty_gradients(features), weight.new_empty(weight.shape), kl.new_empty(kl.shape)]
     bias_grad = [] if bias is None else [bias.new_empty(bias.shape)]
     return [*kernels.allocate_values(features), *gradients, *bias_grad]
 
@@ -54,5 +54,5 @@ def conv_elbo_value_and_grad(
         launcher, scalars = torch.ops.fastvae.conv_elbo_value_and_grad, as_tensors(features, *scalars)
     tensors = (t if t is None else t.detach() for t in (features, weight, bias, target, kl))
     loss, reconstruction, mean_kl, features_grad, weight_grad, kl_grad, *bias_grad = launcher(*tensors, relu, *scalars)
-    gradients = (features_grad, weight_grad, bias_grad[0] if bias_grad else None, kl_grad.expand(kl.shape))
+    gradients = (features_grad, weight_grad, bias_grad[0] if bias_grad else None, kl_grad)
     return (loss, reconstruction, mean_kl), gradients

@@ -1,4 +1,4 @@
-"""Autograd of the negative evidence lower bound. Saved for backward: logits and target; the gradient of kl is one
+"""Autograd of the negative evidence lower bound. Saved for backward: logits, target and kl, whose gradient is one
 number for the whole batch.
 """
 
@@ -20,13 +20,13 @@ Scalar = float | Tensor
 
 
 def _fake_value_and_grad(logits: Tensor, target: Tensor, kl: Tensor, *scalars: Any) -> tuple[Tensor, ...]:
-    return *kernels.allocate_values(logits), *empty_gradients(logits), kl.new_empty([])
+    return *kernels.allocate_values(logits), *empty_gradients(logits), kl.new_empty(kl.shape)
 
 
 def _fake_backward(logits: Tensor, target: Tensor, kl: Tensor, *others: Any) -> list[Tensor]:
     needs_logits, needs_target, needs_kl = others[-3:]
     gradients = empty_gradients(*[t for t, needed in ((logits, needs_logits), (target, needs_target)) if needed])
-    return [*gradients, kl.new_empty([])] if needs_kl else gradients
+    return [*gradients, kl.new_empty(kl.shape)] if needs_kl else gradients
 
 
 register(
@@ -101,7 +101,7 @@ class ELBOLoss(torch.autograd.Function):
                 logits_grad, target_grad = differentiable_gradients(logits, target, term_grad)
             if needs_kl:
                 kl_grad = added(None if loss_grad is None else beta * loss_grad, mean_kl_grad) / batch
-                kl_grad = kl_grad.to(kl.dtype).expand(kl.shape)
+                kl_grad = kl_grad.to(kl.dtype).expand(kl.shape).contiguous()
         elif needs_logits or needs_target or needs_kl:
             launcher = kernels.elbo_backward
             if is_traced(logits, target, kl, *tensors, *value_grads):
@@ -110,7 +110,7 @@ class ELBOLoss(torch.autograd.Function):
             gradients = launcher(logits, target, kl, *value_grads, beta, weight, needs_logits, needs_target, needs_kl)
             logits_grad = gradients[0] if needs_logits else None
             target_grad = gradients[int(needs_logits)] if needs_target else None
-            kl_grad = gradients[-1].expand(kl.shape) if needs_kl else None
+            kl_grad = gradients[-1] if needs_kl else None
         return logits_grad, target_grad, kl_grad, None, None
 
     vmap = refuse_vmap("elbo_loss")
@@ -150,4 +150,4 @@ def elbo_value_and_grad(
         launcher, weights = _operations.elbo_value_and_grad, as_tensors(logits, *weights)
     with torch.no_grad():
         *values, logits_grad, kl_grad = launcher(logits, target, kl, *weights)
-    return tuple(values), (logits_grad, kl_grad.expand(kl.shape))
+    return tuple(values), (logits_grad, kl_grad)

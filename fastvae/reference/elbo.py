@@ -63,5 +63,5 @@ def elbo_value_and_grad(
         y = torch.sigmoid(x)
         # The last factor is 1 - y, without what rounding y to 1 would lose.
         slope = 2.0 * widened(reconstruction_weight) * scale * (y - pixels(target)) * y * torch.sigmoid(-x)
-        kl_slope = torch.ones((), dtype=y.dtype, device=kl.device) * widened(beta) * scale
-        return values, (slope.to(logits.dtype), kl_slope.to(kl.dtype).expand(kl.shape))
+        kl_slope = torch.ones(kl.shape, dtype=y.dtype, device=kl.device) * widened(beta) * scale
+        return values, (slope.to(logits.dtype), kl_slope.to(kl.dtype))
