@@ -241,7 +241,7 @@ def test_float64_is_computed_by_the_reference(device) -> None:
     with fastvae.use_backend("auto"):
         assert F.elbo_loss(logits.double(), target.double(), kl.double()).loss.dtype is torch.float64
         for arguments in ((logits.double(), target, kl), (logits, target.double(), kl), (logits, target, kl.double())):
-            assert F.elbo_loss(*arguments).loss.isfinite()
+            assert {value.dtype for value in F.elbo_loss(*arguments)} == {torch.float64}
     with fastvae.use_backend("triton"), pytest.raises(RuntimeError, match="float64"):
         F.elbo_loss(logits, target, kl.double())
 

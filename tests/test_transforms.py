@@ -183,6 +183,17 @@ def test_what_has_its_gradient_is_not_transformed(name, backend):
         torch.func.grad(function)(image)
 
 
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_vmap_of_the_reference(name):
+    """The specification is plain PyTorch, which is mapped as any; the fused path refuses, because it is batched."""
+    mu, logvar = MU + torch.arange(3.0).view(3, 1, 1), MU * torch.arange(3.0).view(3, 1, 1)
+    with fastvae.use_backend("reference"):
+        mapped = several(torch.vmap(OPERATIONS[name])(mu, logvar))
+        one_by_one = [several(OPERATIONS[name](a, b)) for a, b in zip(mu, logvar, strict=True)]
+    for actual, wanted in zip(mapped, zip(*one_by_one, strict=True), strict=True):
+        torch.testing.assert_close(actual, torch.stack(wanted))
+
+
 # --- tensors that a kernel cannot read -----------------------------------------------------------------------------
 
 

@@ -36,9 +36,10 @@ def elbo_loss(
     """Batch mean of reconstruction_weight * sum_event (sigmoid(logits) - target)^2, plus beta * batch mean of kl."""
     beta, reconstruction_weight = widened(beta), widened(reconstruction_weight)
     squared_error = sigmoid_mse_loss(logits, target, reduction="batchmean")
-    reconstruction = (reconstruction_weight * squared_error).to(squared_error.dtype)
     mean_kl = in_float32(kl).mean()
-    return ELBO(reconstruction + (beta * mean_kl).to(squared_error.dtype), reconstruction, mean_kl)
+    dtype = torch.promote_types(squared_error.dtype, mean_kl.dtype)
+    reconstruction = (reconstruction_weight * squared_error).to(dtype)
+    return ELBO(reconstruction + (beta * mean_kl).to(dtype), reconstruction, mean_kl.to(dtype))
 
 
 def elbo_value_and_grad(
