@@ -39,33 +39,34 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-# A plain module global: torch.compile traces and guards it, which it does not do for a ContextVar.
-_requested = _checked(os.environ.get("FASTVAE_BACKEND", "auto"), "environment variable FASTVAE_BACKEND")
+# What is asked for, the innermost block first; the last entry is what holds outside of all. A plain module global:
+# torch.compile traces and guards it, which it does not do for a ContextVar. Not for each thread, because the threads in
+# which autograd runs a backward pass, and computes a checkpoint again, are in no block.
+_requested = [_checked(os.environ.get("FASTVAE_BACKEND", "auto"), "environment variable FASTVAE_BACKEND")]
 
 
 class use_backend:
     """Choose the backend inside a ``with`` block: "triton", "reference" or "auto".
 
     Works outside and inside a function compiled by torch.compile. Asking for "triton" where it cannot run makes the
-    operations raise ``RuntimeError`` saying what is missing. The choice is process-wide, as is torch's own backend
-    selection.
+    operations raise ``RuntimeError`` saying what is missing; but where torch must see the operations, in torch.func
+    transforms inside torch.compile and in torch.jit.trace, they are the specification on every choice. The choice is
+    process-wide, as is torch's own backend selection: where several threads are in such blocks, the one that was
+    entered last holds for all, and none holds when all have left.
     """
 
     def __init__(self, name: str) -> None:
         self.name = _checked(name, "name")
-        self.previous: list[str] = []  # a stack, so that one object can be entered again
 
     def __enter__(self) -> use_backend:
-        global _requested
-        self.previous.append(_requested)
-        _requested = self.name
+        _requested.insert(0, self.name)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        global _requested
-        _requested = self.previous.pop()
+        # The innermost of this name, not what was there before: blocks of several threads need not be nested.
+        _requested.remove(self.name)
 
 
 def _obstacle(tensor: torch.Tensor) -> str | None:
@@ -113,12 +114,18 @@ def choose(tensor: torch.Tensor, inductor_fuses: bool) -> Backend:
             3 + 1, and 14.7 against 8.4 MB, because the compiler stores the noise.
     So sampling stays fused: its noise is not stored, nor drawn anew where activations are computed again.
     """
-    if _requested == "reference":
+    requested = _requested[0]
+    if requested == "reference":
         return Backend("reference", "asked for")
-    if _requested == "auto" and tensor.device.type == "cpu":
+    # Also where "triton" was asked for, as where a backward pass is itself differentiated: only the formula is right.
+    if torch._C._are_functorch_transforms_active() and torch.compiler.is_compiling():
+        return Backend("reference", "torch.compile loses gradients of fused operations in torch.func transforms")
+    if torch._C._get_tracing_state() is not None:
+        return Backend("reference", "torch.jit.trace records plain PyTorch")
+    if requested == "auto" and tensor.device.type == "cpu":
         return Backend("reference", "CPU tensors run plain PyTorch")
     obstacle = _obstacle(tensor)
-    if _requested == "triton":
+    if requested == "triton":
         if obstacle is not None:
             raise RuntimeError(f'backend "triton" was asked for but cannot run: {obstacle}')
         return Backend("triton", "asked for")

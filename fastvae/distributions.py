@@ -57,6 +57,11 @@ class DiagonalGaussian(Distribution):
     has_rsample = True
 
     def __init__(self, moments: Tensor, dim: int = 1, *, validate_args: bool = False) -> None:
+        if isinstance(dim, Tensor):
+            raise TypeError(
+                "DiagonalGaussian takes moments = [mu | logvar] in one tensor, got two tensors; of two, it is "
+                "DiagonalGaussian.from_mu_logvar(mu, logvar)"
+            )
         dim, half = check_packed(moments, dim)
         self._set((moments,), dim, half[:1], half[1:], validate_args)
 
@@ -198,7 +203,7 @@ class DiagonalGaussian(Distribution):
         """
         if other is not None:
             return kl_divergence(self, other)
-        return F.gaussian_kl(*self._halves(), reduction="none").expand(self._batch_shape)
+        return _broadcast(F.gaussian_kl(*self._halves(), reduction="none"), self._batch_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log N(value; mu, exp(logvar)) = -sum (log 2 pi + logvar + (value - mu)^2 / exp(logvar)) / 2, in nats.
@@ -212,12 +217,12 @@ class DiagonalGaussian(Distribution):
         mu, logvar = map(in_float32, self._halves())
         terms = _squared_distance(in_float32(value), mu, logvar) + logvar + math.log(2 * math.pi)
         log_prob = -0.5 * self._sum_event(terms)
-        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self._batch_shape))
+        return _broadcast(log_prob, torch.broadcast_shapes(log_prob.shape, self._batch_shape))
 
     def entropy(self) -> Tensor:
         """sum (1 + log 2 pi + logvar) / 2 in nats, of shape batch_shape."""
         logvar = in_float32(self._halves()[1])
-        return (0.5 * self._sum_event(logvar + (1 + math.log(2 * math.pi)))).expand(self._batch_shape)
+        return _broadcast(0.5 * self._sum_event(logvar + (1 + math.log(2 * math.pi))), self._batch_shape)
 
     def _sum_event(self, terms: Tensor) -> Tensor:
         return terms.sum(tuple(range(-len(self._event_shape), 0)))
@@ -227,6 +232,11 @@ class DiagonalGaussian(Distribution):
             f"{type(self).__name__}(batch_shape={list(self._batch_shape)}, event_shape={list(self._event_shape)}, "
             f"dtype={self._given[0].dtype}, device={self._given[0].device})"
         )
+
+
+def _broadcast(values: Tensor, shape: torch.Size) -> Tensor:
+    """The values in a shape to which theirs broadcasts, each in memory of its own, so that one can be written."""
+    return values if values.shape == shape else values.expand(shape).contiguous()
 
 
 def _squared_distance(value: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
@@ -287,4 +297,4 @@ def _kl_of_halves(
     # expm1 keeps what exp(difference) - 1 would lose for a small difference.
     terms = _squared_distance(p_mu, q_mu, q_logvar) + (torch.expm1(difference) - difference)
     kl = 0.5 * terms.sum(tuple(range(-len(p.event_shape), 0)))
-    return kl.expand(torch.broadcast_shapes(kl.shape, p.batch_shape, q.batch_shape))
+    return _broadcast(kl, torch.broadcast_shapes(kl.shape, p.batch_shape, q.batch_shape))

@@ -63,10 +63,10 @@ def conv_elbo_forward_kernel(
     kl_grad.
 
     Shapes: features [batch, INPUTS, HEIGHT, WIDTH], target [batch, OUTPUTS, HEIGHT, WIDTH], both of the given strides;
-    weight [INPUTS, OUTPUTS, KERNEL, KERNEL] and logits_grad float32 [batch, OUTPUTS, HEIGHT, WIDTH], contiguous; bias
-    [OUTPUTS] or None; kl [batch] at distance kl_stride; everything else []. A program has PIXELS of an image. beta,
-    reconstruction_weight and grad_scale are numbers or pointers to one. partial is float32 [programs] and ticket int32
-    [1], zero.
+    weight [INPUTS, OUTPUTS, KERNEL, KERNEL] and logits_grad float32 [batch, OUTPUTS, HEIGHT, WIDTH], contiguous;
+    bias [OUTPUTS] or None; kl [batch] at distance kl_stride; kl_grad [batch], dense; everything else []. A program
+    has PIXELS of an image. beta, reconstruction_weight and grad_scale are numbers or pointers to one. partial is
+    float32 [programs] and ticket int32 [1], zero.
     Bytes per float32 feature: reads 4, and per pixel and output 4 more for the target (1 of uint8), writes 4; 8 more
     per program. (Each feature is read KERNEL^2 times, but the first from the cache.)
     Launches: 1. Roundings: a logit KERNEL^2 + log2(CHANNELS) + 2, and then those of `elbo_forward_kernel`.
@@ -244,13 +244,11 @@ def conv_elbo_value_and_grad(
     reconstruction_weight: Scalar,
     grad_scale: Scalar | None,
 ) -> list[Tensor]:
-    """loss, reconstruction, mean_kl, and the gradients of features, weight, each sample's kl, one number, and bias if
-    there is one.
-    """
+    """loss, reconstruction, mean_kl, and the gradients of features, weight, kl, and bias if there is one."""
     batch, _, height, width = features.shape
     outputs, kernel = weight.shape[1], weight.shape[2]
     values = allocate_values(features)
-    kl_grad = kl.new_empty([])
+    kl_grad = kl.new_empty(kl.shape)
     read_features, target = as_pixels(features), as_pixels(target)
     if not has_dense_rows(read_features):  # their gradient is written at the same strides
         read_features = read_features.contiguous(memory_format=torch.channels_last)

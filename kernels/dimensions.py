@@ -81,7 +81,9 @@ def dimensions_forward_kernel(
 def finish(
     partial_ptr, kl_ptr, columns, blocks, kl_scale, free_bits, COLUMNS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """kl of partial sums [blocks, columns], added in an order that depends on `blocks` only."""
+    """kl of partial sums [blocks, columns], added in an order that depends on `blocks` only, in one
+    compiled form.
+    """
     first = 0
     while first < columns:
         column = first + tl.arange(0, COLUMNS)

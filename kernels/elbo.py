@@ -31,8 +31,17 @@ def store_values(
     tl.store(mean_kl_ptr, mean_kl)
     tl.store(loss_ptr, tl.fma(kl_weight, mean_kl, reconstruction))
     if kl_grad_ptr is not None:
-        kl_grad = kl_weight * inverse_batch * load_scalar(grad_scale)
-        tl.store(kl_grad_ptr, kl_grad.to(kl_grad_ptr.dtype.element_ty))
+        store_to_all(kl_grad_ptr, kl_weight * inverse_batch * load_scalar(grad_scale), batch, BLOCK)
+
+
+@triton.jit
+def store_to_all(values_ptr, number, count, BLOCK: tl.constexpr):
+    """values[:count] = number."""
+    start = 0
+    while start < count:
+        index = start + tl.arange(0, BLOCK)
+        tl.store(values_ptr + index.to(tl.int64), number.to(values_ptr.dtype.element_ty), mask=index < count)
+        start += BLOCK
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -46,12 +55,12 @@ def elbo_forward_kernel(
     beta * mean_kl.
 
     Unless logits_grad_ptr is None, also the gradients of loss times grad_scale: logits_grad = 2 * weight / B * (y -
-    target) * y * (1 - y) with y = sigmoid(logits), and kl_grad = beta / B, one number for all samples.
+    target) * y * (1 - y) with y = sigmoid(logits), and kl_grad = beta / B, one number written to all samples.
     Shapes: logits and target [rows, columns] at distance row_stride, logits_grad dense; kl [batch] at distance
-    kl_stride; everything else []. beta, reconstruction_weight and grad_scale are numbers or pointers to one. Where
-    there is more than one program, partial is float32 [programs] and ticket int32 [1], zero.
+    kl_stride, kl_grad dense; everything else []. beta, reconstruction_weight and grad_scale are numbers or pointers
+    to one. Where there is more than one program, partial is float32 [programs] and ticket int32 [1], zero.
     Bytes per float32 element: reads 8 (5 with a uint8 target), writes 4 (0 without gradients); 8 more per program for
-    partial sums, 4 per sample for kl.
+    partial sums, 4 per sample for kl, and 4 for its gradient.
     Launches: 1. Roundings: a term 20, a gradient 28, the values 4 more and one per level of a sum.
     Deterministic: no floating-point atomics, partial sums are added in order.
     """
@@ -90,16 +99,18 @@ def elbo_forward_kernel(
 def elbo_backward_kernel(
     logits_ptr, target_ptr, loss_grad_ptr, reconstruction_grad_ptr, mean_kl_grad_ptr,
     logits_grad_ptr, target_grad_ptr, kl_grad_ptr, beta, reconstruction_weight,
-    rows, columns, row_stride, chunks, inverse_batch,
-    FLAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr,
+    rows, columns, row_stride, chunks, batch, inverse_batch,
+    FLAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """With g = (loss_grad + reconstruction_grad) * weight / B: logits_grad = 2 * g * (y - target) * y * (1 - y) with
     y = sigmoid(logits), and target_grad = -2 * g * (y - target); kl_grad = (beta * loss_grad + mean_kl_grad) / B, one
-    number for all samples, written by the first program.
+    number, written to all samples by the first program.
 
-    Shapes: logits and target [rows, columns] at distance row_stride, their gradients dense; everything else []. A
-    missing upstream gradient is None and counts as 0; a gradient nobody needs is None and is not computed.
-    Bytes per float32 element: reads 8 (5 with a uint8 target), writes 4 (8 with both gradients). Launches: 1.
+    Shapes: logits and target [rows, columns] at distance row_stride, their gradients dense; kl_grad [batch]; everything
+    else []. A missing upstream gradient is None and counts as 0; a gradient nobody needs is None and is not
+    computed.
+    Bytes per float32 element: reads 8 (5 with a uint8 target), writes 4 (8 with both gradients); 4 more per sample
+    for kl_grad. Launches: 1.
     Roundings: 28. Deterministic.
     """
     if kl_grad_ptr is not None:
@@ -109,7 +120,7 @@ def elbo_backward_kernel(
                 mean_kl_grad += tl.load(mean_kl_grad_ptr)
             if loss_grad_ptr is not None:
                 mean_kl_grad += load_scalar(beta) * tl.load(loss_grad_ptr)
-            tl.store(kl_grad_ptr, (mean_kl_grad * inverse_batch).to(kl_grad_ptr.dtype.element_ty))
+            store_to_all(kl_grad_ptr, mean_kl_grad * inverse_batch, batch, BLOCK)
 
     if logits_grad_ptr is not None or target_grad_ptr is not None:
         reconstruction_grad = 0.0
@@ -224,9 +235,9 @@ def elbo_value_and_grad(
     reconstruction_weight: Scalar,
     grad_scale: Scalar | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss, reconstruction, mean_kl, the gradient of logits, and that of each sample's kl, one number."""
+    """loss, reconstruction, mean_kl, and the gradients of logits and kl."""
     logits_grad = logits.new_empty_strided(logits.shape, dense_strides(logits))
-    kl_grad = kl.new_empty([])
+    kl_grad = kl.new_empty(kl.shape)
     grad_scale = 1.0 if grad_scale is None else grad_scale
     values = elbo_forward(logits, target, kl, beta, reconstruction_weight, grad_scale, logits_grad, kl_grad)
     return *values, *in_format_of([logits], [logits_grad]), kl_grad
@@ -242,10 +253,12 @@ def plan_backward(rows: Rows, any_element: bool) -> Plan:
         tiling.columns,
         rows.stride,
         tiling.chunks,
+        rows.batch,
         1.0 / rows.batch,
         FLAT=tiling.rows == 1,
         ROWS=tiling.tile_rows,
         COLUMNS=tiling.tile_columns,
+        BLOCK=1024,
     )
 
 
@@ -262,13 +275,11 @@ def elbo_backward(
     needs_target: bool,
     needs_kl: bool,
 ) -> list[Tensor]:
-    """The gradients of those of logits and target that need one, then that of each sample's kl, one number, if
-    needed.
-    """
+    """The gradients of those of logits, target and kl that need one."""
     inputs = [tensor for tensor, needed in ((logits, needs_logits), (target, needs_target)) if needed]
     # In the order that is read; only an input that has to be copied gets a gradient of other strides.
     gradients = [tensor.new_empty_strided(tensor.shape, dense_strides(logits)) for tensor in inputs]
-    kl_grads = [kl.new_empty([])] if needs_kl else []
+    kl_grads = [kl.new_empty(kl.shape)] if needs_kl else []
     batch = logits.shape[0]
     if batch:
         read_logits, read_target = read_pair(logits, target) if inputs else (logits, target)

@@ -22,6 +22,9 @@ INTERPRETED = not isinstance(exp, triton.JITFunction)
 # The kernels' FAST: NVIDIA's approximate instructions exist neither on the interpreter nor on AMD.
 FAST = not INTERPRETED and torch.version.hip is None
 
+# The interpreter keeps which program it runs in globals of its own, so that threads must take turns.
+_interpreter = threading.RLock() if INTERPRETED else nullcontext()
+
 # By device and stream.
 _tickets: dict[tuple[str, int | None, int], Tensor] = {}
 _zeros: dict[tuple[str, int | None, int], Tensor] = {}
@@ -88,7 +91,8 @@ def launch(kernel: Any, plan: Plan, device: torch.device, *arguments: Any) -> No
             options = dict(plan.constants, num_warps=plan.num_warps, enable_fp_fusion=True)
             if "FAST" in kernel.arg_names:
                 options["FAST"] = FAST
-            compiled = kernel[(plan.programs,)](*arguments, *plan.numbers, **options)
+            with _interpreter:
+                compiled = kernel[(plan.programs,)](*arguments, *plan.numbers, **options)
     except BaseException:
         # A launch that was cut short may have drawn tickets: later launches get new ones.
         _tickets.clear()

@@ -98,6 +98,17 @@ def with_strides(tensor: Tensor, strides: Strides) -> Tensor:
     return tensor.new_empty_strided(tensor.shape, strides).copy_(tensor)
 
 
+def in_order_of(tensor: Tensor, strides: Strides) -> Tensor:
+    """`tensor` if it lies in memory as one of these strides does, else a dense copy that does.
+
+    A saved tensor may come back from its hooks with other strides than it had, and noise is made in the order of
+    memory.
+    """
+    return (
+        tensor if has_strides(tensor, strides) else with_strides(tensor, _dense_strides(tensor.shape, strides, False))
+    )
+
+
 def gradient_strides(tensor: Tensor) -> Strides:
     """The strides of the gradient of `tensor`: its own where they are dense, else those that torch gives to its
     gradients.

@@ -35,7 +35,9 @@ class Tiling:
 def cut(rows: int, columns: int, itemsize: int) -> Tiling:
     """Cut a problem whose bulk tensors have elements of `itemsize` bytes.
 
-    Tiles are powers of two that depend on the problem only, never on the card, so that sums are the same everywhere.
+    Tiles are powers of two that depend on the problem only, never on the card, so that partial sums are of the same
+    elements everywhere. In which order a program adds its tile is the compiler's choice: sums are equal in every bit
+    where the same compiled code runs, and may differ in the last ones between cards, layouts and versions of triton.
     No figure here was measured on a GPU; they follow from code compiled for sm_90 with triton 3.6 and 3.9 (registers,
     vector width).
     """
@@ -117,7 +119,7 @@ def tile_offsets(row_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def sum_in_order(terms_ptr, count, stride, BLOCK: tl.constexpr):
-    """The sum of `count` terms in float32, in an order that depends on their number only."""
+    """The sum of `count` terms in float32, in an order that depends on their number only, in one compiled form."""
     total = tl.zeros([BLOCK], tl.float32)
     start = 0
     # while: the interpreter of triton 3.6 cannot count to a tensor with numpy 2.4.
@@ -132,7 +134,9 @@ def sum_in_order(terms_ptr, count, stride, BLOCK: tl.constexpr):
 
 @triton.jit
 def sum_groups_in_order(terms_ptr, sums_ptr, groups, count, scale, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
-    """sums[g] = scale * the sum of terms[g, :], terms [groups, count], in an order that depends on `count` only."""
+    """sums[g] = scale * the sum of terms[g, :], terms [groups, count], in an order that depends on `count` only, in one
+    compiled form.
+    """
     first = 0
     while first < groups:
         group = first + tl.arange(0, GROUPS)

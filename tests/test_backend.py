@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -181,7 +182,28 @@ def test_use_backend_can_be_entered_while_it_is_entered() -> None:
             assert asked_for() == "reference"
         assert asked_for() == "auto"
     finally:
-        backend._requested = "auto"
+        backend._requested[:] = ["auto"]
+
+
+def test_blocks_of_two_threads_need_not_be_nested() -> None:
+    first, second = fastvae.use_backend("triton"), fastvae.use_backend("reference")
+    first.__enter__()
+    second.__enter__()
+    assert asked_for() == "reference"
+    first.__exit__(None, None, None)
+    assert asked_for() == "reference"
+    second.__exit__(None, None, None)
+    assert asked_for() == "auto"
+
+
+def test_four_threads_launch_at_once(device, triton_backend) -> None:
+    """Triton's interpreter keeps where it is in globals of its own: one launch at a time there."""
+    cases = [(torch.randn(3, 2500, device=device), torch.rand(3, 2500, device=device)) for _ in range(4)]
+    expected = [F.sigmoid_mse_loss(*case, reduction="none") for case in cases]
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(2):
+            losses = list(threads.map(lambda case: F.sigmoid_mse_loss(*case, reduction="none"), cases))
+            assert all(map(torch.equal, losses, expected))
 
 
 @pytest.mark.parametrize("name", ["cuda", "Triton", "", None])

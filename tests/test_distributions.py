@@ -346,12 +346,31 @@ def test_divergences_broadcast_and_dispatch() -> None:
     assert torch.equal(q.kl(q), torch.zeros(4, dtype=torch.float64))
 
 
+def test_what_is_broadcast_can_be_written() -> None:
+    q = DiagonalGaussian(torch.randn(1, 6)).expand((4,))
+    for values in (q.kl(), q.entropy(), q.log_prob(torch.zeros(3)), q.kl(q), q.stddev, q.rsample_with_kl()[1]):
+        before = values.clone()
+        values[0] = 7.0
+        assert torch.equal(values[1:], before[1:])
+
+
+def test_bytes_are_numbers_and_not_pixels() -> None:
+    """Only the target of a likelihood of images is read as t / 255."""
+    q = DiagonalGaussian(torch.randn(4, 6))
+    value = torch.randint(0, 4, (4, 3), dtype=torch.uint8)
+    assert torch.equal(q.log_prob(value), q.log_prob(value.float()))
+    prior = Independent(Normal(value, torch.ones(4, 3), validate_args=False), 1)
+    wanted = Independent(Normal(value.float(), torch.ones(4, 3)), 1)
+    assert torch.equal(q.kl(prior), q.kl(wanted)) and torch.equal(kl_divergence(prior, q), kl_divergence(wanted, q))
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
         (lambda q: DiagonalGaussian(torch.zeros(2, 5)), ValueError, "moments must have an even size along dim 1"),
         (lambda q: DiagonalGaussian(torch.zeros(2, 6), 0), ValueError, "dim must name a dimension .*, got 0"),
         (lambda q: DiagonalGaussian(torch.zeros(2, 6).int()), TypeError, "moments must be float16, .*, got torch.int"),
+        (lambda q: DiagonalGaussian(q.mu, q.mu), TypeError, r"one tensor, got two .* DiagonalGaussian.from_mu_logvar"),
         (lambda q: DiagonalGaussian.from_mu_logvar(q.mu, q.mu[:1]), ValueError, "logvar must have the shape of mu"),
         (
             lambda q: q.sample(torch.Generator()),

@@ -8,12 +8,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 import fastvae
 import fastvae.functional as F
@@ -105,7 +108,9 @@ class Oracle:
         assert gradient.dtype is of.dtype
         name = ("logits", "target", "kl")[i]
         assert_within(gradient, self.gradients[i], self.gradient_scales[i], GRADIENTS[i], f"gradient of {name}")
-        if name != "kl":  # that is an expanded scalar
+        if name == "kl":
+            assert gradient.is_contiguous()
+        else:
             assert_strides_of(of, gradient)
 
 
@@ -236,7 +241,7 @@ def test_float64_is_computed_by_the_reference(device) -> None:
     with fastvae.use_backend("auto"):
         assert F.elbo_loss(logits.double(), target.double(), kl.double()).loss.dtype is torch.float64
         for arguments in ((logits.double(), target, kl), (logits, target.double(), kl), (logits, target, kl.double())):
-            assert F.elbo_loss(*arguments).loss.isfinite()
+            assert {value.dtype for value in F.elbo_loss(*arguments)} == {torch.float64}
     with fastvae.use_backend("triton"), pytest.raises(RuntimeError, match="float64"):
         F.elbo_loss(logits, target, kl.double())
 
@@ -328,12 +333,25 @@ def test_one_launch_forward_and_one_backward_for_what_is_needed(triton_backend, 
     assert_equal(gradients, tuple(g for g, need in zip(expected, needs, strict=True) if need))
 
 
-def test_the_gradient_of_kl_is_an_expanded_scalar(triton_backend, device) -> None:
-    logits, target, kl = make_all((4, 5), device)
-    (gradient,) = torch.autograd.grad(F.elbo_loss(logits, target, kl.requires_grad_()).loss, kl)
-    assert gradient.shape == (4,) and gradient.stride() == (0,)
-    _, (_, dkl) = F.elbo_value_and_grad(logits, target, kl)
-    assert dkl.shape == (4,) and dkl.stride() == (0,)
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("batch", [4, 1500])
+def test_each_gradient_of_kl_can_be_written(backend, device, batch) -> None:
+    """It is one number for all samples, and yet writing that of one sample changes no other's."""
+    logits, target, kl = make_all((batch, 5), device)
+    image, weight = logits.view(batch, 1, 5, 1), torch.ones(1, 1, 1, 1, device=device)
+    wanted = torch.full((batch,), 0.3 / batch, device=device)
+    wanted[-1] = 7.0
+    with fastvae.use_backend(backend):
+        loss = F.elbo_loss(logits, target, kl.requires_grad_(), beta=0.3).loss
+        gradients = [
+            *torch.autograd.grad(loss, kl, retain_graph=True),
+            torch.autograd.grad(loss, kl, create_graph=True)[0].detach(),
+            F.elbo_value_and_grad(logits, target, kl, beta=0.3)[1][-1],
+            F.conv_elbo_value_and_grad(image, weight, None, target.view_as(image), kl, beta=0.3)[1][-1],
+        ]
+    for gradient in gradients:
+        gradient[-1] = 7.0
+        torch.testing.assert_close(gradient, wanted, rtol=2**-22, atol=0)
 
 
 def test_value_and_grad_is_one_launch(triton_backend, device) -> None:
@@ -739,6 +757,8 @@ def scalar_errors(name: str) -> list[tuple[dict[str, object], type[Exception], s
         ),
         ({name: True}, TypeError, f"{number} bool"),
         ({name: "1"}, TypeError, f"{number} str"),
+        ({name: np.bool_(True)}, TypeError, f"{number} bool"),
+        ({name: 10**400}, ValueError, f"{name} must be in the range of a float, got an integer of 1329 bits"),
     ]
 
 
@@ -783,6 +803,50 @@ COMMON_ERRORS = [
     *scalar_errors("beta"),
     *scalar_errors("reconstruction_weight"),
 ]
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("number", [np.float32(0.25), np.float64(0.25), np.int64(2), np.uint8(2), Fraction(1, 4)])
+def test_numbers_that_are_not_pythons(device, backend, number) -> None:
+    inputs = make_all((2, 3), device)
+    with fastvae.use_backend(backend):
+        for function, names in ((F.elbo_loss, 2), (F.elbo_value_and_grad, 3)):
+            weights = dict.fromkeys(("beta", "reconstruction_weight", "grad_scale")[:names], number)
+            expected = function(*inputs, **dict.fromkeys(weights, float(number)))
+            assert_equal(flatten(function(*inputs, **weights)), flatten(expected))
+
+
+def flatten(nested) -> tuple[Tensor, ...]:
+    return tuple(pytree.tree_leaves(nested))
+
+
+HALF_WEIGHTS = {  # (beta, reconstruction_weight, grad_scale)
+    "a scale beyond half of the range": (1.0, 100.0, 60000.0),
+    "no number of bits": (0.3, 0.7, 3.0),
+}
+
+
+@pytest.mark.parametrize("weights", HALF_WEIGHTS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_weights_of_half_precision_are_widened_once(device, backend, dtype, weights) -> None:
+    """As their value in float32: products with them are not rounded to their dtype."""
+    inputs = make_all((2, 3), device)
+    features, weight = torch.rand(2, 3, 4, 4, device=device), torch.randn(3, 1, 3, 3, device=device)
+    image = (features, weight, weight[0, :, 0, 0], torch.rand(2, 1, 4, 4, device=device), inputs[2])
+    half = [torch.tensor(w, dtype=dtype, device=device) for w in HALF_WEIGHTS[weights]]
+    wide = [w.float() for w in half]
+    names = ("beta", "reconstruction_weight", "grad_scale")
+    with fastvae.use_backend(backend):
+        for function, arguments, n in (
+            (F.elbo_loss, inputs, 2),
+            (F.elbo_value_and_grad, inputs, 3),
+            (F.conv_elbo_value_and_grad, image, 3),
+        ):
+            expected = flatten(function(*arguments, **dict(zip(names[:n], wide, strict=False))))
+            actual = flatten(function(*arguments, **dict(zip(names[:n], half, strict=False))))
+            assert all(value.isfinite().all() for value in expected)
+            assert_equal(actual, expected)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -744,6 +745,35 @@ def test_modules(training, device, triton_backend) -> None:
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_numbers_of_numpy(backend, device) -> None:
+    moments = torch.randn(4, 6, device=device)
+
+    def seeded(**numbers):
+        torch.manual_seed(3)
+        return F.gaussian_sample_kl_packed(moments, reduction="batchmean", **numbers)
+
+    with fastvae.use_backend(backend):
+        expected = seeded(dim=1, batch_offset=2, free_bits=0.25)
+        actual = seeded(dim=np.int64(1), batch_offset=np.int32(2), free_bits=np.float32(0.25))
+    assert all(map(torch.equal, actual, expected))
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_small_upstream_gradients_of_half_precision(create_graph, backend, device) -> None:
+    """Half of float16's smallest number is not 0 before it is multiplied with what makes it large again."""
+    mu = torch.zeros(2, 3, dtype=torch.float16, device=device, requires_grad=True)
+    logvar = torch.full_like(mu, 4.0).requires_grad_()
+    smallest = torch.full_like(mu, 2.0**-24).detach()
+    with fastvae.use_backend(backend):
+        z = F.gaussian_sample(mu, logvar, eps=torch.full((2, 3), 2.0, device=device))
+        gradients = torch.autograd.grad(z, (mu, logvar), smallest, create_graph=create_graph)
+    wanted = smallest.double() * 0.5 * math.exp(2.0) * 2.0
+    assert torch.equal(gradients[0], smallest)
+    assert_within(gradients[1], wanted, wanted.abs(), 10)
+
+
 class Elsewhere(torch.Generator):
     """A generator of a device that neither a GPU nor a CPU machine has."""
 
@@ -799,6 +829,12 @@ NOISE_ERRORS = {
         ValueError,
         "generator must be of the tensor's device, .*, got xpu",
     ),
+    "batch_offset beyond 64 bits": (
+        lambda f, x: f(x, batch_offset=2**62),
+        ValueError,
+        "batch_offset must leave the elements .* below 2.63, got 4611686018427387904 samples of 6 elements",
+    ),
+    "batch_offset is no integer": (lambda f, x: f(x, batch_offset=1.0), TypeError, "batch_offset must be an integer"),
     "generator is a seed": (lambda f, x: f(x, generator=5), TypeError, "generator must be a torch.Generator, got int"),
 }
 REDUCTION_ERROR = (
@@ -816,6 +852,7 @@ PACKED_ERRORS = {
     "dim too large": (lambda f, x: f(x, dim=2), ValueError, "dim must name .* 1 to 1, got 2"),
     "dim too small": (lambda f, x: f(x, dim=-3), ValueError, "dim must name .* 1 to 1, got -3"),
     "dim is no integer": (lambda f, x: f(x, dim=1.5), TypeError, "dim must be an integer, got float"),
+    "a second tensor": (lambda f, x: nn.GaussianSamplingKL()(x, x), TypeError, "one tensor, got two tensors"),
 }
 
 

@@ -407,6 +407,31 @@ def test_extreme_values(triton_backend, device, dtype) -> None:
         assert_within(actual, value, scale, GRADIENT)
 
 
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("x", [0.0, 17.0, -17.0, 40.0, -40.0, 80.0])
+def test_gradient_where_the_sigmoid_rounds_to_1(device, x, create_graph, backend) -> None:
+    """2 (y - t) y (1 - y), with 1 - y = 1 / (1 + e^x) and not what is left of 1 - 1; and its own gradient."""
+    logits = torch.full((2, 3), x, device=device, requires_grad=True)
+    target = torch.full_like(logits, 0.25).detach()
+    wide = logits.detach().double().requires_grad_()
+    y, tail = torch.sigmoid(wide), torch.sigmoid(-wide)
+    wanted = (2 * (y - 0.25) * y * tail).detach()
+    with fastvae.use_backend(backend):
+        loss = F.sigmoid_mse_loss(logits, target, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, logits, create_graph=create_graph)
+        kl = torch.zeros(2, device=device)
+        _, (fast, _) = F.elbo_value_and_grad(logits.detach(), target, kl, reconstruction_weight=2.0)
+    scale = wanted.abs() * (1 + abs(x))
+    assert_within(gradient, wanted, scale, GRADIENT)
+    assert_within(fast, wanted, scale, GRADIENT)
+    if create_graph:
+        (second,) = torch.autograd.grad(gradient.sum(), logits)
+        slope = y * tail
+        exact = 2 * slope * (slope + (y - 0.25) * (tail - y))
+        assert_within(second, exact, exact.abs() * (1 + abs(x)) ** 2, GRADIENT)
+
+
 def test_slope_does_not_cancel(triton_backend, device) -> None:
     """y * (1 - y) is e^-|x| far out on both sides, where 1 - y is 0 in float32 (and in float64 from 37 on)."""
     x = torch.tensor([20.0, 40.0, 60.0, 80.0, -20.0, -40.0, -60.0, -80.0]).view(-1, 1)

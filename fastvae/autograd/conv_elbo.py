@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvae.autograd.elbo import Scalar, as_tensor, refuse_transforms
+from fastvae.autograd.elbo import Scalar, as_tensors
 from fastvae.autograd.registration import is_traced, register
 from fastvae.kernels import conv_elbo as kernels
 from fastvae.kernels.layout import empty_gradients
 
 
 def _fake(features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, kl: Tensor, *others: Any) -> Any:
-    gradients = [*empty_gradients(features), weight.new_empty(weight.shape), kl.new_empty([])]
+    gradients = [*empty_gradients(features), weight.new_empty(weight.shape), kl.new_empty(kl.shape)]
     bias_grad = [] if bias is None else [bias.new_empty(bias.shape)]
     return [*kernels.allocate_values(features), *gradients, *bias_grad]
 
@@ -48,13 +48,11 @@ def conv_elbo_value_and_grad(
     reconstruction_weight: Scalar,
     grad_scale: Scalar | None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None, Tensor]]:
-    refuse_transforms("conv_elbo_value_and_grad")
-    operations = torch.ops.fastvae if is_traced(features) else kernels
-    scalars = (as_tensor(beta, features), as_tensor(reconstruction_weight, features))
-    scale = None if grad_scale is None else as_tensor(grad_scale, features)
+    launcher: Any = kernels.conv_elbo_value_and_grad
+    scalars: Any = (beta, reconstruction_weight, grad_scale)
+    if is_traced(features, weight, bias, target, kl, *scalars):
+        launcher, scalars = torch.ops.fastvae.conv_elbo_value_and_grad, as_tensors(features, *scalars)
     tensors = (t if t is None else t.detach() for t in (features, weight, bias, target, kl))
-    loss, reconstruction, mean_kl, features_grad, weight_grad, kl_grad, *bias_grad = (
-        operations.conv_elbo_value_and_grad(*tensors, relu, *scalars, scale)
-    )
-    gradients = (features_grad, weight_grad, bias_grad[0] if bias_grad else None, kl_grad.expand(kl.shape))
+    loss, reconstruction, mean_kl, features_grad, weight_grad, kl_grad, *bias_grad = launcher(*tensors, relu, *scalars)
+    gradients = (features_grad, weight_grad, bias_grad[0] if bias_grad else None, kl_grad)
     return (loss, reconstruction, mean_kl), gradients

@@ -1,4 +1,4 @@
-"""Autograd of the negative evidence lower bound. Saved for backward: logits and target; the gradient of kl is one
+"""Autograd of the negative evidence lower bound. Saved for backward: logits, target and kl, whose gradient is one
 number for the whole batch.
 """
 
@@ -20,13 +20,13 @@ Scalar = float | Tensor
 
 
 def _fake_value_and_grad(logits: Tensor, target: Tensor, kl: Tensor, *scalars: Any) -> tuple[Tensor, ...]:
-    return *kernels.allocate_values(logits), *empty_gradients(logits), kl.new_empty([])
+    return *kernels.allocate_values(logits), *empty_gradients(logits), kl.new_empty(kl.shape)
 
 
 def _fake_backward(logits: Tensor, target: Tensor, kl: Tensor, *others: Any) -> list[Tensor]:
     needs_logits, needs_target, needs_kl = others[-3:]
     gradients = empty_gradients(*[t for t, needed in ((logits, needs_logits), (target, needs_target)) if needed])
-    return [*gradients, kl.new_empty([])] if needs_kl else gradients
+    return [*gradients, kl.new_empty(kl.shape)] if needs_kl else gradients
 
 
 register(
@@ -66,8 +66,10 @@ class ELBOLoss(torch.autograd.Function):
     def forward(
         logits: Tensor, target: Tensor, kl: Tensor, beta: Scalar, reconstruction_weight: Scalar
     ) -> tuple[Tensor, Tensor, Tensor]:
-        operations = _operations if is_traced(logits) else kernels
-        return operations.elbo_loss(logits, target, kl, beta, reconstruction_weight)
+        arguments = logits, target, kl, beta, reconstruction_weight
+        if not is_traced(*arguments):
+            return kernels.elbo_loss(*arguments)
+        return _operations.elbo_loss(logits, target, kl, *as_tensors(logits, beta, reconstruction_weight))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -92,45 +94,46 @@ class ELBOLoss(torch.autograd.Function):
         needs_logits, needs_target = (needed and reaches_terms for needed in ctx.needs_input_grad[:2])
         needs_kl = ctx.needs_input_grad[2] and (loss_grad is not None or mean_kl_grad is not None)
         logits_grad = target_grad = kl_grad = None
-        if is_differentiated(*value_grads):
+        if is_differentiated(logits, target, kl, *tensors, *value_grads):
             batch = max(1, logits.shape[0])  # the gradients of an empty batch are empty
             if needs_logits or needs_target:
                 term_grad = added(loss_grad, reconstruction_grad) * weight / batch
                 logits_grad, target_grad = differentiable_gradients(logits, target, term_grad)
             if needs_kl:
                 kl_grad = added(None if loss_grad is None else beta * loss_grad, mean_kl_grad) / batch
-                kl_grad = kl_grad.to(kl.dtype).expand(kl.shape)
+                kl_grad = kl_grad.to(kl.dtype).expand(kl.shape).contiguous()
         elif needs_logits or needs_target or needs_kl:
-            launcher = (_operations if is_traced(logits) else kernels).elbo_backward
+            launcher = kernels.elbo_backward
+            if is_traced(logits, target, kl, *tensors, *value_grads):
+                launcher = _operations.elbo_backward
+                beta, weight = as_tensors(logits, beta, weight)
             gradients = launcher(logits, target, kl, *value_grads, beta, weight, needs_logits, needs_target, needs_kl)
             logits_grad = gradients[0] if needs_logits else None
             target_grad = gradients[int(needs_logits)] if needs_target else None
-            kl_grad = gradients[-1].expand(kl.shape) if needs_kl else None
+            kl_grad = gradients[-1] if needs_kl else None
         return logits_grad, target_grad, kl_grad, None, None
 
     vmap = refuse_vmap("elbo_loss")
 
 
-def refuse_transforms(name: str) -> None:
-    if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
-        raise NotImplementedError(
-            f"fastvae.functional.{name} does not run under torch.func transforms: it has the gradient already. "
-            "Transform fastvae.functional.elbo_loss instead."
-        )
-
-
-def as_tensor(value: Scalar, logits: Tensor) -> Scalar:
-    """A weight as a registered operation takes it: a tensor, so that a new number is not a new program."""
-    if isinstance(value, Tensor) or not is_traced(logits):
-        return value
+def as_tensors(logits: Tensor, *weights: Scalar | None) -> list[Tensor | None]:
+    """The weights as a registered operation takes them: tensors, so that a new number is not a new program."""
     # A product, because torch.compile keeps a number that multiplies a tensor variable, and freezes one that fills it.
-    return torch.ones((), dtype=torch.float32, device=logits.device) * value
+    return [
+        torch.ones((), dtype=torch.float32, device=logits.device) * weight
+        if isinstance(weight, (float, int, torch.SymFloat, torch.SymInt))
+        else weight
+        for weight in weights
+    ]
 
 
 def elbo_loss(
     logits: Tensor, target: Tensor, kl: Tensor, beta: Scalar, reconstruction_weight: Scalar
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return apply(ELBOLoss, logits, target, kl, as_tensor(beta, logits), as_tensor(reconstruction_weight, logits))
+    weights: Any = (beta, reconstruction_weight)
+    if torch.compiler.is_compiling():  # before the Function, which would be traced anew for another number
+        weights = as_tensors(logits, *weights)
+    return apply(ELBOLoss, logits, target, kl, *weights)
 
 
 def elbo_value_and_grad(
@@ -141,10 +144,10 @@ def elbo_value_and_grad(
     reconstruction_weight: Scalar,
     grad_scale: Scalar | None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
-    refuse_transforms("elbo_value_and_grad")
-    operations = _operations if is_traced(logits) else kernels
-    scale = None if grad_scale is None else as_tensor(grad_scale, logits)
-    weights = as_tensor(beta, logits), as_tensor(reconstruction_weight, logits)
+    launcher: Any = kernels.elbo_value_and_grad
+    weights: Any = (beta, reconstruction_weight, grad_scale)
+    if is_traced(logits, target, kl, *weights):
+        launcher, weights = _operations.elbo_value_and_grad, as_tensors(logits, *weights)
     with torch.no_grad():
-        *values, logits_grad, kl_grad = operations.elbo_value_and_grad(logits, target, kl, *weights, scale)
-    return tuple(values), (logits_grad, kl_grad.expand(kl.shape))
+        *values, logits_grad, kl_grad = launcher(logits, target, kl, *weights)
+    return tuple(values), (logits_grad, kl_grad)

@@ -1,11 +1,13 @@
 """Autograd of the diagonal Gaussian posterior.
 
 Saved for backward: mu and logvar (or the packed moments), a given eps, and the pair (seed, offset) from which
-backward makes the noise again. Neither the noise nor the standard deviation is stored.
+backward makes the noise again, in the memory order that mu had in forward. Neither the noise nor the standard deviation
+is stored.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 from fastvae import random
 from fastvae.autograd.registration import apply, is_differentiated, is_traced, refuse_vmap, register
 from fastvae.kernels import gaussian as kernels
-from fastvae.kernels.layout import empty_gradients
+from fastvae.kernels.layout import Strides, empty_gradients, in_order_of
 from fastvae.reference.precision import in_float32
 
 _RNG = "Tensor? seed_tensor, Tensor? offset_tensor, int seed, int offset, SymInt batch_offset"
@@ -39,6 +41,7 @@ def _fake_sample_kl(
 def _fake_backward(
     mu: Tensor,
     logvar: Tensor | None,
+    strides: Sequence[int],
     dim: int,
     reduction: str,
     free_bits: float,
@@ -54,6 +57,11 @@ def _fake_backward(
     return empty_gradients(*[tensor for tensor, needed in ((mu, needs_mu), (logvar, needs_logvar)) if needed])
 
 
+def _backward(mu: Tensor, logvar: Tensor | None, strides: Sequence[int], *others: Any) -> list[Tensor]:
+    """strides: those that mu had in forward."""
+    return kernels.gaussian_backward(in_order_of(mu, tuple(strides)), logvar, *others)
+
+
 register(
     f"gaussian_sample(Tensor mu, Tensor logvar, Tensor? eps, {_RNG}) -> Tensor", kernels.gaussian_sample, _fake_sample
 )
@@ -67,9 +75,9 @@ register(
     _fake_sample_kl,
 )
 register(
-    "gaussian_backward(Tensor mu, Tensor? logvar, int dim, str reduction, float free_bits, Tensor? z_grad, "
-    f"Tensor? kl_grad, Tensor? kl, bool needs_mu, bool needs_logvar, Tensor? eps, {_RNG}) -> Tensor[]",
-    kernels.gaussian_backward,
+    "gaussian_backward(Tensor mu, Tensor? logvar, SymInt[] strides, int dim, str reduction, float free_bits, "
+    f"Tensor? z_grad, Tensor? kl_grad, Tensor? kl, bool needs_mu, bool needs_logvar, Tensor? eps, {_RNG}) -> Tensor[]",
+    _backward,
     _fake_backward,
 )
 
@@ -87,7 +95,7 @@ def _save(
 ) -> None:
     seed_tensor, offset_tensor, *ctx.numbers = rng
     ctx.save_for_backward(mu, logvar, eps, seed_tensor, offset_tensor, kl if free_bits else None)
-    ctx.options = dim, reduction, free_bits
+    ctx.options = mu.stride(), dim, reduction, free_bits
     ctx.set_materialize_grads(False)
 
 
@@ -97,10 +105,11 @@ def _gradients(ctx: Any, z_grad: Tensor | None, kl_grad: Tensor | None) -> tuple
         return None, None
     mu, logvar, eps, seed_tensor, offset_tensor, kl = ctx.saved_tensors
     rng = seed_tensor, offset_tensor, *ctx.numbers
-    if is_differentiated(z_grad, kl_grad):
+    tensors = mu, logvar, z_grad, kl_grad, kl, eps, seed_tensor, offset_tensor
+    if is_differentiated(*tensors):
         return _differentiable_gradients(mu, logvar, *ctx.options, z_grad, kl_grad, kl, eps, *rng)
     needs_mu, needs_logvar = ctx.needs_input_grad[:2]
-    launcher = _operations.gaussian_backward if is_traced(mu) else kernels.gaussian_backward
+    launcher = _operations.gaussian_backward if is_traced(*tensors) else _backward
     gradients = launcher(mu, logvar, *ctx.options, z_grad, kl_grad, kl, needs_mu, needs_logvar, eps, *rng)
     if logvar is None:
         return gradients[0], None
@@ -110,6 +119,7 @@ def _gradients(ctx: Any, z_grad: Tensor | None, kl_grad: Tensor | None) -> tuple
 def _differentiable_gradients(
     mu: Tensor,
     logvar: Tensor | None,
+    strides: Strides,
     dim: int,
     reduction: str,
     free_bits: float,
@@ -120,20 +130,22 @@ def _differentiable_gradients(
     *rng: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The formulas of the backward kernels in plain PyTorch, around the same noise."""
+    mu = in_order_of(mu, strides)
     layout = kernels.read_moments(mu, logvar, dim).layout
     wide_mu, wide_logvar = map(in_float32, mu.chunk(2, dim) if logvar is None else (mu, logvar))
     mu_grad = torch.zeros_like(wide_mu)
     logvar_grad = torch.zeros_like(wide_mu)
     if z_grad is not None:
         if eps is None:
-            # mu = logvar = 0 makes z the noise itself. Through apply, so that torch.func unwraps its tensors for the
-            # kernel.
+            # mu = logvar = 0 makes z the noise itself. Through the registered operation, because the tensors may be
+            # those of a torch.func transform, also of one that has ended.
             zero = wide_mu.new_empty_strided(layout.shape, layout.strides).zero_()
-            eps = apply(GaussianSample, zero, zero, None, *rng)
-        mu_grad = mu_grad + z_grad
-        logvar_grad = logvar_grad + 0.5 * z_grad * torch.exp(0.5 * wide_logvar) * eps
+            eps = _operations.gaussian_sample(zero, zero, None, *rng)
+        wide_grad = in_float32(z_grad)
+        mu_grad = mu_grad + wide_grad
+        logvar_grad = logvar_grad + 0.5 * wide_grad * torch.exp(0.5 * wide_logvar) * in_float32(eps)
     if kl_grad is not None:
-        scale = kl_grad * kernels.reduction_scale(reduction, layout.batch, layout.event)
+        scale = in_float32(kl_grad) * kernels.reduction_scale(reduction, layout.batch, layout.event)
         if kl is not None:
             scale = torch.where(kl.detach() <= free_bits, 0.0, scale)
         if reduction == "none":
@@ -160,7 +172,7 @@ class GaussianSample(torch.autograd.Function):
         offset: int,
         batch_offset: int,
     ) -> Tensor:
-        operations = _operations if is_traced(mu) else kernels
+        operations = _operations if is_traced(mu, logvar, eps, seed_tensor, offset_tensor) else kernels
         return operations.gaussian_sample(mu, logvar, eps, seed_tensor, offset_tensor, seed, offset, batch_offset)
 
     @staticmethod
@@ -180,7 +192,7 @@ class GaussianKL(torch.autograd.Function):
 
     @staticmethod
     def forward(mu: Tensor, logvar: Tensor, reduction: str, free_bits: float) -> Tensor:
-        return (_operations if is_traced(mu) else kernels).gaussian_kl(mu, logvar, reduction, free_bits)
+        return (_operations if is_traced(mu, logvar) else kernels).gaussian_kl(mu, logvar, reduction, free_bits)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -213,7 +225,7 @@ class GaussianSampleKL(torch.autograd.Function):
         offset: int,
         batch_offset: int,
     ) -> tuple[Tensor, Tensor]:
-        operations = _operations if is_traced(mu) else kernels
+        operations = _operations if is_traced(mu, logvar, eps, seed_tensor, offset_tensor) else kernels
         return operations.gaussian_sample_kl(
             mu, logvar, dim, reduction, free_bits, eps, seed_tensor, offset_tensor, seed, offset, batch_offset
         )

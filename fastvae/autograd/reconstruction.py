@@ -12,7 +12,7 @@ from torch import Tensor
 from fastvae.autograd.registration import apply, is_differentiated, is_traced, refuse_vmap, register
 from fastvae.kernels import reconstruction as kernels
 from fastvae.kernels.layout import empty_gradients, event_size
-from fastvae.reference.precision import in_float32
+from fastvae.reference.precision import in_float32, pixels, sigmoid
 
 _operations = torch.ops.fastvae
 
@@ -38,9 +38,10 @@ register(
 
 def differentiable_gradients(logits: Tensor, target: Tensor, term_grad: Tensor) -> tuple[Tensor, Tensor | None]:
     """The gradients of the terms (sigmoid(logits) - target)^2 in plain PyTorch, given the gradient of each term."""
-    y = torch.sigmoid(in_float32(logits))
-    error_grad = 2.0 * term_grad * (y - in_float32(target))
-    logits_grad = (error_grad * y * (1.0 - y)).to(logits.dtype)
+    x = in_float32(logits)
+    y = sigmoid(x)
+    error_grad = 2.0 * term_grad * (y - pixels(target))
+    logits_grad = (error_grad * y * sigmoid(-x)).to(logits.dtype)
     return logits_grad, (-error_grad).to(target.dtype) if target.is_floating_point() else None
 
 
@@ -49,7 +50,7 @@ class SigmoidMSE(torch.autograd.Function):
 
     @staticmethod
     def forward(logits: Tensor, target: Tensor, reduction: str) -> Tensor:
-        return (_operations if is_traced(logits) else kernels).sigmoid_mse_forward(logits, target, reduction)
+        return (_operations if is_traced(logits, target) else kernels).sigmoid_mse_forward(logits, target, reduction)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -63,12 +64,14 @@ class SigmoidMSE(torch.autograd.Function):
             return None, None, None
         logits, target = ctx.saved_tensors
         needs_logits, needs_target = ctx.needs_input_grad[:2]
-        if is_differentiated(loss_grad):
-            term_grad = loss_grad * kernels.reduction_scale(ctx.reduction, logits.shape[0], event_size(logits))
+        if is_differentiated(logits, target, loss_grad):
+            term_grad = in_float32(loss_grad) * kernels.reduction_scale(
+                ctx.reduction, logits.shape[0], event_size(logits)
+            )
             if ctx.reduction == "none":
                 term_grad = term_grad.view(-1, *[1] * (logits.ndim - 1))
             return *differentiable_gradients(logits, target, term_grad), None
-        launcher = (_operations if is_traced(logits) else kernels).sigmoid_mse_backward
+        launcher = (_operations if is_traced(logits, target, loss_grad) else kernels).sigmoid_mse_backward
         gradients = launcher(logits, target, loss_grad, ctx.reduction, needs_logits, needs_target)
         return gradients[0] if needs_logits else None, gradients[-1] if needs_target else None, None
 

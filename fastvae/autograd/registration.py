@@ -11,6 +11,9 @@ from torch.nn import Parameter
 
 from fastvae.kernels.launch import fresh_tickets
 
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+
 _library = torch.library.Library("fastvae", "FRAGMENT")
 
 
@@ -28,9 +31,8 @@ def register(schema: str, launcher: Callable[..., Any], allocate: Callable[..., 
 
     def refuse(ctx: Any, *gradients: Any) -> Any:
         raise RuntimeError(
-            f"torch.ops.fastvae.{name} was differentiated without its autograd.Function, as torch.compile does with "
-            "what torch.func transforms inside it. Transform outside of torch.compile, or inside "
-            'fastvae.use_backend("reference").'
+            f"torch.ops.fastvae.{name} was differentiated without its autograd.Function: call the operation by "
+            'fastvae.functional. Inside a transform of your own, call it in fastvae.use_backend("reference").'
         )
 
     _library.impl(name, implementation, "CompositeExplicitAutograd")
@@ -39,15 +41,30 @@ def register(schema: str, launcher: Callable[..., Any], allocate: Callable[..., 
     torch.library.register_autograd(f"fastvae::{name}", refuse, lib=_library)
 
 
-def is_traced(tensor: Tensor) -> bool:
-    """Whether the call must go through the registered operation: it is being compiled, or the tensor is not one that
-    a kernel can read.
+# Of these a kernel can read the memory, or needs none.
+_READABLE = frozenset((Tensor, Parameter, type(None), float, int))
+
+
+def is_traced(*arguments: Any) -> bool:
+    """Whether a call with these tensors and numbers must go through the registered operation: it is being compiled, or
+    one of them, or the mode that it is called in, is not one that a kernel can be given.
     """
-    return (
+    if (
         torch.compiler.is_compiling()
-        or type(tensor) not in (Tensor, Parameter)
-        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
-    )
+        or not _READABLE.issuperset(map(type, arguments))
+        or (torch._C._len_torch_dispatch_stack() and _is_mode_of_a_trace())
+    ):
+        return True
+    # A loop, because this is asked at each call, and `any` of a generator takes twice as long.
+    for argument in arguments:  # noqa: SIM110
+        if type(argument) is Tensor and argument._is_zerotensor():
+            return True
+    return False
+
+
+def _is_mode_of_a_trace() -> bool:
+    keys = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.PROXY, keys.FAKE, keys.FUNCTIONAL))
 
 
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
@@ -77,9 +94,10 @@ def distinct(arguments: tuple[Any, ...]) -> Iterator[Any]:
             yield argument
 
 
-def is_differentiated(*gradients: Tensor | None) -> bool:
-    """Whether a backward pass is itself being transformed (create_graph, torch.func, batched gradients), and so must be
-    made of plain operations.
+def is_differentiated(*tensors: Tensor | None) -> bool:
+    """Whether a backward pass of these tensors is itself being transformed (create_graph, torch.func, batched
+    gradients), and so must be made of plain operations. So it must where a transform has ended: what `torch.func.vjp`
+    returns is called outside of it, and the saved tensors are still those of the transform.
 
     While torch.compile traces a backward pass, grad mode is on although nothing differentiates it: AOTAutograd
     refuses double backward.
@@ -88,7 +106,10 @@ def is_differentiated(*gradients: Tensor | None) -> bool:
         return False
     if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         return True
-    return any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients)
+    for tensor in tensors:  # noqa: SIM110 - as in `is_traced`
+        if tensor is not None and (_is_wrapped(tensor) or _is_batched(tensor)):
+            return True
+    return False
 
 
 def refuse_vmap(name: str) -> Callable[..., Any]:

@@ -4,6 +4,8 @@ before any launch.
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -60,9 +62,35 @@ def check_pixels(target: Tensor) -> None:
         raise TypeError(f"target must be uint8 (read as t / 255) or floating point, got {target.dtype}")
 
 
-def check_scalar(name: str, value: float | Tensor, first_name: str, first: Tensor) -> None:
-    """A Python number, or a 0-dimensional floating-point tensor on the device of the first argument, which is read
-    there without a synchronisation.
+def check_number(name: str, value: float, expected: str = "a number") -> float:
+    """A real number, Python's or numpy's, as a Python number."""
+    if type(value) is float:
+        return value
+    if isinstance(value, (int, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool):
+        if torch.compiler.is_compiling():
+            return value
+    elif isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(
+            f"{name} must be in the range of a float, got an integer of {int(value).bit_length()} bits"
+        ) from None
+
+
+def check_integer(name: str, value: int) -> int:
+    """An integer, Python's or numpy's, as a Python integer."""
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    return int(value)
+
+
+def check_scalar(name: str, value: float | Tensor, first_name: str, first: Tensor) -> float | Tensor:
+    """A number, or a 0-dimensional floating-point tensor on the device of the first argument, which is read there
+    without a synchronisation.
     """
     if isinstance(value, Tensor):
         if value.ndim != 0 or value.dtype not in FLOATING:
@@ -73,8 +101,17 @@ def check_scalar(name: str, value: float | Tensor, first_name: str, first: Tenso
         check_device(name, value, first_name, first)
         if value.requires_grad:
             raise ValueError(f"{name} must not require grad: it is a weight, not a parameter; pass {name}.detach()")
-    elif isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"{name} must be a number or a 0-dimensional tensor, got {type(value).__name__}")
+        return value
+    return check_number(name, value, "a number or a 0-dimensional tensor")
+
+
+def refuse_transforms(name: str) -> None:
+    """Of what is already given with its gradient, a transform would find none, and return zeros."""
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            f"fastvae.functional.{name} does not run under torch.func transforms: it has the gradient already. "
+            "Transform fastvae.functional.elbo_loss instead."
+        )
 
 
 def takes_triton(first: Tensor, *others: Tensor | None, inductor_fuses: bool = False) -> bool:

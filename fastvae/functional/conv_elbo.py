@@ -15,6 +15,7 @@ from fastvae.functional.checks import (
     check_device,
     check_pixels,
     check_scalar,
+    refuse_transforms,
     takes_triton,
 )
 from fastvae.functional.elbo import check_weighted_kl
@@ -60,10 +61,11 @@ def conv_elbo_value_and_grad(
         ValueError: shapes or devices that differ or are out of these ranges, or a weight of the bound that requires
             grad.
     """
+    refuse_transforms("conv_elbo_value_and_grad")
     _check(features, weight, bias, target)
-    check_weighted_kl(kl, beta, reconstruction_weight, "features", features)
+    beta, reconstruction_weight = check_weighted_kl(kl, beta, reconstruction_weight, "features", features)
     if grad_scale is not None:
-        check_scalar("grad_scale", grad_scale, "features", features)
+        grad_scale = check_scalar("grad_scale", grad_scale, "features", features)
     if takes_triton(features, weight, bias, target, kl):
         from fastvae.autograd import conv_elbo as fused
 

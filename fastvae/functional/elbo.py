@@ -16,6 +16,7 @@ from fastvae.functional.checks import (
     check_device,
     check_scalar,
     check_target,
+    refuse_transforms,
     takes_triton,
 )
 from fastvae.reference.elbo import ELBO
@@ -50,7 +51,7 @@ def elbo_loss(
         TypeError: a dtype or type that is not listed above.
         ValueError: shapes or devices that differ, a kl that is not [B], or a weight that requires grad.
     """
-    _check(logits, target, kl, beta, reconstruction_weight)
+    beta, reconstruction_weight = _check(logits, target, kl, beta, reconstruction_weight)
     if takes_triton(logits, target, kl, inductor_fuses=True):
         from fastvae.autograd import elbo as fused
 
@@ -82,9 +83,10 @@ def elbo_value_and_grad(
 
     Raises what `elbo_loss` raises.
     """
-    _check(logits, target, kl, beta, reconstruction_weight)
+    refuse_transforms("elbo_value_and_grad")
+    beta, reconstruction_weight = _check(logits, target, kl, beta, reconstruction_weight)
     if grad_scale is not None:
-        check_scalar("grad_scale", grad_scale, "logits", logits)
+        grad_scale = check_scalar("grad_scale", grad_scale, "logits", logits)
     if takes_triton(logits, target, kl, inductor_fuses=True):
         from fastvae.autograd import elbo as fused
 
@@ -97,16 +99,16 @@ def elbo_value_and_grad(
 
 def _check(
     logits: Tensor, target: Tensor, kl: Tensor, beta: float | Tensor, reconstruction_weight: float | Tensor
-) -> None:
+) -> tuple[float | Tensor, float | Tensor]:
     check_batch("logits", logits)
     check_target(target, logits)
-    check_weighted_kl(kl, beta, reconstruction_weight, "logits", logits)
+    return check_weighted_kl(kl, beta, reconstruction_weight, "logits", logits)
 
 
 def check_weighted_kl(
     kl: Tensor, beta: float | Tensor, reconstruction_weight: float | Tensor, name: str, batch: Tensor
-) -> None:
-    """The divergence of each sample of `batch`, and the weights of the bound, on its device."""
+) -> tuple[float | Tensor, float | Tensor]:
+    """The divergence of each sample of `batch`, and the weights of the bound, on its device; returns the weights."""
     if not isinstance(kl, Tensor) or kl.dtype not in FLOATING:
         raise TypeError(f"kl must be a floating-point tensor, got {getattr(kl, 'dtype', type(kl).__name__)}")
     check_dense("kl", kl)
@@ -116,5 +118,5 @@ def check_weighted_kl(
             f"got {list(kl.shape)}"
         )
     check_device("kl", kl, name, batch)
-    check_scalar("beta", beta, name, batch)
-    check_scalar("reconstruction_weight", reconstruction_weight, name, batch)
+    beta = check_scalar("beta", beta, name, batch)
+    return beta, check_scalar("reconstruction_weight", reconstruction_weight, name, batch)

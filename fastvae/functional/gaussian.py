@@ -15,11 +15,22 @@ Source: Kingma and Welling, "Auto-Encoding Variational Bayes", 2013, section 2.4
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 
 from fastvae import reference
-from fastvae.functional.checks import FLOATING, check_batch, check_device, check_like, check_reduction, takes_triton
+from fastvae.functional.checks import (
+    FLOATING,
+    check_batch,
+    check_device,
+    check_integer,
+    check_like,
+    check_number,
+    check_reduction,
+    takes_triton,
+)
 
 
 def gaussian_sample(
@@ -45,11 +56,11 @@ def gaussian_sample(
 
     Raises:
         TypeError: not a floating-point tensor; mu and logvar of different dtypes.
-        ValueError: shapes or devices that differ, fewer than 2 dimensions, a negative batch_offset, or eps together
-            with generator or batch_offset.
+        ValueError: shapes or devices that differ, fewer than 2 dimensions, a batch_offset that is negative or
+            counts more than 2^63 elements, or eps together with generator or batch_offset.
     """
     check_halves(mu, logvar)
-    _check_noise(mu.shape, "mu", mu, eps, generator, batch_offset)
+    batch_offset = _check_noise(mu.shape, "mu", mu, eps, generator, batch_offset)
     if takes_triton(mu, eps):
         from fastvae.autograd import gaussian as fused
 
@@ -80,11 +91,11 @@ def gaussian_kl(mu: Tensor, logvar: Tensor, *, reduction: str = "batchmean", fre
         appendix C.
     """
     check_halves(mu, logvar)
-    _check_reduction(reduction, free_bits)
+    free_bits = _check_reduction(reduction, free_bits)
     if takes_triton(mu):
         from fastvae.autograd import gaussian as fused
 
-        return fused.gaussian_kl(mu, logvar, reduction, float(free_bits))
+        return fused.gaussian_kl(mu, logvar, reduction, free_bits)
     return reference.gaussian.gaussian_kl(mu, logvar, reduction=reduction, free_bits=free_bits)
 
 
@@ -104,12 +115,12 @@ def gaussian_sample_kl(
     says otherwise.
     """
     check_halves(mu, logvar)
-    _check_noise(mu.shape, "mu", mu, eps, generator, batch_offset)
-    _check_reduction(reduction, free_bits)
+    batch_offset = _check_noise(mu.shape, "mu", mu, eps, generator, batch_offset)
+    free_bits = _check_reduction(reduction, free_bits)
     if takes_triton(mu, eps):
         from fastvae.autograd import gaussian as fused
 
-        return fused.gaussian_sample_kl(mu, logvar, 1, reduction, float(free_bits), eps, generator, batch_offset)
+        return fused.gaussian_sample_kl(mu, logvar, 1, reduction, free_bits, eps, generator, batch_offset)
     return reference.gaussian.gaussian_sample_kl(
         mu,
         logvar,
@@ -149,12 +160,12 @@ def gaussian_sample_kl_packed(
             `gaussian_sample_kl`.
     """
     dim, half = check_packed(moments, dim)
-    _check_noise(half, "moments", moments, eps, generator, batch_offset)
-    _check_reduction(reduction, free_bits)
+    batch_offset = _check_noise(half, "moments", moments, eps, generator, batch_offset)
+    free_bits = _check_reduction(reduction, free_bits)
     if takes_triton(moments, eps):
         from fastvae.autograd import gaussian as fused
 
-        return fused.gaussian_sample_kl(moments, None, dim, reduction, float(free_bits), eps, generator, batch_offset)
+        return fused.gaussian_sample_kl(moments, None, dim, reduction, free_bits, eps, generator, batch_offset)
     return reference.gaussian.gaussian_sample_kl_packed(
         moments,
         dim=dim,
@@ -176,8 +187,7 @@ def check_halves(mu: Tensor, logvar: Tensor) -> None:
 def check_packed(moments: Tensor, dim: int) -> tuple[int, torch.Size]:
     """The dimension of moments = [mu | logvar] that is split, counted from the front, and the shape of one half."""
     check_batch("moments", moments)
-    if isinstance(dim, bool) or not isinstance(dim, int):
-        raise TypeError(f"dim must be an integer, got {type(dim).__name__}")
+    dim = check_integer("dim", dim)
     if not -moments.ndim <= dim < moments.ndim or dim % moments.ndim == 0:
         raise ValueError(
             f"dim must name a dimension of moments other than the batch, 1 to {moments.ndim - 1}, got {dim}"
@@ -190,16 +200,16 @@ def check_packed(moments: Tensor, dim: int) -> tuple[int, torch.Size]:
     return dim, torch.Size(half)
 
 
-def _check_reduction(reduction: str, free_bits: float) -> None:
+def _check_reduction(reduction: str, free_bits: float) -> float:
     check_reduction(reduction, ("per_dimension",))
-    if isinstance(free_bits, bool) or not isinstance(free_bits, (int, float)):
-        raise TypeError(f"free_bits must be a number, got {type(free_bits).__name__}")
+    free_bits = check_number("free_bits", free_bits)
     if not 0.0 <= free_bits <= torch.finfo(torch.float32).max:
         raise ValueError(f"free_bits must be finite in float32 and not negative, got {free_bits}")
     if free_bits and reduction not in ("batchmean", "per_dimension"):
         raise ValueError(
             f'free_bits is of a batch mean: reduction must be "batchmean" or "per_dimension", got {reduction!r}'
         )
+    return free_bits
 
 
 def _check_noise(
@@ -209,12 +219,17 @@ def _check_noise(
     eps: Tensor | None,
     generator: torch.Generator | None,
     batch_offset: int | None,
-) -> None:
+) -> int | None:
+    """Returns batch_offset as a Python integer."""
     if batch_offset is not None:
-        if isinstance(batch_offset, bool) or not isinstance(batch_offset, (int, torch.SymInt)):
-            raise TypeError(f"batch_offset must be an integer, got {type(batch_offset).__name__}")
+        batch_offset = check_integer("batch_offset", batch_offset)
         if batch_offset < 0:
             raise ValueError(f"batch_offset must not be negative, got {batch_offset}")
+        if (batch_offset + shape[0]) * prod(shape[1:]) >= 2**63:
+            raise ValueError(
+                f"batch_offset must leave the elements of the whole batch below 2^63, got {batch_offset} samples of "
+                f"{prod(shape[1:])} elements before this part"
+            )
         if eps is not None:
             raise ValueError("eps and batch_offset were both given: eps is the noise itself, so nothing would be drawn")
     if generator is not None:
@@ -232,3 +247,4 @@ def _check_noise(
         check_device("eps", eps, name, like)
         if eps.requires_grad:
             raise ValueError("eps must not require grad: it is noise, not a parameter; pass eps.detach()")
+    return batch_offset

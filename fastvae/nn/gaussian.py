@@ -40,6 +40,11 @@ class GaussianSamplingKL(nn.Module):
         self.deterministic = deterministic
 
     def forward(self, moments: Tensor, batch_offset: int | None = None) -> tuple[Tensor, Tensor]:
+        if isinstance(batch_offset, Tensor):
+            raise TypeError(
+                "GaussianSamplingKL takes moments = [mu | logvar] in one tensor, got two tensors; of two, it is "
+                "fastvae.functional.gaussian_sample_kl(mu, logvar)"
+            )
         if self.deterministic:
             mu, logvar = moments.chunk(2, self.dim)
             return mu, F.gaussian_kl(mu, logvar, reduction=self.reduction, free_bits=self.free_bits)

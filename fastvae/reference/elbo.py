@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastvae.reference.precision import in_float32
+from fastvae.reference.precision import in_float32, pixels, widened
 from fastvae.reference.reconstruction import sigmoid_mse_loss
 
 
@@ -34,10 +34,12 @@ def elbo_loss(
     reconstruction_weight: float | Tensor = 0.5,
 ) -> ELBO:
     """Batch mean of reconstruction_weight * sum_event (sigmoid(logits) - target)^2, plus beta * batch mean of kl."""
+    beta, reconstruction_weight = widened(beta), widened(reconstruction_weight)
     squared_error = sigmoid_mse_loss(logits, target, reduction="batchmean")
-    reconstruction = (reconstruction_weight * squared_error).to(squared_error.dtype)
     mean_kl = in_float32(kl).mean()
-    return ELBO(reconstruction + (beta * mean_kl).to(squared_error.dtype), reconstruction, mean_kl)
+    dtype = torch.promote_types(squared_error.dtype, mean_kl.dtype)
+    reconstruction = (reconstruction_weight * squared_error).to(dtype)
+    return ELBO(reconstruction + (beta * mean_kl).to(dtype), reconstruction, mean_kl.to(dtype))
 
 
 def elbo_value_and_grad(
@@ -56,8 +58,11 @@ def elbo_value_and_grad(
     """
     with torch.no_grad():
         values = elbo_loss(logits, target, kl, beta=beta, reconstruction_weight=reconstruction_weight)
-        scale = (1.0 if grad_scale is None else grad_scale) / logits.shape[0] if logits.shape[0] else 0.0
-        y = torch.sigmoid(in_float32(logits))
-        slope = 2.0 * reconstruction_weight * scale * (y - in_float32(target)) * y * (1.0 - y)
-        kl_slope = torch.ones((), dtype=y.dtype, device=kl.device) * beta * scale
-        return values, (slope.to(logits.dtype), kl_slope.to(kl.dtype).expand(kl.shape))
+        grad_scale = 1.0 if grad_scale is None else widened(grad_scale)
+        scale = grad_scale / logits.shape[0] if logits.shape[0] else 0.0
+        x = in_float32(logits)
+        y = torch.sigmoid(x)
+        # The last factor is 1 - y, without what rounding y to 1 would lose.
+        slope = 2.0 * widened(reconstruction_weight) * scale * (y - pixels(target)) * y * torch.sigmoid(-x)
+        kl_slope = torch.ones(kl.shape, dtype=y.dtype, device=kl.device) * widened(beta) * scale
+        return values, (slope.to(logits.dtype), kl_slope.to(kl.dtype))

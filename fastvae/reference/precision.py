@@ -7,14 +7,31 @@ from torch import Tensor
 
 
 def in_float32(tensor: Tensor) -> Tensor:
-    """The tensor in the precision of the arithmetic: float64 stays, other floats become float32, and bytes become t /
-    255.
+    """The tensor in the precision of the arithmetic: float64 stays, everything else becomes float32."""
+    return tensor if tensor.dtype is torch.float64 else tensor.float()
+
+
+def pixels(target: Tensor) -> Tensor:
+    """The target of a likelihood in the precision of the arithmetic: bytes become t / 255."""
+    return target.float() / 255 if target.dtype is torch.uint8 else in_float32(target)
+
+
+def widened(weight: float | Tensor) -> float | Tensor:
+    """A weight that multiplies, in the precision of the arithmetic, because its product with a number would be rounded
+    to its own dtype.
     """
-    if tensor.dtype is torch.float64:
-        return tensor
-    if tensor.dtype is torch.uint8:
-        return tensor.float() / 255
-    return tensor.float()
+    return in_float32(weight) if isinstance(weight, Tensor) else weight
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + e^-x), with a gradient that is right on both sides.
+
+    torch computes the gradient of its sigmoid as y (1 - y), which is 0 where y rounds to 1: above x = 17 in float32. So
+    y is made from the sigmoid of -|x|, which never does.
+    """
+    positive = x > 0
+    smaller = torch.sigmoid(torch.where(positive, -x, x))
+    return torch.where(positive, 1 - smaller, smaller)
 
 
 def reduce_event(terms: Tensor, reduction: str) -> Tensor:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from fastvae.reference.precision import in_float32, reduce_event
+from fastvae.reference.precision import in_float32, pixels, reduce_event, sigmoid
 
 
 def sigmoid_mse_loss(logits: Tensor, target: Tensor, *, reduction: str = "batchmean") -> Tensor:
     """(sigmoid(logits) - target)^2, reduced."""
-    return reduce_event((torch.sigmoid(in_float32(logits)) - in_float32(target)).square(), reduction)
+    return reduce_event((sigmoid(in_float32(logits)) - pixels(target)).square(), reduction)
