@@ -324,6 +324,15 @@ def test_hidden_files_are_left_alone(tmp_path):
     assert len(every(dataset)) == 3 and dataset.skipped == ()
 
 
+def test_runs_are_left_alone(tmp_path):
+    """A run that was started in the folder of pictures has put its own there."""
+    fill(tmp_path / "own", 3)
+    for name in ("metrics.csv", "checkpoint.pt", "loss.png", "generated/generated.png"):
+        write(tmp_path / "own" / "runs" / "folder-1" / name, picture(9))
+    dataset = load_folder(tmp_path / "own", strict=True)
+    assert len(every(dataset)) == 3 and dataset.skipped == () and dataset.class_names == ()
+
+
 def test_what_is_no_picture_is_named(tmp_path):
     """Also a format that Pillow opens without decoding it."""
     fill(tmp_path / "own", 3)

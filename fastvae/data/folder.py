@@ -20,6 +20,7 @@ from .pictures import picture_endings, require_pillow
 
 _SETS = ("train", "test")
 _TENTH = bytes([26])  # of the first bytes of hashes, 26 of 256 are below it
+_RUN = {"metrics.csv", "checkpoint.pt"}  # in the folder of a run, whose pictures are not meant to be trained on
 _HIDDEN = ("desktop.ini", "thumbs.db")  # by Windows, as names that begin with a dot are elsewhere
 
 
@@ -60,8 +61,8 @@ def load_folder(
     checksum is compared each time, so that it is made again where it was damaged.
 
     Every file that is not read is named in ``skipped``, or, with ``strict``, raises ``ValueError``: pictures that are
-    damaged, and files with any other ending. Hidden files are left alone: names that begin with a dot, desktop.ini,
-    Thumbs.db. Links are followed, each folder once.
+    damaged, and files with any other ending. Hidden files are left alone, names that begin with a dot, desktop.ini,
+    Thumbs.db; so are the folders of runs of train.py. Links are followed, each folder once.
 
     Raises ``ValueError`` if one of the sets would be empty, and for another image_size or channels, ``OSError`` where
     the folder cannot be read or cache_dir not written, and ``ImportError`` where Pillow is missing.
@@ -159,7 +160,7 @@ def _files(top: Path, errors: list[OSError]) -> Iterator[tuple[Path, str]]:
     seen = set()
     for folder, folders, names in os.walk(top, onerror=errors.append, followlinks=True):
         status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:
+        if (status.st_dev, status.st_ino) in seen or _RUN.issubset(names):
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
