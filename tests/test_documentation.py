@@ -165,8 +165,14 @@ def assert_program_accepts(script: Path, arguments: list[str], monkeypatch: pyte
 
 
 def assert_pytest_accepts(arguments: list[str]) -> None:
-    own = re.findall(r'addoption\(\s*"(--\w+)"', (ROOT / "benchmarks" / "conftest.py").read_text(encoding="utf-8"))
-    assert own
+    own = [
+        option
+        for folder in ("benchmarks", "tests")
+        for option in re.findall(
+            r'addoption\(\s*"(--\w+)"', (ROOT / folder / "conftest.py").read_text(encoding="utf-8")
+        )
+    ]
+    assert {"--benchmark", "--slow"} <= set(own)
     parser = argparse.ArgumentParser(exit_on_error=False, allow_abbrev=False)
     parser.add_argument("paths", nargs="*")
     parser.add_argument("-q", action="store_true")
