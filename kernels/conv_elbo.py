@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elbo import Scalar, allocate_values, as_argument, store_values
+from .elbo import KL_PER_PROGRAM, Scalar, allocate_values, as_argument, store_share, store_values
 from .launch import Plan, launch, make_plan, ticket
 from .layout import dense_strides, gradient_strides, has_dense_rows, remembered, with_strides
 from .numerics import load_scalar, to_float32
@@ -106,12 +106,14 @@ def conv_elbo_forward_kernel(
         grad = (2.0 * error_weight * load_scalar(grad_scale)) * (error * slope)
         tl.store(logits_grad_ptr + (row * OUTPUTS + output) * (HEIGHT * WIDTH) + pixel, grad, mask=inside)
 
+    # There is a program for each sample, at least.
+    store_share(kl_grad_ptr, load_scalar(beta) * inverse_batch * load_scalar(grad_scale), batch, KL_PER_PROGRAM)
     tl.store(partial_ptr + tl.program_id(0), tl.sum(squares))
     if drew_last_ticket(ticket_ptr):
         total = sum_in_order(partial_ptr, tl.num_programs(0), 1, BLOCK)
         store_values(
-            total, kl_ptr, loss_ptr, reconstruction_ptr, mean_kl_ptr, kl_grad_ptr, beta, error_weight, grad_scale,
-            kl_stride, batch, inverse_batch, BLOCK,
+            total, kl_ptr, loss_ptr, reconstruction_ptr, mean_kl_ptr, beta, error_weight, kl_stride, batch,
+            inverse_batch, BLOCK,
         )  # fmt: skip
 
 

@@ -13,35 +13,31 @@ from .launch import Plan, launch, make_plan, ticket
 from .layout import dense_strides, in_format_of, remembered
 from .numerics import load_scalar
 from .reconstruction import Rows, load_target, read_pair, rows_of, sigmoid_mse
-from .tiles import UNSPECIALIZED, drew_last_ticket, program_tile, sum_in_order, tile_offsets
+from .tiles import UNSPECIALIZED, Tiling, drew_last_ticket, program_tile, sum_in_order, tile_offsets
+
+# Of the gradient of kl, one number that each program writes to as many samples: one store of a thread of 4 warps.
+KL_PER_PROGRAM = tl.constexpr(128)
 
 
 @triton.jit
 def store_values(
-    total, kl_ptr, loss_ptr, reconstruction_ptr, mean_kl_ptr, kl_grad_ptr, beta, weight, grad_scale,
-    kl_stride, batch, inverse_batch, BLOCK: tl.constexpr,
+    total, kl_ptr, loss_ptr, reconstruction_ptr, mean_kl_ptr, beta, weight, kl_stride, batch, inverse_batch,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The three values from the sum of squared errors, and the gradient of kl; `weight` is already divided by the
-    batch.
-    """
+    """The three values from the sum of squared errors; `weight` is already divided by the batch."""
     reconstruction = weight * total
     mean_kl = sum_in_order(kl_ptr, batch, kl_stride, BLOCK) * inverse_batch
     kl_weight = load_scalar(beta)
     tl.store(reconstruction_ptr, reconstruction)
     tl.store(mean_kl_ptr, mean_kl)
     tl.store(loss_ptr, tl.fma(kl_weight, mean_kl, reconstruction))
-    if kl_grad_ptr is not None:
-        store_to_all(kl_grad_ptr, kl_weight * inverse_batch * load_scalar(grad_scale), batch, BLOCK)
 
 
 @triton.jit
-def store_to_all(values_ptr, number, count, BLOCK: tl.constexpr):
-    """values[:count] = number."""
-    start = 0
-    while start < count:
-        index = start + tl.arange(0, BLOCK)
-        tl.store(values_ptr + index.to(tl.int64), number.to(values_ptr.dtype.element_ty), mask=index < count)
-        start += BLOCK
+def store_share(values_ptr, number, count, PER_PROGRAM: tl.constexpr):
+    """values[:count] = number, where each program stores PER_PROGRAM of them."""
+    index = tl.program_id(0).to(tl.int64) * PER_PROGRAM + tl.arange(0, PER_PROGRAM)
+    tl.store(values_ptr + index, number.to(values_ptr.dtype.element_ty), mask=index < count)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -64,6 +60,10 @@ def elbo_forward_kernel(
     Launches: 1. Roundings: a term 20, a gradient 28, the values 4 more and one per level of a sum.
     Deterministic: no floating-point atomics, partial sums are added in order.
     """
+    if kl_grad_ptr is not None:
+        kl_grad = load_scalar(beta) * inverse_batch * load_scalar(grad_scale)
+        store_share(kl_grad_ptr, kl_grad, batch, KL_PER_PROGRAM)
+
     first_row, first_column = program_tile(chunks, FLAT, ROWS, COLUMNS)
     row = tl.arange(0, ROWS)
     inside = (row < rows - first_row)[:, None] & (tl.arange(0, COLUMNS) < columns - first_column)[None, :]
@@ -82,16 +82,16 @@ def elbo_forward_kernel(
 
     if partial_ptr is None:
         store_values(
-            total, kl_ptr, loss_ptr, reconstruction_ptr, mean_kl_ptr, kl_grad_ptr, beta, weight, grad_scale,
-            kl_stride, batch, inverse_batch, BLOCK,
+            total, kl_ptr, loss_ptr, reconstruction_ptr, mean_kl_ptr, beta, weight, kl_stride, batch, inverse_batch,
+            BLOCK,
         )  # fmt: skip
     else:
         tl.store(partial_ptr + tl.program_id(0), total)
         if drew_last_ticket(ticket_ptr):
             total = sum_in_order(partial_ptr, tl.num_programs(0), 1, BLOCK)
             store_values(
-                total, kl_ptr, loss_ptr, reconstruction_ptr, mean_kl_ptr, kl_grad_ptr, beta, weight, grad_scale,
-                kl_stride, batch, inverse_batch, BLOCK,
+                total, kl_ptr, loss_ptr, reconstruction_ptr, mean_kl_ptr, beta, weight, kl_stride, batch,
+                inverse_batch, BLOCK,
             )  # fmt: skip
 
 
@@ -100,11 +100,11 @@ def elbo_backward_kernel(
     logits_ptr, target_ptr, loss_grad_ptr, reconstruction_grad_ptr, mean_kl_grad_ptr,
     logits_grad_ptr, target_grad_ptr, kl_grad_ptr, beta, reconstruction_weight,
     rows, columns, row_stride, chunks, batch, inverse_batch,
-    FLAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr,
+    FLAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """With g = (loss_grad + reconstruction_grad) * weight / B: logits_grad = 2 * g * (y - target) * y * (1 - y) with
     y = sigmoid(logits), and target_grad = -2 * g * (y - target); kl_grad = (beta * loss_grad + mean_kl_grad) / B, one
-    number, written to all samples by the first program.
+    number written to all samples.
 
     Shapes: logits and target [rows, columns] at distance row_stride, their gradients dense; kl_grad [batch]; everything
     else []. A missing upstream gradient is None and counts as 0; a gradient nobody needs is None and is not
@@ -114,13 +114,12 @@ def elbo_backward_kernel(
     Roundings: 28. Deterministic.
     """
     if kl_grad_ptr is not None:
-        if tl.program_id(0) == 0:
-            mean_kl_grad = 0.0
-            if mean_kl_grad_ptr is not None:
-                mean_kl_grad += tl.load(mean_kl_grad_ptr)
-            if loss_grad_ptr is not None:
-                mean_kl_grad += load_scalar(beta) * tl.load(loss_grad_ptr)
-            store_to_all(kl_grad_ptr, mean_kl_grad * inverse_batch, batch, BLOCK)
+        mean_kl_grad = 0.0
+        if mean_kl_grad_ptr is not None:
+            mean_kl_grad += tl.load(mean_kl_grad_ptr)
+        if loss_grad_ptr is not None:
+            mean_kl_grad += load_scalar(beta) * tl.load(loss_grad_ptr)
+        store_share(kl_grad_ptr, mean_kl_grad * inverse_batch, batch, KL_PER_PROGRAM)
 
     if logits_grad_ptr is not None or target_grad_ptr is not None:
         reconstruction_grad = 0.0
@@ -156,11 +155,20 @@ def allocate_values(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(logits.new_empty([], dtype=torch.float32) for _ in range(3))
 
 
+def programs_of_kl(batch: int) -> int:
+    return -(-batch // KL_PER_PROGRAM.value)
+
+
+def programs(tiling: Tiling, batch: int) -> int:
+    """Enough for every tile, and for the gradient of kl of every sample. What is beyond the tiles is masked out."""
+    return max(tiling.programs, programs_of_kl(batch))
+
+
 @remembered
 def plan_forward(rows: Rows, kl_stride: int) -> Plan:
     tiling = rows.cut(per_row=False)
     return make_plan(
-        tiling.programs,
+        programs(tiling, rows.batch),
         tiling.num_warps,
         tiling.rows,
         tiling.columns,
@@ -247,7 +255,7 @@ def elbo_value_and_grad(
 def plan_backward(rows: Rows, any_element: bool) -> Plan:
     tiling = rows.cut(per_row=False)
     return make_plan(
-        tiling.programs if any_element else 1,
+        programs(tiling, rows.batch) if any_element else programs_of_kl(rows.batch),
         tiling.num_warps,
         tiling.rows,
         tiling.columns,
@@ -258,7 +266,6 @@ def plan_backward(rows: Rows, any_element: bool) -> Plan:
         FLAT=tiling.rows == 1,
         ROWS=tiling.tile_rows,
         COLUMNS=tiling.tile_columns,
-        BLOCK=1024,
     )
 
 
