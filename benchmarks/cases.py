@@ -6,18 +6,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
 from math import prod
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import fastvae.functional as F
-from fastvae import reference
+import plain
 
-# The same names twice: the specification in plain PyTorch, and the public functions.
-EAGER = SimpleNamespace(**vars(reference.gaussian) | vars(reference.reconstruction) | vars(reference.elbo))
-FUSED = F
+# The same names twice: in plain PyTorch, and the public functions.
+EAGER, FUSED = plain, F
 
 BETA = 0.5
 # An upstream gradient that is not 1 is what a weighted loss or a loss scale gives.

@@ -4,7 +4,7 @@
 
 Calls are measured on tiny tensors: the checks, the choice of backend, autograd, the reservation of noise, the
 allocation of results, and the launches, which are never waited for. They are printed beside the eager operations that
-they replace (`fastvae.reference` on the same tensors), measured in turn with them, and judged by the ratio: the
+they replace (`plain.py` on the same tensors), measured in turn with them, and judged by the ratio: the
 microseconds are those of this machine.
 
 On a CPU a stand-in for the driver (`stand_in.py`) launches nothing, and eager times include what the CPU computes on a
