@@ -118,7 +118,7 @@ EXACT = (
 TAKEN_OVER = (*EXACT, "epochs", "graph", "data_dir", "strict", "deterministic", "checkpoint_every", "patience")
 
 EPOCHS = 30
-BATCH_SIZES = {"mnist": 128, "fashion-mnist": 128, "kmnist": 128, "digits": 16}
+BATCH_SIZES = {"mnist": 128, "fashion-mnist": 128, "kmnist": 128, "digits": 32}
 BATCH_SIZE_RANGE = (16, 128)  # of one's own images
 
 

@@ -641,6 +641,7 @@ def test_options_that_make_no_sense(tmp_path, options, message):
     assert message in ran.stdout + ran.stderr
 
 
+@pytest.mark.slow
 def test_times_reach_pytest_benchmark_unchanged(tmp_path):
     saved, folder = tmp_path / "saved.json", tmp_path / "report"
     selection = ["-k", "launch and (sigmoid_mse_loss or elbo_value_and_grad)"]
@@ -694,6 +695,7 @@ def results():
         "device_type": "cuda",
         "versions": {"torch": "1", "triton": "2", "fastvae": "3", "python": "4"},
         "commit": None,
+        "sources": "0123456789ab",
         "copy_bandwidth": COPIED,
         "cells": [synthetic_cell(case) for case in headline("cuda")],
     }

@@ -542,6 +542,7 @@ print(last, len(set(reached)))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA does not survive a fork")
 def test_killed_at_any_moment(tmp_path):
     """Fifty times: the file is whole each time, no finished epoch is lost, and the end is that of one that was not."""

@@ -163,6 +163,7 @@ def half_of_the_batch(rank, port, folder, backend):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the processes run on the CPU, on the interpreter")
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_two_processes_of_one_seed_have_the_gradients_of_the_joint_batch(backend, tmp_path):

@@ -107,6 +107,7 @@ def check_folder(folder: Path, *, interrupted: bool, epochs: int | None = None) 
     return rows, summary
 
 
+@pytest.mark.slow
 def test_end_to_end(tmp_path):
     """In a process of its own, as it is used; standard output is no terminal there."""
     result = subprocess.run(
@@ -188,6 +189,7 @@ def test_a_seed_repeats_a_run(tmp_path, run):
     assert (tmp_path / "a" / "generated.png").read_bytes() == (tmp_path / "b" / "generated.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_interrupt_ends_training_and_writes_everything(tmp_path):
     """Ctrl-C in the middle of a long run, in a process of its own."""
     process = subprocess.Popen(

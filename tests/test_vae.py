@@ -95,6 +95,7 @@ def test_decode_names_the_shape(shape):
         with_vector_latents().decode(torch.zeros(shape))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not EXAMPLE.exists(), reason="needs the examples of the source tree")
 def test_the_example(tmp_path):
     done = subprocess.run(
