@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from fastvae.random import by_pointer
+
 Call = Callable[[int], Any]  # on the input set of that number
 
 # A round of calls takes about this long, so that a clock's resolution and a synchronisation are lost in it.
@@ -99,7 +101,7 @@ class CUDA(CPU):
         """
         stream = self.api.Stream(self.device)
         stream.wait_stream(self.api.current_stream(self.device))
-        with self.api.stream(stream):
+        with self.api.stream(stream), by_pointer():
             for index in range(min(sets, 3)):
                 call(index)
         self.api.current_stream(self.device).wait_stream(stream)
@@ -108,12 +110,19 @@ class CUDA(CPU):
         gc.collect()  # nothing may be freed into the graph's pool, or out of it, by a collection during capture
         # A capture that fails leaves its stream current; the outer block puts back the one that was. thread_local: what
         # the threads of other libraries do is no part of this capture.
-        with (
-            self.api.stream(self.api.current_stream(self.device)),
-            self.api.graph(graph, capture_error_mode="thread_local"),
-        ):
-            for index in range(sets):
-                call(index)
+        generator = self.api.default_generators[self.device.index or 0]
+        state = generator.clone_state()
+        try:
+            with (
+                self.api.stream(self.api.current_stream(self.device)),
+                self.api.graph(graph, capture_error_mode="thread_local"),
+            ):
+                for index in range(sets):
+                    call(index)
+        except BaseException:
+            # Up to torch 2.11 a generator stays in a capture that failed, so that every later draw raises.
+            generator.graphsafe_set_state(state)
+            raise
         graph.replay()  # the first one uploads the graph
         self.synchronize()
         replay: Callable[[], None] = graph.replay

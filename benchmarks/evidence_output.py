@@ -52,7 +52,8 @@ def read_tests(output: str, code: int) -> tuple[bool, Result]:
         for verdict, name in re.findall(rf"^\[gw\d+\] \[ *\d+%\] {_VERDICT} (.+?)\s*$", output, re.MULTILINE)
     ]
     failures = dict.fromkeys(name for name, verdict in verdicts if verdict in ("FAILED", "ERROR"))
-    failures.update(dict.fromkeys(re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)))
+    if not verdicts:
+        failures = dict.fromkeys(re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.MULTILINE))
     if not counts and verdicts:
         words = [verdict.lower() for _, verdict in verdicts]
         counts = {word: words.count(word) for word in ("passed", "failed", "error", "skipped") if word in words}

@@ -25,14 +25,13 @@ from evidence_process import Part
 
 HERE = Path(__file__).parent
 FIRST_MINUTES, SECOND_MINUTES = 7.5, 5.5  # of the stages of first() and of second(), as a test adds them up
-SHARDS = (
-    6  # of the smoke test, which mostly compiles: with the other parts of its stage, a process for most of 16 cores
-)
+# Of the smoke test, which mostly compiles: with the other parts of its stage, ten processes for 16 cores.
+SHARDS = 6
 # Tests whose results depend on the device. tests/test_gpu.py, which is skipped without a GPU, is a part of its own.
 DEVICE_TESTS = (
     "noise", "gaussian", "elbo", "reconstruction", "conv_elbo", "dimensions", "launches", "layout", "steps", "training",
     "together", "batch_offset", "distributions", "compile", "latents", "likelihood", "vae", "backend",
-    "parity_training",
+    "parity_training", "transforms",
 )  # fmt: skip
 COUNTED_ELEMENTS = 1 << 26  # 256 MiB per float32 tensor, several times the cache
 CASES = "(packed or value_and_grad) and not bfloat16 and not channels_last"  # six that tell launches and bandwidth

@@ -38,6 +38,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -65,7 +66,11 @@ class Evidence:
         path = out / "evidence.json"
         if path.exists():
             before = json.loads(path.read_text())
-            if all(before.get(key) == self.state[key] for key in ("device", "versions")):
+            # fastvae's own version is unknown where it is found by its path alone.
+            same = (
+                before["versions"].get(name) == self.state["versions"][name] for name in ("torch", "triton", "python")
+            )
+            if before["device"] == device and all(same):
                 self.state["parts"] = before["parts"]
             else:
                 print(f"{out} holds evidence of another device or version: starting anew")
@@ -118,11 +123,17 @@ class Evidence:
                 # A run's checkpoints are large, and show nothing; names with a dot in front are being written.
                 hidden = path.name.startswith(".") or path.suffix == ".pt" or path.name == "evidence.tgz"
                 if path.is_file() and not hidden:
-                    archive.add(path, arcname=path.relative_to(self.out).as_posix())
+                    with suppress(OSError):  # a part that is running has just removed it
+                        _add(archive, path.relative_to(self.out).as_posix(), path.read_bytes())
             log = "".join(f"==== {name}: {it['status']}\n{it['log']}\n" for name, it in self.state["parts"].items())
-            entry = tarfile.TarInfo("log.txt")
-            entry.size, entry.mtime = len(log.encode()), int(time.time())
-            archive.addfile(entry, io.BytesIO(log.encode()))
+            _add(archive, "log.txt", log.encode())
+
+
+def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    """From memory, because a file that is replaced while it is read ends the archive."""
+    entry = tarfile.TarInfo(name)
+    entry.size, entry.mtime = len(content), int(time.time())
+    archive.addfile(entry, io.BytesIO(content))
 
 
 def run_stage(stage: Sequence[Part], evidence: Evidence, deadline: float) -> None:

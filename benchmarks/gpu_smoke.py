@@ -23,6 +23,7 @@ from torch import Tensor
 
 import fastvae
 import fastvae.functional as F
+from fastvae import random
 
 Check = tuple[str, Callable[[], object]]  # its name, and what raises if it fails and returns a remark if not
 
@@ -98,8 +99,8 @@ def losses(
 ) -> Iterator[Check]:
     logits = normal(device, shape, dtype, layout, scale=2.0)
     kl = torch.rand(shape[0], device=device)
-    random = torch.rand(shape, device=device)
-    for kind, target in (("float", random.to(dtype)), ("uint8", (255 * random).to(torch.uint8))):
+    unit = torch.rand(shape, device=device)
+    for kind, target in (("float", unit.to(dtype)), ("uint8", (255 * unit).to(torch.uint8))):
         target = target.contiguous(memory_format=layout)
 
         def value_and_grad(x: Tensor, k: Tensor, target: Tensor = target) -> list[Tensor]:
@@ -251,7 +252,7 @@ def captured_step(device: torch.device) -> str:
 
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream), random.by_pointer():
         for _ in range(3):
             step()
     torch.cuda.current_stream().wait_stream(stream)
@@ -307,8 +308,8 @@ def launches(device: torch.device) -> str:
         events = [it for it in recorded.events() if it.device_type == DeviceType.CUDA and not it.is_user_annotation]
         counts[backend] = len(events)
         print(f"      {backend}: {[it.name for it in events]}")
-    # Four of fastvae's, and the two fills of this check's own ones_like.
-    assert counts["triton"] <= 6, f"{counts['triton']} launches, at most 6 are expected"
+    # Four of fastvae's, and the two fills of this check's own ones_like. A profiler that saw nothing proves nothing.
+    assert 4 <= counts["triton"] <= 6 < counts["reference"], f"{counts} launches, 4 to 6 and more than 6 are expected"
     return f"{counts['triton']} launches, in eager PyTorch {counts['reference']}"
 
 

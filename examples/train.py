@@ -214,15 +214,15 @@ def run(
     parameters = sum(parameter.numel() for parameter in model.parameters())
 
     available = torch.get_num_threads()
+    before = None if checkpoint is None or checkpoint.state is None else checkpoint.state.threads
     if device.type == "cpu" and not processes.together:
-        before = None if checkpoint is None or checkpoint.state is None else checkpoint.state.threads
         number = choose_threads(model, train_images, batch_size, precision=arguments.precision, before=before)
         held.enter_context(with_threads(number))
     # Of several processes only the first writes.
     folder = prepare_run(arguments.out, dataset.name, checkpoint is None, held) if processes.rank == 0 else Path()
     say(f"device    {device_name(device)}")
     if device.type == "cpu" and available > 1 and not os.environ.get("OMP_NUM_THREADS"):
-        why = "as before" if checkpoint is not None else f"of {available}, the fastest now"
+        why = "as before" if torch.get_num_threads() == before else f"of {available}, the fastest now"
         say(f"threads   {torch.get_num_threads()}, {why} (the variable OMP_NUM_THREADS sets another number)")
     if processes.together:
         say(f"processes {processes.size}, with {batch_size // processes.size} images of every batch each")

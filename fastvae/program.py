@@ -8,7 +8,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -198,7 +198,8 @@ def locked(folder: Path) -> Iterator[None]:
         os.write(file, f"process {os.getpid()} on {platform.node()}".encode())
         yield
     finally:
-        os.close(file)  # which unlocks it
+        _unlock(file)
+        os.close(file)
 
 
 def _try_to_lock(file: int) -> bool:
@@ -223,6 +224,15 @@ def _try_to_lock(file: int) -> bool:
         except OSError:
             return True
     return True
+
+
+def _unlock(file: int) -> None:
+    """Closing the file alone does not unlock it while a process that was forked holds it open."""
+    if sys.platform != "win32":
+        import fcntl
+
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def positive_integer(text: str) -> int:

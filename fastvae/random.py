@@ -50,8 +50,7 @@ _wanted_by_pointer = False
 def by_pointer() -> Iterator[None]:
     """In this block noise is reserved by pointer, as it is while a graph is captured.
 
-    A kernel that reads its seed through a pointer is another one than a kernel that is given it: what runs in this
-    block compiles and loads what a capture is going to launch.
+    Before torch 2.13 that is a draw with a kernel of torch's own, which a capture must not be the first to load.
     """
     global _wanted_by_pointer
     before, _wanted_by_pointer = _wanted_by_pointer, True

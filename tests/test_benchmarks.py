@@ -245,6 +245,8 @@ class Checked:
     def __getattr__(self, name):
         real = getattr(self._real, name)  # an AttributeError is a typo in the benchmarks
         found = getattr(self._stand_in, name)
+        if not callable(found):
+            return found
 
         def call(*arguments, **options):
             # A method is looked up on its class, where self comes first.
@@ -291,6 +293,10 @@ class Machine:
             yield
         finally:
             del self.streams[depth:]
+
+    @property
+    def default_generators(self):
+        return [SimpleNamespace(clone_state=lambda: "state", graphsafe_set_state=self.log.append)]
 
     def CUDAGraph(self):
         def replay():
@@ -382,7 +388,7 @@ def test_capture(gpu, machine):
     assert 1e-5 < gpu.graph_seconds(replay, 4) < 1.0
 
 
-def test_capture_that_fails_leaves_the_stream(gpu, machine):
+def test_capture_that_fails_leaves_the_stream_and_the_generator(gpu, machine):
     def call(index):
         if machine.capturing:
             raise ValueError("not under capture")
@@ -390,6 +396,7 @@ def test_capture_that_fails_leaves_the_stream(gpu, machine):
     with pytest.raises(RuntimeError, match="during capture"):
         gpu.capture(call, 1)
     assert machine.streams == ["default"]
+    assert machine.log[-1] == "state"  # of the generator, put back
 
 
 def function_event(kind, annotation=False):

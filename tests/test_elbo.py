@@ -334,7 +334,7 @@ def test_one_launch_forward_and_one_backward_for_what_is_needed(triton_backend, 
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-@pytest.mark.parametrize("batch", [4, 140])
+@pytest.mark.parametrize("batch", [4, pytest.param(140, marks=pytest.mark.slow)])
 def test_each_gradient_of_kl_can_be_written(backend, device, batch) -> None:
     """It is one number for all samples, and yet writing that of one sample changes no other's."""
     logits, target, kl = make_all((batch, 5), device)

@@ -8,6 +8,7 @@ import torch
 import fastvae
 import fastvae.functional as F
 from bounds import assert_within
+from fastvae import random
 from test_reconstruction import TERM, levels, oracle
 
 pytestmark = pytest.mark.gpu
@@ -23,7 +24,7 @@ def captured(step):
     """A CUDA graph of `step`, after the warm-up that capture asks for, and what the captured call returned."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream), random.by_pointer():
         for _ in range(3):
             step()
     torch.cuda.current_stream().wait_stream(stream)

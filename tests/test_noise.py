@@ -607,7 +607,7 @@ def capture(step) -> torch.cuda.CUDAGraph:
     """A graph of `step`, after the usual warm-up on a side stream: a capture can load no kernel."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream), random.by_pointer():
         for _ in range(3):
             step()
     torch.cuda.current_stream().wait_stream(stream)

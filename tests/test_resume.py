@@ -302,6 +302,22 @@ def test_moments_of_other_strides_are_the_same_moments(data, device, tmp_path):
     assert_same_end(*ends)
 
 
+def test_tensors_of_a_state_that_share_memory_come_apart(data, device, tmp_path):
+    """One step tensor of all parameters would be counted once for each of them."""
+    ends = []
+    for shared in (False, True):
+        path = tmp_path / "checkpoint.pt"
+        run(make_model(device), data, path, epochs=1)
+        found = read_checkpoint(path)
+        moments = found.state.optimizer["state"]
+        if shared:
+            for held in moments.values():
+                held["step"] = moments[0]["step"]
+        run(found.model.to(device), data, path, resume=found.state)
+        ends.append(read_checkpoint(path))
+    assert_same_end(*ends)
+
+
 # ------------------------------------------------------------------------------------------------------------ the file
 
 

@@ -67,6 +67,28 @@ def test_a_choice_leaves_the_model_and_the_random_numbers_alone(monkeypatch, two
     assert torch.get_num_threads() == 2
 
 
+def test_a_model_that_cannot_be_copied_has_the_threads_of_torch(monkeypatch, two_threads):
+    """torch.nn.utils.weight_norm leaves a weight that is computed, which deepcopy refuses."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(threads, "fastest", None)
+    model = ConvVAE((1, 8, 8), 2)
+    model.encoder[0].computed = 2 * model.encoder[0].weight
+    assert threads.choose_threads(model, torch.zeros(4, 1, 8, 8), 4) == 2
+
+
+@pytest.mark.parametrize("before", [0, -1, "2", 1.5])
+def test_what_is_no_number_of_threads_is_refused(monkeypatch, two_threads, before):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    with pytest.raises(ValueError, match="resume does not fit: threads"):
+        threads.choose_threads(ConvVAE((1, 8, 8), 2), torch.zeros(4, 1, 8, 8), 4, before=before)
+
+
+def test_more_threads_than_there_are_now_are_chosen_anew(monkeypatch, two_threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(threads, "fastest", lambda numbers, step: 1)
+    assert threads.choose_threads(ConvVAE((1, 8, 8), 2), torch.zeros(4, 1, 8, 8), 4, before=64) == 1
+
+
 def test_the_users_number_wins(monkeypatch, two_threads):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     monkeypatch.setattr(threads, "fastest", None)

@@ -194,4 +194,4 @@ def test_default_batch_sizes(example):
     sizes = [example.default_batch_size("folder", images) for images in (1, 99, 2500, 12_799, 12_800, 10**6)]
     assert sizes == [1, 16, 25, 127, 128, 128]
     assert example.default_batch_size("kmnist", 60_000) == 128
-    assert example.default_batch_size("digits", 1500) == 16
+    assert example.default_batch_size("digits", 1500) == 32

@@ -160,7 +160,7 @@ def _files(top: Path, errors: list[OSError]) -> Iterator[tuple[Path, str]]:
     seen = set()
     for folder, folders, names in os.walk(top, onerror=errors.append, followlinks=True):
         status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen or _RUN.issubset(names):
+        if (status.st_dev, status.st_ino) in seen or (Path(folder) != top and _RUN.issubset(names)):
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))

@@ -12,16 +12,6 @@ class GraphError(RuntimeError):
     """A CUDA graph was asked for, and its capture failed."""
 
 
-def first_cause(error: BaseException, handled: BaseException | None) -> str:
-    """In words. What goes wrong under capture makes the capture's end fail too: that error hides the first one.
-
-    handled: what was being handled before (sys.exc_info), which is no cause.
-    """
-    while error.__context__ is not None and error.__context__ is not handled:
-        error = error.__context__
-    return f"{type(error).__name__}: {error}"
-
-
 def on_side_stream(run: Callable[[], None], device: torch.device) -> None:
     """What is captured later must have run on a stream other than the default one, where nothing can be captured."""
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -35,7 +25,8 @@ def capture(run: Callable[[], None], device: torch.device) -> Callable[[], None]
     """A CUDA graph of what `run` launches on a device; nothing is computed yet. Returns its replay.
 
     If it fails, the device's default generator and memory are as they were: up to torch 2.11 the generator stays in
-    capture, so that the next draw raises, and the graph's memory is never given back.
+    capture, so that the next draw raises, and the graph's memory is never given back. (Other graphs then follow the
+    generator's seed no longer.) What `run` raised is raised, not what the end of its broken capture raises.
     """
     generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
     state = generator.clone_state()
@@ -43,6 +34,7 @@ def capture(run: Callable[[], None], device: torch.device) -> Callable[[], None]
     graph = torch.cuda.CUDAGraph()
     # torch.cuda.graph's own stream is one for all: of the device that was current when the process first captured.
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    first: BaseException | None = None
     try:
         # A capture that fails leaves its stream current: the outer block puts back the one that was. thread_local: what
         # the threads of other libraries do is no part of this capture.
@@ -50,12 +42,18 @@ def capture(run: Callable[[], None], device: torch.device) -> Callable[[], None]
             torch.cuda.stream(torch.cuda.current_stream(device)),
             torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
         ):
-            run()
-    except BaseException:
+            try:
+                run()
+            except BaseException as error:
+                first = error
+                raise
+    except BaseException as error:
         generator.graphsafe_set_state(state)
         with suppress(RuntimeError):  # that the pool is closed: the capture has ended, and the graph releases it
             torch._C._cuda_endAllocateToPool(generator.device.index, pool)
             torch._C._cuda_releasePool(generator.device.index, pool)
+        if first is not None and first is not error:
+            raise first from None
         raise
     replay: Callable[[], None] = graph.replay
     return replay

@@ -64,8 +64,11 @@ def restore_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
             group["lr"] = rate.copy_(torch.as_tensor(group["lr"]))
         for parameter in group["params"]:
             held = optimizer.state.get(parameter, {})
+            # Each in memory of its own: tensors of a file may share theirs.
+            if "step" in held:
+                held["step"] = held["step"].clone()
             for moment in _MOMENTS:
-                if moment in held and held[moment].stride() != parameter.stride():
+                if moment in held:
                     held[moment] = torch.empty_like(parameter, requires_grad=False).copy_(held[moment])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, cast
@@ -22,7 +21,7 @@ from fastvae.training.average import MovingAverage
 from fastvae.training.checks import not_negative, number
 from fastvae.training.distributed import Processes
 from fastvae.training.gradients import limit_gradients
-from fastvae.training.graphs import GraphError, capture, first_cause, on_side_stream
+from fastvae.training.graphs import GraphError, capture, on_side_stream
 from fastvae.training.output_layer import OutputLayer, output_layer
 
 # A replay costs the host one launch, and the device two fills of the generator's state and two copies, whatever the
@@ -231,11 +230,10 @@ class Steps:
         False where the capture failed: nothing has run, and nothing will be captured any more.
         """
         numbers = _numbers(self.optimizer)
-        if self._replay is not None and numbers == self._captured_numbers:
+        if self._replay is not None and _same(numbers, self._captured_numbers):
             self._replay()
             return True
         self.release()  # so that the gradients are allocated in the graph
-        handled = sys.exc_info()[1]
         try:
             replay = capture(lambda: self._take(self._indices, self._found), self.device)
             # A graph without work is no error to CUDA. No step has this reconstruction.
@@ -245,7 +243,7 @@ class Steps:
                 raise RuntimeError("the captured graph is empty")
         except Exception as error:
             self.release()
-            cause = first_cause(error, handled)
+            cause = f"{type(error).__name__}: {error}"
             if self._graph == "on":
                 raise GraphError(f"the capture of a CUDA graph failed: {cause}") from error
             warnings.warn(f"training goes on without a CUDA graph, whose capture failed: {cause}", stacklevel=3)
@@ -256,8 +254,14 @@ class Steps:
 
 
 def _numbers(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Of each group all but its parameters; a tensor counts as which one it is, because a graph reads what is in it."""
-    return [
-        {name: id(value) if isinstance(value, Tensor) else value for name, value in group.items() if name != "params"}
-        for group in optimizer.param_groups
-    ]
+    """Of each group all but its parameters."""
+    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+
+
+def _same(numbers: list[dict[str, Any]], others: list[dict[str, Any]]) -> bool:
+    """A tensor is the same if it is that tensor, because a graph reads what is in it."""
+    return all(
+        value is other[name] if isinstance(value, Tensor) else value == other[name]
+        for group, other in zip(numbers, others, strict=True)
+        for name, value in group.items()
+    )

@@ -35,15 +35,23 @@ def choose_threads(
     (at least three steps). The model and the random numbers stay as they were.
 
     The last bits of what is trained depend on the number of threads. So a run that goes on keeps the number that it had
-    ``before``. Where the environment variable OMP_NUM_THREADS is set, ``torch.get_num_threads()`` is returned, so that
-    equal seeds give equal bits whatever else the machine does.
+    ``before``, unless torch has fewer here. Where the environment variable OMP_NUM_THREADS is set,
+    ``torch.get_num_threads()`` is returned, so that equal seeds give equal bits whatever else the machine does.
     """
     available = torch.get_num_threads()
     if os.environ.get("OMP_NUM_THREADS"):
         return available
-    if before is not None or available == 1:
-        return before or available
-    trial = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if before is not None:
+        if not isinstance(before, int) or before < 1:
+            raise ValueError(f"resume does not fit: threads must be a positive integer, got {before!r}")
+        if before <= available:
+            return before
+    if available == 1:
+        return available
+    try:
+        trial = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    except RuntimeError:  # of weights that are computed, by torch.nn.utils.weight_norm for one
+        return available
     optimizer = torch.optim.SGD(trial.parameters(), lr=0.0)
     batch = images[:batch_size].contiguous(memory_format=torch.channels_last)
     autocast_dtype = torch.bfloat16 if precision == "bf16" else None
