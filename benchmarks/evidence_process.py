@@ -66,6 +66,8 @@ class Running:
             stdout=self._file,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # so that its own children can be stopped with it
+            # A job in the background ignores SIGINT, which children inherit.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         self._began = time.monotonic()
         self._end = self._began + seconds
