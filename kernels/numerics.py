@@ -12,6 +12,7 @@ for it.
 
 import triton
 import triton.language as tl
+from triton.language import core  # by this name, because the interpreter knows the modules that a file names
 
 
 @triton.jit
@@ -103,7 +104,7 @@ def sigmoid(x, FAST: tl.constexpr):
 @triton.jit
 def load_scalar(value):
     """A float32 scalar that was given by value or by pointer."""
-    value = tl.core.to_tensor(value)
+    value = core.to_tensor(value)
     if value.dtype.is_ptr():
         number = tl.load(value).to(tl.float32)
     else:

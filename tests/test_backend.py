@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -341,3 +342,14 @@ for name in ("triton", "auto"):
 """,
         TRITON_INTERPRET="1",
     )
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or sys.platform == "win32", reason="forks, on Triton's interpreter")
+def test_every_operation_may_be_the_first_of_a_process():
+    from first_calls import CALLS
+
+    assert {name.split()[0] for name in CALLS} == {name for name in fastvae.functional.__all__ if name.islower()}
+    command = [sys.executable, Path(__file__).with_name("first_calls.py")]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "", done.stderr
