@@ -1,4 +1,4 @@
-"""Every public operation on the device against float64, the noise, and a captured step: half a minute on a GPU.
+"""Every public operation on the device against float64, the noise, and a captured step.
 
     python benchmarks/gpu_smoke.py [--device cpu] [--shard I/N]
 

@@ -163,8 +163,9 @@ class Steps:
         if self._graph == "off" or count < self.at_a_time:
             self._take(indices, found)
             return count
-        # The steps before a capture use what the graph will use, so that the kernels that run under capture are
-        # compiled and loaded before: how a tensor is aligned and where a seed comes from make other kernels.
+        # The steps before a capture use what the graph will use, so that every kernel that runs under capture is
+        # compiled and loaded before: Triton compiles for the alignment of a tensor, and torch draws the seed with its
+        # own kernel.
         self._indices.copy_(indices)
         if not self._warm:
             with random.by_pointer():
