@@ -18,10 +18,13 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
 
-from fastvae.kernels import batch, conv_elbo, dimensions, elbo, gaussian, reconstruction
+from fastvae.kernels import batch, dimensions, gaussian, likelihood
 from fastvae.kernels.launch import Plan
+from fastvae.likelihoods import Bernoulli, SigmoidMSE
 
-MODULES = (batch, conv_elbo, dimensions, elbo, gaussian, reconstruction)  # those that launch
+S = SigmoidMSE()
+
+MODULES = (batch, dimensions, gaussian, likelihood)  # those that launch
 TYPES = {
     torch.float64: "fp64",
     torch.float32: "fp32",
@@ -56,33 +59,39 @@ class Launch:
         """The kernel compiled as Triton's launcher would specialise it: null pointers and ones folded, 16-byte
         alignment known.
         """
-        signature: dict[str, str] = {}
-        constants: dict[Any, Any] = dict(self.constants)
-        if "FAST" in self.kernel.arg_names:
-            constants["FAST"] = target.backend == "cuda"
+        signature: dict[str, Any] = {}
+        constants: dict[Any, Any] = {}
         attributes = {}
-        for index, parameter in enumerate(self.kernel.params):
-            name = parameter.name
-            if name in constants:
-                signature[name] = "constexpr"
-                continue
-            value = self.arguments[name]
+        given = dict(self.constants)
+        if "FAST" in self.kernel.arg_names:
+            given["FAST"] = target.backend == "cuda"
+
+        def described(value: Any, parameter: Any, path: tuple[int, ...]) -> Any:
+            """The signature of an argument, or of an element of one that is a tuple."""
+            if isinstance(value, tuple):
+                return tuple(described(each, parameter, (*path, k)) for k, each in enumerate(value))
             if value is None or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize):
-                constants[name] = value
-                signature[name] = "constexpr"
-            elif isinstance(value, Tensor):
-                signature[name] = "*" + TYPES[value.dtype]
+                constants[path] = value
+                return "constexpr"
+            if isinstance(value, Tensor):
                 if not parameter.do_not_specialize_on_alignment:
                     # Every allocation of torch starts on such an address.
-                    attributes[(index,)] = [["tt.divisibility", 16]]
-            elif isinstance(value, int):
-                signature[name] = parameter.annotation_type or ("i32" if -(2**31) <= value < 2**31 else "i64")
+                    attributes[path] = [["tt.divisibility", 16]]
+                return "*" + TYPES[value.dtype]
+            if isinstance(value, int):
                 if value % 16 == 0 and not parameter.do_not_specialize:
-                    attributes[(index,)] = [["tt.divisibility", 16]]
+                    attributes[path] = [["tt.divisibility", 16]]
+                return parameter.annotation_type or ("i32" if -(2**31) <= value < 2**31 else "i64")
+            return "fp32"
+
+        for index, parameter in enumerate(self.kernel.params):
+            name = parameter.name
+            if name in given:
+                constants[(index,)] = given[name]
+                signature[name] = "constexpr"
             else:
-                signature[name] = "fp32"
-        positions = {(self.kernel.arg_names.index(name),): value for name, value in constants.items()}
-        source = ASTSource(self.kernel, signature, constexprs=positions, attrs=attributes)
+                signature[name] = described(self.arguments[name], parameter, (index,))
+        source = ASTSource(self.kernel, signature, constexprs=constants, attrs=attributes)
         options |= {"num_warps": self.num_warps, "enable_fp_fusion": True}
         return triton.compile(source, target=target, options=options)
 
@@ -175,33 +184,21 @@ def launches() -> Iterator[tuple[str, Launch]]:
             photos = torch.empty(512, 1, 28, 28, dtype=torch.uint8)
             calls["gather_batch uint8 images"] = lambda p=photos: batch.gather_batch(p, torch.arange(128))
             pairs |= {"uint8 target": (dense, dense.to(torch.uint8)), "images": (images, images)}
-        for pair_name, (logits, target) in pairs.items():
-            divergence = kl[: len(logits)]
+        for pair_name, tensors in pairs.items():
+            divergence = kl[: len(tensors[0])]
             calls |= {
-                f"sigmoid_mse_forward {pair_name}": lambda x=logits, t=target: reconstruction.sigmoid_mse_forward(
-                    x, t, "none"
+                f"sigmoid_mse_forward {pair_name}": lambda t=tensors: likelihood.negative_log_likelihood(S, t, "none"),
+                f"sigmoid_mse_backward {pair_name}": lambda t=tensors: likelihood.negative_log_likelihood_backward(
+                    S, t, one, "mean", [True, False]
                 ),
-                f"sigmoid_mse_backward {pair_name}": lambda x=logits, t=target: reconstruction.sigmoid_mse_backward(
-                    x, t, one, "mean", True, False
+                f"elbo_loss {pair_name}": lambda t=tensors, d=divergence: likelihood.elbo_loss(S, t, d, one, 0.5),
+                f"elbo_value_and_grad {pair_name}": lambda t=tensors, d=divergence: likelihood.elbo_value_and_grad(
+                    S, t, d, one, 0.5, None
                 ),
-                f"elbo_loss {pair_name}": lambda x=logits, t=target, d=divergence: elbo.elbo_loss(x, t, d, one, 0.5),
-                f"elbo_value_and_grad {pair_name}": lambda x=logits, t=target, d=divergence: elbo.elbo_value_and_grad(
-                    x, t, d, one, 0.5, None
-                ),
-                f"elbo_backward {pair_name}": lambda x=logits, t=target, d=divergence: elbo.elbo_backward(
-                    x, t, d, one, None, None, one, 0.5, True, False, True
+                f"elbo_backward {pair_name}": lambda t=tensors, d=divergence: likelihood.elbo_backward(
+                    S, t, d, one, None, None, one, 0.5, [True, False], True
                 ),
             }
         for call_name, call in calls.items():
             (launch,) = record(call)
             yield f"{call_name} {name}", launch
-        for outputs in (1, 3):
-            features = torch.empty(128, 32, 28, 28, dtype=dtype).to(memory_format=torch.channels_last)
-            weight, target = torch.empty(32, outputs, 3, 3), torch.empty(128, outputs, 28, 28, dtype=torch.uint8)
-            forward, backward = record(
-                lambda f=features, w=weight, t=target: conv_elbo.conv_elbo_value_and_grad(
-                    f, w, w[0, :, 0, 0], t, kl[:128], True, one, 0.5, None
-                )
-            )
-            yield f"conv_elbo_forward to {outputs} {name}", forward
-            yield f"conv_elbo_backward from {outputs} {name}", backward

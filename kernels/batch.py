@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .launch import Plan, launch, make_plan
 from .layout import dense_strides, event_size, remembered, with_dense_rows
-from .reconstruction import load_target
+from .elementwise import load_target
 from .tiles import UNSPECIALIZED, cut, program_tile, tile_offsets
 
 

@@ -65,6 +65,8 @@ def _kind(argument: Any) -> Any:
     """Equal only for arguments for which Triton compiles the same code."""
     if isinstance(argument, Tensor):
         return argument.dtype if argument.data_ptr() % 16 == 0 else (argument.dtype, "unaligned")
+    if type(argument) is tuple:
+        return tuple(map(_kind, argument))
     if type(argument) is int:
         return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31, argument < 2**63
     return type(argument)

@@ -1,51 +1,52 @@
-"""Autograd of the negative evidence lower bound. Saved for backward: logits, target and kl, whose gradient is one
-number for the whole batch.
+"""Autograd of the negative evidence lower bound. Saved for backward: the parameters, the target and kl, whose gradient
+is one number for the whole batch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastvae.autograd.reconstruction import differentiable_gradients
+from fastvae.autograd.likelihood import differentiable_gradients
 from fastvae.autograd.registration import apply, is_differentiated, is_traced, refuse_vmap, register
-from fastvae.kernels import elbo as kernels
+from fastvae.kernels import likelihood as kernels
 from fastvae.kernels.layout import empty_gradients
+from fastvae.likelihoods.likelihood import Likelihood, from_key
 
 _operations = torch.ops.fastvae
 
 Scalar = float | Tensor
 
 
-def _fake_value_and_grad(logits: Tensor, target: Tensor, kl: Tensor, *scalars: Any) -> tuple[Tensor, ...]:
-    return *kernels.allocate_values(logits), *empty_gradients(logits), kl.new_empty(kl.shape)
+def _fake_value_and_grad(likelihood: str, tensors: Sequence[Tensor], kl: Tensor, *scalars: Any) -> list[Tensor]:
+    return [*kernels.allocate_values(tensors[0]), kl.new_empty(kl.shape), *empty_gradients(*tensors[:-1])]
 
 
-def _fake_backward(logits: Tensor, target: Tensor, kl: Tensor, *others: Any) -> list[Tensor]:
-    needs_logits, needs_target, needs_kl = others[-3:]
-    gradients = empty_gradients(*[t for t, needed in ((logits, needs_logits), (target, needs_target)) if needed])
+def _fake_backward(likelihood: str, tensors: Sequence[Tensor], kl: Tensor, *others: Any) -> list[Tensor]:
+    *_, needed, needs_kl = others
+    gradients = empty_gradients(*kernels.needed_of(tensors, needed))
     return [*gradients, kl.new_empty(kl.shape)] if needs_kl else gradients
 
 
 register(
-    "elbo_loss(Tensor logits, Tensor target, Tensor kl, Tensor beta, Tensor reconstruction_weight) "
+    "elbo_loss(str likelihood, Tensor[] tensors, Tensor kl, Tensor beta, Tensor reconstruction_weight) "
     "-> (Tensor, Tensor, Tensor)",
-    kernels.elbo_loss,
-    lambda logits, target, kl, beta, reconstruction_weight: kernels.allocate_values(logits),
+    lambda key, *others: kernels.elbo_loss(from_key(key), *others),
+    lambda key, tensors, *others: kernels.allocate_values(tensors[0]),
 )
 register(
-    "elbo_value_and_grad(Tensor logits, Tensor target, Tensor kl, Tensor beta, Tensor reconstruction_weight, "
-    "Tensor? grad_scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    kernels.elbo_value_and_grad,
+    "elbo_value_and_grad(str likelihood, Tensor[] tensors, Tensor kl, Tensor beta, Tensor reconstruction_weight, "
+    "Tensor? grad_scale) -> Tensor[]",
+    lambda key, *others: list(kernels.elbo_value_and_grad(from_key(key), *others)),
     _fake_value_and_grad,
 )
 register(
-    "elbo_backward(Tensor logits, Tensor target, Tensor kl, Tensor? loss_grad, Tensor? reconstruction_grad, "
-    "Tensor? mean_kl_grad, Tensor beta, Tensor reconstruction_weight, bool needs_logits, bool needs_target, "
-    "bool needs_kl) -> Tensor[]",
-    kernels.elbo_backward,
+    "elbo_backward(str likelihood, Tensor[] tensors, Tensor kl, Tensor? loss_grad, Tensor? reconstruction_grad, "
+    "Tensor? mean_kl_grad, Tensor beta, Tensor reconstruction_weight, bool[] needed, bool needs_kl) -> Tensor[]",
+    lambda key, *others: kernels.elbo_backward(from_key(key), *others),
     _fake_backward,
 )
 
@@ -60,67 +61,72 @@ def added(first: Tensor | None, second: Tensor | None) -> Tensor:
 
 
 class ELBOLoss(torch.autograd.Function):
-    """(loss, reconstruction, mean_kl) of (logits, target, kl, beta, reconstruction_weight)."""
+    """(loss, reconstruction, mean_kl) of (likelihood, kl, beta, reconstruction_weight, *parameters, target)."""
 
     @staticmethod
     def forward(
-        logits: Tensor, target: Tensor, kl: Tensor, beta: Scalar, reconstruction_weight: Scalar
+        likelihood: Likelihood, kl: Tensor, beta: Scalar, reconstruction_weight: Scalar, *tensors: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        arguments = logits, target, kl, beta, reconstruction_weight
-        if not is_traced(*arguments):
-            return kernels.elbo_loss(*arguments)
-        return _operations.elbo_loss(logits, target, kl, *as_tensors(logits, beta, reconstruction_weight))
+        if not is_traced(kl, beta, reconstruction_weight, *tensors):
+            return kernels.elbo_loss(likelihood, tensors, kl, beta, reconstruction_weight)
+        scalars = as_tensors(tensors[0], beta, reconstruction_weight)
+        return _operations.elbo_loss(likelihood.key, tensors, kl, *scalars)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        logits, target, kl, *scalars = inputs
+        ctx.likelihood, kl, beta, weight, *tensors = inputs
         # A weight on the device is saved like any tensor, so that changing it before backward is an error and not a
         # wrong gradient.
-        ctx.scalars = [None if isinstance(scalar, Tensor) else scalar for scalar in scalars]
+        ctx.scalars = [None if isinstance(scalar, Tensor) else scalar for scalar in (beta, weight)]
         ctx.save_for_backward(
-            logits, target, kl, *[scalar if isinstance(scalar, Tensor) else None for scalar in scalars]
+            kl, *[scalar if isinstance(scalar, Tensor) else None for scalar in (beta, weight)], *tensors
         )
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *value_grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        logits, target, kl, *tensors = ctx.saved_tensors
+        kl, *weights, tensors = ctx.saved_tensors[0], *ctx.saved_tensors[1:3], ctx.saved_tensors[3:]
         beta, weight = (
-            number if tensor is None else tensor for number, tensor in zip(ctx.scalars, tensors, strict=True)
+            number if tensor is None else tensor for number, tensor in zip(ctx.scalars, weights, strict=True)
         )
         loss_grad, reconstruction_grad, mean_kl_grad = value_grads
         # What no upstream gradient reaches has none, and is neither read nor written.
         reaches_terms = loss_grad is not None or reconstruction_grad is not None
-        needs_logits, needs_target = (needed and reaches_terms for needed in ctx.needs_input_grad[:2])
-        needs_kl = ctx.needs_input_grad[2] and (loss_grad is not None or mean_kl_grad is not None)
-        logits_grad = target_grad = kl_grad = None
-        if is_differentiated(logits, target, kl, *tensors, *value_grads):
-            batch = max(1, logits.shape[0])  # the gradients of an empty batch are empty
-            if needs_logits or needs_target:
+        needed = [needs and reaches_terms for needs in ctx.needs_input_grad[4:]]
+        needs_kl = ctx.needs_input_grad[1] and (loss_grad is not None or mean_kl_grad is not None)
+        gradients: list[Tensor | None] = [None] * len(tensors)
+        kl_grad = None
+        if is_differentiated(kl, *tensors, *weights, *value_grads):
+            batch = max(1, kl.shape[0])  # the gradients of an empty batch are empty
+            if any(needed):
                 term_grad = added(loss_grad, reconstruction_grad) * weight / batch
-                logits_grad, target_grad = differentiable_gradients(logits, target, term_grad)
+                gradients = differentiable_gradients(ctx.likelihood, tensors, needed, term_grad)
             if needs_kl:
                 kl_grad = added(None if loss_grad is None else beta * loss_grad, mean_kl_grad) / batch
                 kl_grad = kl_grad.to(kl.dtype).expand(kl.shape).contiguous()
-        elif needs_logits or needs_target or needs_kl:
-            launcher = kernels.elbo_backward
-            if is_traced(logits, target, kl, *tensors, *value_grads):
-                launcher = _operations.elbo_backward
-                beta, weight = as_tensors(logits, beta, weight)
-            gradients = launcher(logits, target, kl, *value_grads, beta, weight, needs_logits, needs_target, needs_kl)
-            logits_grad = gradients[0] if needs_logits else None
-            target_grad = gradients[int(needs_logits)] if needs_target else None
-            kl_grad = gradients[-1] if needs_kl else None
-        return logits_grad, target_grad, kl_grad, None, None
+        elif needs_kl or any(needed):
+            if is_traced(kl, *tensors, *weights, *value_grads):
+                scalars = as_tensors(tensors[0], beta, weight)
+                found = _operations.elbo_backward(
+                    ctx.likelihood.key, tensors, kl, *value_grads, *scalars, needed, needs_kl
+                )
+            else:
+                found = kernels.elbo_backward(
+                    ctx.likelihood, tensors, kl, *value_grads, beta, weight, needed, needs_kl
+                )
+            each = iter(found)
+            gradients = [next(each) if needs else None for needs in needed]
+            kl_grad = next(each) if needs_kl else None
+        return None, kl_grad, None, None, *gradients
 
     vmap = refuse_vmap("elbo_loss")
 
 
-def as_tensors(logits: Tensor, *weights: Scalar | None) -> list[Tensor | None]:
+def as_tensors(tensor: Tensor, *weights: Scalar | None) -> list[Tensor | None]:
     """The weights as a registered operation takes them: tensors, so that a new number is not a new program."""
     # A product, because torch.compile keeps a number that multiplies a tensor variable, and freezes one that fills it.
     return [
-        torch.ones((), dtype=torch.float32, device=logits.device) * weight
+        torch.ones((), dtype=torch.float32, device=tensor.device) * weight
         if isinstance(weight, (float, int, torch.SymFloat, torch.SymInt))
         else weight
         for weight in weights
@@ -128,26 +134,28 @@ def as_tensors(logits: Tensor, *weights: Scalar | None) -> list[Tensor | None]:
 
 
 def elbo_loss(
-    logits: Tensor, target: Tensor, kl: Tensor, beta: Scalar, reconstruction_weight: Scalar
+    likelihood: Likelihood, tensors: Sequence[Tensor], kl: Tensor, beta: Scalar, reconstruction_weight: Scalar
 ) -> tuple[Tensor, Tensor, Tensor]:
     weights: Any = (beta, reconstruction_weight)
     if torch.compiler.is_compiling():  # before the Function, which would be traced anew for another number
-        weights = as_tensors(logits, *weights)
-    return apply(ELBOLoss, logits, target, kl, *weights)
+        weights = as_tensors(tensors[0], *weights)
+    return apply(ELBOLoss, likelihood, kl, *weights, *tensors)
 
 
 def elbo_value_and_grad(
-    logits: Tensor,
-    target: Tensor,
+    likelihood: Likelihood,
+    tensors: Sequence[Tensor],
     kl: Tensor,
     beta: Scalar,
     reconstruction_weight: Scalar,
     grad_scale: Scalar | None,
-) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
-    launcher: Any = kernels.elbo_value_and_grad
-    weights: Any = (beta, reconstruction_weight, grad_scale)
-    if is_traced(logits, target, kl, *weights):
-        launcher, weights = _operations.elbo_value_and_grad, as_tensors(logits, *weights)
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
+    """The three values, the gradients of the parameters, and that of kl."""
     with torch.no_grad():
-        *values, logits_grad, kl_grad = launcher(logits, target, kl, *weights)
-    return tuple(values), (logits_grad, kl_grad)
+        if is_traced(kl, beta, reconstruction_weight, grad_scale, *tensors):
+            weights = as_tensors(tensors[0], beta, reconstruction_weight, grad_scale)
+            results = _operations.elbo_value_and_grad(likelihood.key, tensors, kl, *weights)
+        else:
+            results = kernels.elbo_value_and_grad(likelihood, tensors, kl, beta, reconstruction_weight, grad_scale)
+    loss, reconstruction, mean_kl, kl_grad, *gradients = results
+    return (loss, reconstruction, mean_kl), tuple(gradients), kl_grad

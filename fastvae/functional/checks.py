@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastvae.backend import choose
+from fastvae.likelihoods import Likelihood
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 REDUCTIONS = ("none", "batchmean", "sum", "mean")
@@ -52,14 +53,42 @@ def check_device(name: str, tensor: Tensor, first_name: str, first: Tensor) -> N
         raise ValueError(f"{name} must be on the device of {first_name}, {first.device}, got {tensor.device}")
 
 
-def check_target(target: Tensor, logits: Tensor) -> None:
-    check_like("target", target, "logits", logits)
-    check_pixels(target)
-
-
-def check_pixels(target: Tensor) -> None:
+def check_likelihood(
+    parameters: Tensor | tuple[Tensor, ...], target: Tensor, likelihood: Likelihood
+) -> tuple[Tensor, ...]:
+    """A likelihood, its parameters of one shape and device, and a target of the same; returns them all in a tuple."""
+    if not isinstance(likelihood, Likelihood):
+        raise TypeError(f"likelihood must be a fastvae.likelihoods.Likelihood, got {likelihood!r}")
+    names = likelihood.parameters
+    given = parameters if isinstance(parameters, (tuple, list)) else (parameters,)
+    if len(given) != len(names):
+        raise ValueError(
+            f"parameters must be the {len(names)} tensors ({', '.join(names)}) of {type(likelihood).__name__}, "
+            f"got {len(given)}"
+        )
+    first = given[0]
+    check_batch(names[0], first)
+    for name, tensor in zip(names[1:], given[1:], strict=True):
+        check_batch(name, tensor)
+        check_like(name, tensor, names[0], first)
+    check_like("target", target, names[0], first)
     if target.dtype is not torch.uint8 and target.dtype not in FLOATING:
-        raise TypeError(f"target must be uint8 (read as t / 255) or floating point, got {target.dtype}")
+        read = "t / 255" if likelihood.target == "unit" else "t"
+        raise TypeError(f"target must be uint8 (read as {read}) or floating point, got {target.dtype}")
+    return (*given, target)
+
+
+def check_kl(kl: Tensor, first_name: str, first: Tensor) -> None:
+    """The divergence of each sample of a batch."""
+    if not isinstance(kl, Tensor) or kl.dtype not in FLOATING:
+        raise TypeError(f"kl must be a floating-point tensor, got {getattr(kl, 'dtype', type(kl).__name__)}")
+    check_dense("kl", kl)
+    if kl.ndim != 1 or kl.shape[0] != first.shape[0]:
+        raise ValueError(
+            f"kl must be the divergence of each sample, shape [{first.shape[0]}] (reduction='none'), "
+            f"got {list(kl.shape)}"
+        )
+    check_device("kl", kl, first_name, first)
 
 
 def check_number(name: str, value: float, expected: str = "a number") -> float:

@@ -2,6 +2,13 @@
 
 from fastvae.nn.elbo import ELBOLoss
 from fastvae.nn.gaussian import GaussianKL, GaussianSampling, GaussianSamplingKL
-from fastvae.nn.reconstruction import SigmoidMSELoss
+from fastvae.nn.likelihood import NegativeLogLikelihood, SigmoidMSELoss
 
-__all__ = ["ELBOLoss", "GaussianKL", "GaussianSampling", "GaussianSamplingKL", "SigmoidMSELoss"]
+__all__ = [
+    "ELBOLoss",
+    "GaussianKL",
+    "GaussianSampling",
+    "GaussianSamplingKL",
+    "NegativeLogLikelihood",
+    "SigmoidMSELoss",
+]

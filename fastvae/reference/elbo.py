@@ -6,13 +6,15 @@ Kingma and Welling, "Auto-Encoding Variational Bayes", 2013, equation 10; the we
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastvae.reference.precision import in_float32, pixels, widened
-from fastvae.reference.reconstruction import sigmoid_mse_loss
+from fastvae.likelihoods.likelihood import Likelihood
+from fastvae.reference.likelihood import in_precision, negative_log_likelihood
+from fastvae.reference.precision import in_float32, widened
 
 
 class ELBO(NamedTuple):
@@ -26,43 +28,38 @@ class ELBO(NamedTuple):
 
 
 def elbo_loss(
-    logits: Tensor,
-    target: Tensor,
+    likelihood: Likelihood,
+    tensors: Sequence[Tensor],
     kl: Tensor,
-    *,
-    beta: float | Tensor = 1.0,
-    reconstruction_weight: float | Tensor = 0.5,
+    beta: float | Tensor,
+    reconstruction_weight: float | Tensor,
 ) -> ELBO:
-    """Batch mean of reconstruction_weight * sum_event (sigmoid(logits) - target)^2, plus beta * batch mean of kl."""
+    """Batch mean of reconstruction_weight * the negative log-likelihood, plus beta * batch mean of kl."""
     beta, reconstruction_weight = widened(beta), widened(reconstruction_weight)
-    squared_error = sigmoid_mse_loss(logits, target, reduction="batchmean")
+    loss = negative_log_likelihood(likelihood, tensors, "batchmean")
     mean_kl = in_float32(kl).mean()
-    dtype = torch.promote_types(squared_error.dtype, mean_kl.dtype)
-    reconstruction = (reconstruction_weight * squared_error).to(dtype)
+    dtype = torch.promote_types(loss.dtype, mean_kl.dtype)
+    reconstruction = (reconstruction_weight * loss).to(dtype)
     return ELBO(reconstruction + (beta * mean_kl).to(dtype), reconstruction, mean_kl.to(dtype))
 
 
 def elbo_value_and_grad(
-    logits: Tensor,
-    target: Tensor,
+    likelihood: Likelihood,
+    tensors: Sequence[Tensor],
     kl: Tensor,
-    *,
-    beta: float | Tensor = 1.0,
-    reconstruction_weight: float | Tensor = 0.5,
-    grad_scale: float | Tensor | None = None,
-) -> tuple[ELBO, tuple[Tensor, Tensor]]:
-    """elbo_loss, and its gradients with respect to logits and kl times grad_scale:
-
-    d loss / d logits = 2 * reconstruction_weight / B * (y - target) * y * (1 - y) with y = sigmoid(logits), and d
-    loss / d kl = beta / B.
+    beta: float | Tensor,
+    reconstruction_weight: float | Tensor,
+    grad_scale: float | Tensor | None,
+) -> tuple[ELBO, tuple[Tensor, ...], Tensor]:
+    """elbo_loss, and its gradients times grad_scale: of each parameter, reconstruction_weight / B * slope, and of kl,
+    beta / B.
     """
     with torch.no_grad():
-        values = elbo_loss(logits, target, kl, beta=beta, reconstruction_weight=reconstruction_weight)
+        values = elbo_loss(likelihood, tensors, kl, beta, reconstruction_weight)
         grad_scale = 1.0 if grad_scale is None else widened(grad_scale)
-        scale = grad_scale / logits.shape[0] if logits.shape[0] else 0.0
-        x = in_float32(logits)
-        y = torch.sigmoid(x)
-        # The last factor is 1 - y, without what rounding y to 1 would lose.
-        slope = 2.0 * widened(reconstruction_weight) * scale * (y - pixels(target)) * y * torch.sigmoid(-x)
-        kl_slope = torch.ones(kl.shape, dtype=y.dtype, device=kl.device) * widened(beta) * scale
-        return values, (slope.to(logits.dtype), kl_slope.to(kl.dtype))
+        scale = grad_scale / kl.shape[0] if kl.shape[0] else 0.0
+        slopes = likelihood.slopes(*in_precision(likelihood, tensors))
+        weight = widened(reconstruction_weight) * scale
+        gradients = tuple((weight * slope).to(x.dtype) for slope, x in zip(slopes, tensors[:-1], strict=True))
+        kl_slope = torch.ones(kl.shape, dtype=slopes[0].dtype, device=kl.device) * widened(beta) * scale
+        return values, gradients, kl_slope.to(kl.dtype)

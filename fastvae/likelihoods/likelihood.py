@@ -1,0 +1,138 @@
+"""What a likelihood is: settings, parameters, a formula in plain PyTorch, and the same formula as a Triton function."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+TARGETS = ("unit", "number")
+
+
+class Term:
+    """Decorates the Triton function of a likelihood, which is compiled when a kernel first takes it.
+
+    Defining a likelihood therefore imports no Triton. The function finds `triton.language` as ``tl`` and the functions
+    of `fastvae.kernels.numerics` as ``numerics``: both are put into its module.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    @cached_property
+    def jit(self) -> Any:
+        import triton
+        import triton.language as tl
+
+        from fastvae.kernels import numerics
+
+        self.function.__globals__.update(tl=tl, numerics=numerics)
+        return triton.jit(self.function)
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """The negative log-likelihood of independent elements, given parameters of the target's shape.
+
+    A subclass is a frozen dataclass whose fields are its settings: numbers, texts, booleans, None, or tuples of them.
+    It gives the attributes below, `formula`, and, for the fused path, a `term`. `fastvae.likelihoods.check` compares the
+    two.
+    """
+
+    parameters: ClassVar[tuple[str, ...]]
+    """The names of the parameters, in the order in which they are given."""
+    target: ClassVar[str]
+    """What a target holds: "unit", numbers in [0, 1], where uint8 is read as t / 255; or "number", any numbers."""
+    roundings: ClassVar[tuple[int, ...]]
+    """Of a value, of each parameter's slope, and of the target's slope if it has one: relative errors of 2^-24 along the
+    longest chain of operations of the term (see `fastvae.kernels.numerics`)."""
+    target_has_slope: ClassVar[bool] = False
+    """Whether the term returns the target's slope too. Without it a target gets no gradient."""
+    slope_factor: ClassVar[float] = 1.0
+    """A constant factor of every slope that the term leaves out, because the launcher multiplies by a number anyway."""
+    reconstruction_weight: ClassVar[float] = 1.0
+    """What the evidence lower bound multiplies the value by, unless the caller says otherwise."""
+    term: ClassVar[Term | None] = None
+    """``@Term def term(parameters, target, SETTINGS: tl.constexpr, FAST: tl.constexpr)``: (value, slopes) of a tile, in
+    float32. ``parameters`` is a tuple of tiles, ``SETTINGS`` the tuple of the likelihood's settings, ``FAST`` is handed
+    on to `numerics`; slopes is a tuple, of each parameter and then of the target. None: the formula runs everywhere."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name in ("parameters", "target", "roundings"):
+            if not hasattr(cls, name):
+                raise TypeError(f"{cls.__name__} must define {name}, as fastvae.likelihoods.Likelihood describes it")
+        if not cls.parameters or isinstance(cls.parameters, str) or not all(map(str.isidentifier, cls.parameters)):
+            raise TypeError(f"{cls.__name__}.parameters must be a tuple of names, got {cls.parameters!r}")
+        if cls.target not in TARGETS:
+            raise TypeError(f"{cls.__name__}.target must be one of {', '.join(TARGETS)}, got {cls.target!r}")
+        slopes = len(cls.parameters) + cls.target_has_slope
+        if len(cls.roundings) != 1 + slopes:
+            raise TypeError(
+                f"{cls.__name__}.roundings must have {1 + slopes} numbers, of the value and of {slopes} slopes, "
+                f"got {cls.roundings!r}"
+            )
+
+    def formula(self, *parameters_and_target: Tensor) -> Tensor:
+        """The negative log-likelihood of each element, in nats, in plain PyTorch.
+
+        It is the specification: the path without a GPU, what the term is compared with, and, differentiated by torch,
+        the gradients of higher order. Write it in a form that is stable in float32.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define formula({', '.join(self.parameters)}, target)")
+
+    def slopes(self, *parameters_and_target: Tensor) -> tuple[Tensor, ...]:
+        """The derivative of each element's value by each parameter, in plain PyTorch; torch derives it from `formula`.
+
+        Override it where that is slow or inaccurate.
+        """
+        *parameters, target = parameters_and_target
+        value, backward = torch.func.vjp(lambda *given: self.formula(*given, target), *parameters)
+        return tuple(backward(torch.ones_like(value)))
+
+    def mean(self, *parameters: Tensor) -> Tensor:
+        """The mean of the target given the parameters, for pictures of reconstructions and samples."""
+        raise NotImplementedError(f"{type(self).__name__} must define mean({', '.join(self.parameters)})")
+
+    @cached_property
+    def settings(self) -> tuple[Any, ...]:
+        """The values of the fields, for which the term is compiled."""
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+    @cached_property
+    def key(self) -> str:
+        """A text from which `from_key` makes an equal likelihood: registered operations and files take only texts."""
+        named = zip(fields(self), self.settings, strict=True)
+        settings = ", ".join(f"{field.name}={value!r}" for field, value in named)
+        return f"{type(self).__module__}:{type(self).__qualname__}({settings})"
+
+
+@lru_cache(maxsize=None)
+def from_key(key: str) -> Likelihood:
+    """The likelihood whose `key` this is.
+
+    Its module is imported, and nothing in the text is executed, because keys stand in files. Raises ``ValueError`` for
+    any other text.
+    """
+    module, _, rest = key.partition(":")
+    name, _, settings = rest.partition("(")
+    try:
+        call = ast.parse(f"settings({settings}", mode="eval").body
+        assert isinstance(call, ast.Call) and not call.args
+        given = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+        kind = getattr(sys.modules.get(module) or importlib.import_module(module), name)
+        if not (isinstance(kind, type) and issubclass(kind, Likelihood)):
+            raise TypeError(f"{name} is not a likelihood")
+        return kind(**given)
+    except (AssertionError, AttributeError, ImportError, SyntaxError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{key!r} names no likelihood: it must be module:Class(settings), a class at the top level of a module that "
+            f"can be imported ({error})"
+        ) from error
