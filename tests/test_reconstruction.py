@@ -24,9 +24,9 @@ from bounds import assert_within
 from conftest import Launches, plan_anew
 from fastvae.kernels import INTERPRETED, tiles
 from fastvae.kernels import launch as launching
-from fastvae.kernels import reconstruction as kernels
+from fastvae.kernels import likelihood as kernels
 from fastvae.nn import SigmoidMSELoss
-from fastvae.reference import reconstruction as reference
+from fastvae.reference import likelihood as reference
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "batchmean", "sum", "mean")

@@ -16,7 +16,7 @@ from fastvae.autograd.registration import apply, is_differentiated, is_traced, r
 from fastvae.kernels import likelihood as kernels
 from fastvae.kernels.layout import empty_gradients, event_size
 from fastvae.likelihoods.likelihood import Likelihood, from_key
-from fastvae.reference.likelihood import elements
+from fastvae.reference.likelihood import in_precision
 
 _operations = torch.ops.fastvae
 
@@ -44,15 +44,12 @@ def differentiable_gradients(
     likelihood: Likelihood, tensors: Sequence[Tensor], needed: Sequence[bool], element_grad: Tensor
 ) -> list[Tensor | None]:
     """The gradients of the elements in plain PyTorch, given that of each element; None for what needs none."""
-    given = iter(kernels.needed_of(tensors, needed))
-
     def formula(*wanted: Tensor) -> Tensor:
-        wanted_ones = iter(wanted)
-        return elements(
-            likelihood, [next(wanted_ones) if need else tensor for tensor, need in zip(tensors, needed, strict=True)]
-        )
+        each = iter(wanted)
+        *parameters, target = [next(each) if need else x for x, need in zip(tensors, needed, strict=True)]
+        return likelihood.formula(*in_precision(tuple(parameters), target, likelihood))
 
-    value, backward = torch.func.vjp(formula, *given)
+    value, backward = torch.func.vjp(formula, *kernels.needed_of(tensors, needed))
     gradients = iter(backward(element_grad.to(value.dtype).expand(value.shape)))
     return [next(gradients) if need else None for need in needed]
 

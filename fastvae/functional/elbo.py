@@ -10,8 +10,7 @@ from torch import Tensor
 
 from fastvae import reference
 from fastvae.functional.checks import check_kl, check_likelihood, check_scalar, refuse_transforms, takes_triton
-from fastvae.functional.likelihood import SIGMOID_MSE
-from fastvae.likelihoods import Likelihood
+from fastvae.likelihoods import Likelihood, SigmoidMSE
 from fastvae.reference.elbo import ELBO
 
 
@@ -20,7 +19,7 @@ def elbo_loss(
     target: Tensor,
     kl: Tensor,
     *,
-    likelihood: Likelihood = SIGMOID_MSE,
+    likelihood: Likelihood = SigmoidMSE(),
     beta: float | Tensor = 1.0,
     reconstruction_weight: float | Tensor | None = None,
 ) -> ELBO:
@@ -50,7 +49,9 @@ def elbo_loss(
         from fastvae.autograd import elbo as fused
 
         return ELBO(*fused.elbo_loss(likelihood, tensors, kl, beta, weight))
-    return reference.elbo.elbo_loss(likelihood, tensors, kl, beta, weight)
+    return reference.elbo.elbo_loss(
+        tensors[:-1], target, kl, likelihood=likelihood, beta=beta, reconstruction_weight=weight
+    )
 
 
 def elbo_value_and_grad(
@@ -58,7 +59,7 @@ def elbo_value_and_grad(
     target: Tensor,
     kl: Tensor,
     *,
-    likelihood: Likelihood = SIGMOID_MSE,
+    likelihood: Likelihood = SigmoidMSE(),
     beta: float | Tensor = 1.0,
     reconstruction_weight: float | Tensor | None = None,
     grad_scale: float | Tensor | None = None,
@@ -87,12 +88,16 @@ def elbo_value_and_grad(
         from fastvae.autograd import elbo as fused
 
         values, gradients, kl_grad = fused.elbo_value_and_grad(likelihood, tensors, kl, beta, weight, grad_scale)
-        values = ELBO(*values)
-    else:
-        values, gradients, kl_grad = reference.elbo.elbo_value_and_grad(
-            likelihood, tensors, kl, beta, weight, grad_scale
-        )
-    return values, (gradients[0] if isinstance(parameters, Tensor) else gradients, kl_grad)
+        return ELBO(*values), (gradients[0] if isinstance(parameters, Tensor) else gradients, kl_grad)
+    return reference.elbo.elbo_value_and_grad(
+        parameters if isinstance(parameters, Tensor) else tuple(parameters),
+        target,
+        kl,
+        likelihood=likelihood,
+        beta=beta,
+        reconstruction_weight=weight,
+        grad_scale=grad_scale,
+    )
 
 
 def _checked(

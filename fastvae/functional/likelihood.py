@@ -8,8 +8,6 @@ from fastvae import reference
 from fastvae.functional.checks import check_likelihood, check_reduction, takes_triton
 from fastvae.likelihoods import Likelihood, SigmoidMSE
 
-SIGMOID_MSE = SigmoidMSE()
-
 
 def negative_log_likelihood(
     parameters: Tensor | tuple[Tensor, ...], target: Tensor, likelihood: Likelihood, *, reduction: str = "batchmean"
@@ -39,7 +37,7 @@ def negative_log_likelihood(
         from fastvae.autograd import likelihood as fused
 
         return fused.negative_log_likelihood(likelihood, tensors, reduction)
-    return reference.likelihood.negative_log_likelihood(likelihood, tensors, reduction)
+    return reference.likelihood.negative_log_likelihood(tensors[:-1], target, likelihood, reduction=reduction)
 
 
 def sigmoid_mse_loss(logits: Tensor, target: Tensor, *, reduction: str = "batchmean") -> Tensor:
@@ -48,4 +46,4 @@ def sigmoid_mse_loss(logits: Tensor, target: Tensor, *, reduction: str = "batchm
     It is `negative_log_likelihood` with `fastvae.likelihoods.SigmoidMSE`, which has its arguments, results and errors.
     With reduction="mean" it is exactly ``torch.nn.functional.mse_loss(torch.sigmoid(logits), target)``.
     """
-    return negative_log_likelihood(logits, target, SIGMOID_MSE, reduction=reduction)
+    return negative_log_likelihood(logits, target, SigmoidMSE(), reduction=reduction)

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from fastvae.likelihoods.likelihood import Likelihood
+from fastvae.likelihoods.sigmoid_mse import SigmoidMSE
 from fastvae.reference.precision import in_float32, pixels, reduce_event
 
+Parameters = Tensor | tuple[Tensor, ...]
 
-def in_precision(likelihood: Likelihood, tensors: Sequence[Tensor]) -> list[Tensor]:
+
+def in_precision(parameters: Parameters, target: Tensor, likelihood: Likelihood) -> list[Tensor]:
     """The parameters and the target in the precision of the arithmetic; a "unit" target of bytes becomes t / 255."""
-    *parameters, target = tensors
-    number = pixels(target) if likelihood.target == "unit" else in_float32(target)
-    return [*map(in_float32, parameters), number]
+    each = (parameters,) if isinstance(parameters, Tensor) else parameters
+    return [*map(in_float32, each), pixels(target) if likelihood.target == "unit" else in_float32(target)]
 
 
-def elements(likelihood: Likelihood, tensors: Sequence[Tensor]) -> Tensor:
-    """Of each element, given the parameters and the target."""
-    return likelihood.formula(*in_precision(likelihood, tensors))
+def negative_log_likelihood(
+    parameters: Parameters, target: Tensor, likelihood: Likelihood, *, reduction: str = "batchmean"
+) -> Tensor:
+    """The formula of each element, reduced."""
+    return reduce_event(likelihood.formula(*in_precision(parameters, target, likelihood)), reduction)
 
 
-def negative_log_likelihood(likelihood: Likelihood, tensors: Sequence[Tensor], reduction: str) -> Tensor:
-    return reduce_event(elements(likelihood, tensors), reduction)
+def sigmoid_mse_loss(logits: Tensor, target: Tensor, *, reduction: str = "batchmean") -> Tensor:
+    """(sigmoid(logits) - target)^2, reduced."""
+    return negative_log_likelihood(logits, target, SigmoidMSE(), reduction=reduction)
