@@ -18,7 +18,7 @@ from fastvae.models import ConvVAE
 from fastvae.training import GraphError, MovingAverage, train
 from fastvae.training import steps as training_steps
 from fastvae.training.graphs import capture
-from fastvae.training.steps import Steps
+from fastvae.training.steps import Steps, training_step
 
 
 def images(count, shape, dtype, device):
@@ -194,6 +194,16 @@ def test_free_bits_in_steps(device):
     assert torch.allclose(some.history[:, :3], plain.history[:, :3], rtol=1e-4)
     assert torch.allclose(many.history[:, 2], torch.full((8,), 21.0, device=device))
     assert not torch.allclose(many.history[1:, 1], plain.history[1:, 1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_what_is_frozen_takes_no_gradient(part, device):
+    """With a frozen encoder the divergence requires no gradient at all."""
+    model = ConvVAE((1, 8, 6), latent_dim=3, channels=(4, 6)).to(device)
+    frozen = set(getattr(model, part).requires_grad_(False).parameters())
+    optimizer = Adam(model.parameters(), lr=0.01)
+    training_step(model, optimizer, images(4, (1, 8, 6), torch.uint8, device))
+    assert all((parameter.grad is None) == (parameter in frozen) for parameter in model.parameters())
 
 
 def fails_in_a_capture(run, device):
