@@ -48,8 +48,7 @@ class Launch:
     @property
     def tile(self) -> int:
         """The elements of a program."""
-        rows, columns = ("PIXELS", "CHANNELS") if "PIXELS" in self.constants else ("ROWS", "COLUMNS")
-        return self.constants[rows] * self.constants[columns]
+        return self.constants["ROWS"] * self.constants["COLUMNS"]
 
     @property
     def elements_per_thread(self) -> float:
