@@ -23,7 +23,8 @@ import fastvae.functional as F
 from bounds import assert_within, ulp
 from fastvae.functional import ELBO
 from fastvae.kernels import INTERPRETED
-from fastvae.kernels import elbo as kernels
+from fastvae.kernels import elementwise
+from fastvae.kernels import likelihood as kernels
 from fastvae.kernels import launch as launching
 from fastvae.nn import ELBOLoss
 from fastvae.reference import elbo as reference
@@ -582,7 +583,7 @@ def test_an_aborted_launch_does_not_poison_the_next(triton_backend, device, monk
     inputs = make_all((5, 11), device)
     expected = run(*inputs)
     with monkeypatch.context() as patch:
-        fail_in_the_third_program(patch, kernels)
+        fail_in_the_third_program(patch, elementwise)
         with pytest.raises(Exception, match="the third program fails"):
             run(*inputs)
     assert launching._tickets == {}
@@ -730,7 +731,7 @@ def test_module(triton_backend, device) -> None:
     module.beta = torch.tensor(0.25, device=device)  # a warm-up
     assert_equal(module(*inputs), F.elbo_loss(*inputs, beta=0.25, reconstruction_weight=1.0))
     assert_equal(ELBOLoss()(*inputs), F.elbo_loss(*inputs))
-    assert repr(ELBOLoss()) == "ELBOLoss(beta=1.0, reconstruction_weight=0.5)"
+    assert repr(ELBOLoss()) == "ELBOLoss(SigmoidMSE(), beta=1.0, reconstruction_weight=0.5)"
 
 
 # --------------------------------------------------------------------------------------------------------------- errors

@@ -22,7 +22,7 @@ import fastvae
 import fastvae.functional as F
 from bounds import assert_within
 from conftest import Launches, plan_anew
-from fastvae.kernels import INTERPRETED, tiles
+from fastvae.kernels import INTERPRETED, elementwise, tiles
 from fastvae.kernels import launch as launching
 from fastvae.kernels import likelihood as kernels
 from fastvae.nn import SigmoidMSELoss
@@ -511,7 +511,7 @@ def test_an_aborted_launch_does_not_poison_the_next(triton_backend, device, monk
     inputs = make((1, 80), device)
     expected = run(*inputs)
     with monkeypatch.context() as patch:
-        fail_in_the_third_program(patch, kernels)
+        fail_in_the_third_program(patch, elementwise)
         with pytest.raises(Exception, match="the third program fails"):
             run(*inputs)
     assert launching._tickets == {}
@@ -614,7 +614,7 @@ def test_vmap_is_refused(device) -> None:
     logits, target = make((2, 3, 4), device)
     with (
         launching_nothing(),
-        pytest.raises(NotImplementedError, match=r"sigmoid_mse_loss does not run under torch\.vmap"),
+        pytest.raises(NotImplementedError, match=r"negative_log_likelihood does not run under torch\.vmap"),
     ):
         torch.vmap(F.sigmoid_mse_loss)(logits, target)
 

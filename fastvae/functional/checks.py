@@ -60,7 +60,7 @@ def check_likelihood(
     if not isinstance(likelihood, Likelihood):
         raise TypeError(f"likelihood must be a fastvae.likelihoods.Likelihood, got {likelihood!r}")
     names = likelihood.parameters
-    given = parameters if isinstance(parameters, (tuple, list)) else (parameters,)
+    given = parameters if isinstance(parameters, tuple) else (parameters,)
     if len(given) != len(names):
         raise ValueError(
             f"parameters must be the {len(names)} tensors ({', '.join(names)}) of {type(likelihood).__name__}, "

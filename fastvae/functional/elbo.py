@@ -90,7 +90,7 @@ def elbo_value_and_grad(
         values, gradients, kl_grad = fused.elbo_value_and_grad(likelihood, tensors, kl, beta, weight, grad_scale)
         return ELBO(*values), (gradients[0] if isinstance(parameters, Tensor) else gradients, kl_grad)
     return reference.elbo.elbo_value_and_grad(
-        parameters if isinstance(parameters, Tensor) else tuple(parameters),
+        parameters,
         target,
         kl,
         likelihood=likelihood,

@@ -12,8 +12,8 @@ from fastvae.likelihoods import Likelihood, SigmoidMSE
 class ELBOLoss(nn.Module):
     """ELBO(loss, reconstruction, kl) of parameters, target and the per-sample kl, see `fastvae.functional.elbo_loss`.
 
-    ``likelihood``, ``beta`` and ``reconstruction_weight`` are plain attributes, free to change between calls (a
-    warm-up, say).
+    The default likelihood is `fastvae.likelihoods.SigmoidMSE`. ``beta`` and ``reconstruction_weight``, by default that
+    of the likelihood, are plain attributes, free to change between calls (a warm-up, say).
     """
 
     def __init__(
@@ -26,7 +26,8 @@ class ELBOLoss(nn.Module):
         super().__init__()
         self.likelihood = likelihood or SigmoidMSE()
         self.beta = beta
-        self.reconstruction_weight = reconstruction_weight
+        own = self.likelihood.reconstruction_weight
+        self.reconstruction_weight = own if reconstruction_weight is None else reconstruction_weight
 
     def forward(self, parameters: Tensor | tuple[Tensor, ...], target: Tensor, kl: Tensor) -> ELBO:
         return F.elbo_loss(
