@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastvae
 import fastvae.functional as F
+from fastvae.likelihoods import Bernoulli
 from fastvae import nn
 
 # Inductor's partitioner and its elimination of common subexpressions, without its slow code generation.
@@ -263,7 +264,7 @@ def test_modules_compile_whole(backend, device):
 
 def registered_calls(device):
     """A call of each registered operation, with strides and optional arguments in use."""
-    from fastvae.autograd import elbo, gaussian, reconstruction  # noqa: F401 - registers
+    from fastvae.autograd import elbo, gaussian, likelihood  # noqa: F401 - registers
 
     moments, logits, target = (t.detach() for t in inputs(device))
     image = torch.randn(2, 6, 4, 5, device=device).to(memory_format=torch.channels_last)
@@ -271,6 +272,7 @@ def registered_calls(device):
     transposed = torch.randn(4, 6, device=device).t()
     seed, offset = torch.tensor(123, device=device), torch.tensor(8, device=device)
     eps, kl, one = torch.randn(6, 4, device=device), torch.rand(6, device=device), torch.ones((), device=device)
+    key = Bernoulli().key
     drawn, given = (None, seed, offset, 0, 0, 3), (eps, None, None, 0, 0, 0)
     return {
         "gaussian_sample": [(mu, logvar, *drawn), (transposed, logvar, *given)],
@@ -293,19 +295,19 @@ def registered_calls(device):
             (moments, None, moments.stride(), 1, "per_dimension", 0.5, eps, kl[:4], kl[:4], True, False, *drawn),
             (mu, logvar, mu.stride(), 1, "per_dimension", 0.0, None, kl[:4], None, False, True, *drawn),
         ],
-        "sigmoid_mse_forward": [(logits, target, "none"), (image, image.contiguous(), "mean")],
-        "sigmoid_mse_backward": [
-            (logits, target, kl, "none", True, True),
-            (image, image.contiguous(), one, "mean", True, True),
+        "negative_log_likelihood": [(key, (logits, target), "none"), (key, (image, image.contiguous()), "mean")],
+        "negative_log_likelihood_backward": [
+            (key, (logits, target), kl, "none", (True, True)),
+            (key, (image, image.contiguous()), one, "mean", (False, True)),
         ],
-        "elbo_loss": [(logits, target, kl, one, one)],
+        "elbo_loss": [(key, (logits, target), kl, one, one)],
         "elbo_value_and_grad": [
-            (logits, target, kl, one, one, None),
-            (logits, target.to(torch.bfloat16), kl, one, one, one),
+            (key, (logits, target), kl, one, one, None),
+            (key, (logits, target.to(torch.bfloat16)), kl, one, one, one),
         ],
         "elbo_backward": [
-            (logits, target, kl, one, None, None, one, one, True, True, True),
-            (logits, target, kl, None, one, one, one, one, False, False, True),
+            (key, (logits, target), kl, one, None, None, one, one, (True, True), True),
+            (key, (logits, target), kl, None, one, one, one, one, (False, False), True),
         ],
     }
 
@@ -313,8 +315,8 @@ def registered_calls(device):
 @pytest.mark.parametrize(
     "name",
     [
-        "gaussian_sample", "gaussian_kl", "gaussian_sample_kl", "gaussian_backward", "sigmoid_mse_forward",
-        "sigmoid_mse_backward", "elbo_loss", "elbo_value_and_grad", "elbo_backward",
+        "gaussian_sample", "gaussian_kl", "gaussian_sample_kl", "gaussian_backward", "negative_log_likelihood",
+        "negative_log_likelihood_backward", "elbo_loss", "elbo_value_and_grad", "elbo_backward",
     ],
 )  # fmt: skip
 def test_opcheck(name, device, triton_backend):

@@ -101,12 +101,12 @@ class Likelihood:
         """The mean of the target given the parameters, for pictures of reconstructions and samples."""
         raise NotImplementedError(f"{type(self).__name__} must define mean({', '.join(self.parameters)})")
 
-    @cached_property
+    @property
     def settings(self) -> tuple[Any, ...]:
         """The values of the fields, for which the term is compiled."""
         return tuple(getattr(self, field.name) for field in fields(self))
 
-    @cached_property
+    @property
     def key(self) -> str:
         """A text from which `from_key` makes an equal likelihood: registered operations and files take only texts."""
         named = zip(fields(self), self.settings, strict=True)
