@@ -74,7 +74,11 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     that a fused forward took without its launch (CPU, torch 2.13), and more than the launch itself.
     """
     if torch.compiler.is_compiling():
-        return function.apply(*distinct(arguments))
+        arguments = tuple(distinct(arguments))
+        if not torch.is_grad_enabled() or not any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
+            # Where nothing requires grad, Dynamo gives a `forward` of any number of arguments a context before them.
+            return function.forward(*arguments)
+        return function.apply(*arguments)
     if torch._C._are_functorch_transforms_active():
         return function.apply(*arguments)
     return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]  # of its untyped base
