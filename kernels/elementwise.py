@@ -29,7 +29,7 @@ def load_target(target_ptr, inside, UNIT: tl.constexpr):
 @triton.jit
 def evaluate(
     parameter_ptrs, target_ptr, base, offsets, inside,
-    TERM: tl.constexpr, SETTINGS: tl.constexpr, UNIT: tl.constexpr, FAST: tl.constexpr,
+    TERM: tl.constexpr, SETTINGS: tl.constexpr, SLOPES: tl.constexpr, UNIT: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """(value, slopes) of the elements at base + offsets."""
     parameters = ()
@@ -37,7 +37,10 @@ def evaluate(
         parameter = tl.load(parameter_ptrs[k] + base + offsets, mask=inside, other=0.0)
         parameters = parameters + (to_float32(parameter, FAST),)  # noqa: RUF005 - Triton knows no *
     target = load_target(target_ptr + base + offsets, inside, UNIT)
-    return TERM(parameters, target, SETTINGS, FAST)
+    value, slopes = TERM(parameters, target, SETTINGS, FAST)
+    tl.static_assert(len(slopes) == SLOPES, "a term returns a slope for each parameter, and for a target that has one")
+    tl.static_assert(value.shape == target.shape, "a term returns a value of the shape of its target")
+    return value, slopes
 
 
 @triton.jit
@@ -91,7 +94,8 @@ def value_kernel(
     parameter_ptrs, target_ptr, kl_ptr, loss_ptr, reconstruction_ptr, mean_kl_ptr, gradient_ptrs, kl_grad_ptr,
     partial_ptr, ticket_ptr, beta, weight, grad_scale,
     rows, column_units, stride_units, chunks, tail, kl_stride, batch, scale,
-    TERM: tl.constexpr, SETTINGS: tl.constexpr, SLOPE_FACTOR: tl.constexpr, UNIT: tl.constexpr, WANTED: tl.constexpr,
+    TERM: tl.constexpr, SETTINGS: tl.constexpr, SLOPES: tl.constexpr, SLOPE_FACTOR: tl.constexpr,
+    UNIT: tl.constexpr, WANTED: tl.constexpr,
     FLAT: tl.constexpr, PER_ROW: tl.constexpr, HAS_TAIL: tl.constexpr, ALIGNMENT: tl.constexpr, VECTOR: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
@@ -107,7 +111,8 @@ def value_kernel(
     [programs] and ticket int32 [1], zero.
     Bytes per float32 element: reads 8 (5 with a uint8 target), writes 0 (4 with gradients), for one parameter, and 4
     more for each other one; 8 more per program for partial sums, 4 per sample for kl, and 4 for its gradient.
-    Launches: 1. Roundings: a term and a slope those of the likelihood, the values 4 more and one per level of a sum.
+    Launches: 1. Roundings: a term those of the likelihood, a gradient 5 more than a slope, the values 4 more and one per
+    level of a sum.
     Deterministic: no floating-point atomics, partial sums are added in order.
     """
     if kl_grad_ptr is not None:
@@ -118,7 +123,7 @@ def value_kernel(
     first_row, first_column = program_tile(chunks, FLAT, ROWS, COLUMNS)
     row, column, inside = places(first_row, first_column, rows, columns, ROWS, COLUMNS, VECTOR)
     base, offsets = first_row * row_stride + first_column, row * row_stride + column
-    value, slopes = evaluate(parameter_ptrs, target_ptr, base, offsets, inside, TERM, SETTINGS, UNIT, FAST)
+    value, slopes = evaluate(parameter_ptrs, target_ptr, base, offsets, inside, TERM, SETTINGS, SLOPES, UNIT, FAST)
     terms = tl.where(inside, value, 0.0)
     if len(WANTED) > 0:
         factor = load_scalar(weight) * scale * load_scalar(grad_scale) * SLOPE_FACTOR
@@ -142,7 +147,7 @@ def value_kernel(
             if tl.program_id(0) == 0:
                 place = tl.arange(0, TAIL)
                 last_value, last_slopes = evaluate(
-                    parameter_ptrs, target_ptr, columns, place, place < tail, TERM, SETTINGS, UNIT, FAST
+                    parameter_ptrs, target_ptr, columns, place, place < tail, TERM, SETTINGS, SLOPES, UNIT, FAST
                 )
                 total += tl.sum(tl.where(place < tail, last_value, 0.0))
                 if len(WANTED) > 0:
@@ -165,7 +170,8 @@ def gradient_kernel(
     parameter_ptrs, target_ptr, loss_grad_ptr, reconstruction_grad_ptr, mean_kl_grad_ptr, gradient_ptrs, kl_grad_ptr,
     beta, weight,
     rows, column_units, stride_units, chunks, tail, loss_grad_stride, batch, scale,
-    TERM: tl.constexpr, SETTINGS: tl.constexpr, SLOPE_FACTOR: tl.constexpr, UNIT: tl.constexpr, WANTED: tl.constexpr,
+    TERM: tl.constexpr, SETTINGS: tl.constexpr, SLOPES: tl.constexpr, SLOPE_FACTOR: tl.constexpr,
+    UNIT: tl.constexpr, WANTED: tl.constexpr,
     FLAT: tl.constexpr, PER_ROW: tl.constexpr, HAS_TAIL: tl.constexpr, ALIGNMENT: tl.constexpr, VECTOR: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
@@ -177,7 +183,7 @@ def gradient_kernel(
     others. A missing upstream gradient is None and counts as 0. kl_grad [batch], or None.
     Bytes per float32 element: reads 8 (5 with a uint8 target), writes 4 (8 with both gradients), for one parameter, and
     8 more for each other one; 4 more per sample for kl_grad.
-    Launches: 1. Roundings: those of the likelihood's slopes. Deterministic.
+    Launches: 1. Roundings: 5 more than a slope of the likelihood. Deterministic.
     """
     if kl_grad_ptr is not None:
         mean_kl_grad = 0.0
@@ -202,13 +208,13 @@ def gradient_kernel(
                 value_grad += tl.load(loss_grad_ptr).to(tl.float32)
             factor = (SLOPE_FACTOR * scale) * value_grad * load_scalar(weight)
         base, offsets = first_row * row_stride + first_column, row * row_stride + column
-        _, slopes = evaluate(parameter_ptrs, target_ptr, base, offsets, inside, TERM, SETTINGS, UNIT, FAST)
+        _, slopes = evaluate(parameter_ptrs, target_ptr, base, offsets, inside, TERM, SETTINGS, SLOPES, UNIT, FAST)
         base, offsets = first_row * columns + first_column, row * columns + column
         store_gradients(gradient_ptrs, slopes, factor, base, offsets, inside, WANTED)
         if HAS_TAIL:
             if tl.program_id(0) == 0:
                 place = tl.arange(0, TAIL)
                 _value, last_slopes = evaluate(
-                    parameter_ptrs, target_ptr, columns, place, place < tail, TERM, SETTINGS, UNIT, FAST
+                    parameter_ptrs, target_ptr, columns, place, place < tail, TERM, SETTINGS, SLOPES, UNIT, FAST
                 )
                 store_gradients(gradient_ptrs, last_slopes, factor, columns, place, place < tail, WANTED)

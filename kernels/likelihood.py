@@ -76,6 +76,7 @@ def constants_of(likelihood: Likelihood) -> dict[str, Any]:
     return {
         "TERM": likelihood.term.jit,
         "SETTINGS": likelihood.settings,
+        "SLOPES": len(likelihood.parameters) + likelihood.target_has_slope,
         "SLOPE_FACTOR": likelihood.slope_factor,
         "UNIT": likelihood.target == "unit",
     }

@@ -1,7 +1,8 @@
 """Likelihoods of the data given a decoder's output: each is one file, from which every operation of it is derived."""
 
 from fastvae.likelihoods.bernoulli import Bernoulli
+from fastvae.likelihoods.checking import check
 from fastvae.likelihoods.likelihood import Likelihood, Term
 from fastvae.likelihoods.sigmoid_mse import SigmoidMSE
 
-__all__ = ["Bernoulli", "Likelihood", "SigmoidMSE", "Term"]
+__all__ = ["Bernoulli", "Likelihood", "SigmoidMSE", "Term", "check"]

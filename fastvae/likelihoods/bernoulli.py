@@ -36,7 +36,7 @@ class Bernoulli(Likelihood):
 
     parameters = ("logits",)
     target = "unit"
-    roundings = (14, 8, 0)
+    roundings = (8, 9, 0)
     target_has_slope = True
     term = term
 

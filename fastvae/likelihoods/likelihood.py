@@ -52,7 +52,8 @@ class Likelihood:
     """What a target holds: "unit", numbers in [0, 1], where uint8 is read as t / 255; or "number", any numbers."""
     roundings: ClassVar[tuple[int, ...]]
     """Of a value, of each parameter's slope, and of the target's slope if it has one: relative errors of 2^-24 along the
-    longest chain of operations of the term (see `fastvae.kernels.numerics`)."""
+    longest chain of operations of the term. Count one for an operation, a constant or a conversion (two for a target of
+    bytes), two for `numerics.reciprocal`, three for `log1p`, four for `exp`, eight for `sigmoid`."""
     target_has_slope: ClassVar[bool] = False
     """Whether the term returns the target's slope too. Without it a target gets no gradient."""
     slope_factor: ClassVar[float] = 1.0
@@ -96,6 +97,15 @@ class Likelihood:
         *parameters, target = parameters_and_target
         value, backward = torch.func.vjp(lambda *given: self.formula(*given, target), *parameters)
         return tuple(backward(torch.ones_like(value)))
+
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
+        """Random parameters and a target of this shape, float32 on the CPU, on which `check` compares term and formula.
+
+        Override it where not every number will do, as for a rate, which is positive.
+        """
+        parameters = [3 * torch.randn(shape, generator=generator) for _ in self.parameters]
+        draw = torch.rand if self.target == "unit" else torch.randn
+        return *parameters, draw(shape, generator=generator)
 
     def mean(self, *parameters: Tensor) -> Tensor:
         """The mean of the target given the parameters, for pictures of reconstructions and samples."""

@@ -36,7 +36,7 @@ class SigmoidMSE(Likelihood):
 
     parameters = ("logits",)
     target = "unit"
-    roundings = (20, 28, 28)
+    roundings = (20, 22, 9)
     target_has_slope = True
     slope_factor = 2.0
     reconstruction_weight = 0.5

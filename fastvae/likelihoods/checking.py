@@ -1,0 +1,171 @@
+"""Comparing the term of a likelihood with its formula, and the bound of the error that both are held to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvae.likelihoods.likelihood import Likelihood
+
+# Parameters at which a formula that is not stable shows it: e^x is infinite from 89 in float32.
+EXTREMES = (0.0, -0.0, 1e-4, -1e-4, 1.0, -1.0, 20.0, -20.0, 100.0, -100.0, 1e4, -1e4, float("nan"))
+
+
+class Exact(NamedTuple):
+    """What float64 says of each element: the value, the slopes, and for each of them the scale of its error's bound."""
+
+    results: list[Tensor]
+    first: list[Tensor]
+    second: list[Tensor]
+
+    def bound(self, k: int, roundings: int) -> Tensor:
+        """How far result k may be from the exact one after so many relative errors of 2^-24, its own rounding apart.
+
+        To first order |f| + sum_i |x_i df/dx_i| of them, because an error in the course of the computation is at most
+        one of an input or of the result; the second order matters where the first vanishes, as for a square near 0.
+        """
+        relative = roundings * 2.0**-24
+        return relative * self.first[k] + relative**2 * self.second[k]
+
+
+def exact(likelihood: Likelihood, tensors: Sequence[Tensor]) -> Exact:
+    """Of the parameters and the target, as numbers."""
+    inputs = [tensor.detach().double().cpu().requires_grad_() for tensor in tensors]
+    value = likelihood.formula(*inputs)
+    if value.shape != inputs[-1].shape:
+        raise ValueError(
+            f"{likelihood}.formula must return a value for each element, {list(inputs[-1].shape)}, "
+            f"got {list(value.shape)}"
+        )
+    slopes = derivatives(value, inputs)
+    results = [value, *slopes[: len(tensors) if likelihood.target_has_slope else -1]]
+    first, second = [], []
+    for result in results:
+        moved = derivatives(result, inputs)
+        first.append(result.detach().abs() + sum((x * d).detach().abs() for x, d in zip(inputs, moved, strict=True)))
+        bent = [torch.zeros_like(result)]
+        for x, slope in zip(inputs, moved, strict=True):
+            bent += [(x * y * d).detach().abs() for y, d in zip(inputs, derivatives(slope, inputs), strict=True)]
+        second.append(torch.stack(bent).sum(0) / 2)
+    return Exact([result.detach() for result in results], first, second)
+
+
+def derivatives(result: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Of each element by the same element of each input."""
+    if not result.requires_grad:
+        return [torch.zeros_like(x) for x in inputs]
+    return list(
+        torch.autograd.grad(result.sum(), inputs, create_graph=True, allow_unused=True, materialize_grads=True)
+    )
+
+
+def ulp(values: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The distance to the next number of `dtype` at `values` (float64)."""
+    info = torch.finfo(dtype)
+    exponent = torch.frexp(values.abs().clamp(min=info.tiny)).exponent - 1
+    return torch.ldexp(torch.full_like(values, info.eps), exponent)
+
+
+def examples(likelihood: Likelihood, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Drawn parameters and targets, and, where the likelihood takes all numbers, extreme ones: each float32 [N]."""
+    drawn = likelihood.draw((4096,), generator)
+    if len(drawn) != len(likelihood.parameters) + 1:
+        raise ValueError(
+            f"{likelihood}.draw must return the {len(likelihood.parameters)} parameters and the target, "
+            f"got {len(drawn)} tensors"
+        )
+    if type(likelihood).draw is not Likelihood.draw:
+        return drawn
+    targets = (0.0, 0.25, 1.0) if likelihood.target == "unit" else (0.0, -1.0, 0.25, 100.0)
+    corners = torch.tensor(list(product(*[EXTREMES] * min(2, len(likelihood.parameters)), targets))).unbind(1)
+    # Of more than two parameters, the others as they are drawn.
+    others = [x[: len(corners[0])] for x in drawn[2:-1]]
+    extreme = [*corners[:-1], *others, corners[-1]]
+    return tuple(torch.cat([x, e]) for x, e in zip(drawn, extreme, strict=True))
+
+
+def check(likelihood: Likelihood, *, device: torch.device | str | None = None, seed: int = 0) -> None:
+    """Compare the values and slopes of a likelihood's term with its formula, within the bound of its roundings.
+
+    The inputs are those of `Likelihood.draw`, and extreme ones: zeros, 1e-4 to 1e4, NaN. Every difference is told, with
+    the inputs at which it is largest. What is exact is the formula and its derivatives in float64; an error may be 1 ulp
+    + k * 2^-24 * S, where k is the number in ``roundings``, and S = |f| + sum_i |x_i df/dx_i| how much relative errors of
+    the inputs move the result. A formula whose float32 value is not finite where that of float64 is, is told too: the
+    path without a GPU computes it.
+
+    Args:
+        likelihood: with a ``term``; without one only the formula is looked at.
+        device: on which the term runs: by default the GPU, and without one the CPU, where Triton's interpreter must be
+            on (set TRITON_INTERPRET=1 before the first import of Triton).
+
+    Raises:
+        ValueError: where term and formula differ, or one of them has another form than `Likelihood` describes.
+        RuntimeError: where the term cannot run, saying what is missing.
+    """
+    # Imported here, because this package is below them.
+    import fastvae.functional as F
+    from fastvae.backend import use_backend
+
+    if "__dataclass_params__" not in vars(type(likelihood)):
+        raise ValueError(f"{type(likelihood).__name__} must be decorated with @dataclass(frozen=True)")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    inputs = examples(likelihood, torch.Generator().manual_seed(seed))
+    expected = exact(likelihood, inputs)
+    complaints = list(_unstable(likelihood, inputs, expected))
+    if likelihood.term is not None:
+        tensors = [x.to(device).unsqueeze(1).requires_grad_() for x in inputs]
+        if not likelihood.target_has_slope:
+            tensors[-1].requires_grad_(False)
+        needed = tensors if likelihood.target_has_slope else tensors[:-1]
+        with use_backend("triton"):
+            value = F.negative_log_likelihood(tuple(tensors[:-1]), tensors[-1], likelihood, reduction="none")
+            slopes = torch.autograd.grad(value.sum(), needed)
+        found = [x.detach().double().cpu().flatten() for x in (value, *slopes)]
+        complaints += _differences(likelihood, inputs, found, expected)
+    if complaints:
+        raise ValueError("\n".join([f"{likelihood} is not what it should be:", *complaints]))
+
+
+def _names(likelihood: Likelihood) -> list[str]:
+    return ["value", *[f"slope of {name}" for name in (*likelihood.parameters, "target")]]
+
+
+def _at(likelihood: Likelihood, inputs: Sequence[Tensor], index: int) -> str:
+    names = (*likelihood.parameters, "target")
+    return ", ".join(f"{name} = {x[index]:.9g}" for name, x in zip(names, inputs, strict=True))
+
+
+def _unstable(likelihood: Likelihood, inputs: Sequence[Tensor], expected: Exact) -> list[str]:
+    value = likelihood.formula(*inputs)
+    wide = expected.results[0]
+    wrong = wide.isfinite() & (wide.abs() < torch.finfo(torch.float32).max) & ~value.isfinite()
+    if not wrong.any():
+        return []
+    index = int(wrong.nonzero()[0])
+    return [
+        f"- the formula is {value[index]:.6g} in float32 at {_at(likelihood, inputs, index)}, and {wide[index]:.6g} in "
+        "float64: write it in a form that is stable"
+    ]
+
+
+def _differences(
+    likelihood: Likelihood, inputs: Sequence[Tensor], found: Sequence[Tensor], expected: Exact
+) -> list[str]:
+    complaints = []
+    for k, (name, result) in enumerate(zip(_names(likelihood), found, strict=False)):
+        wide = expected.results[k]
+        rounded = wide.float().double()  # what is an infinity in float32
+        allowed = ulp(wide) + expected.bound(k, likelihood.roundings[k])
+        same = (result == rounded) | (result.isnan() & rounded.isnan())
+        ratio = torch.where(same, 0.0, (result - wide).abs() / allowed).nan_to_num(nan=float("inf"))
+        if ratio.max() > 1:
+            index = int(ratio.argmax())
+            complaints.append(
+                f"- the {name}: at {_at(likelihood, inputs, index)} the term has {result[index]:.9g}, the formula "
+                f"{wide[index]:.9g}, {ratio[index]:.3g} times the bound for roundings[{k}] = {likelihood.roundings[k]}"
+            )
+    return complaints
