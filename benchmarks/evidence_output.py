@@ -12,7 +12,7 @@ from typing import Any
 
 from evidence_process import Result
 
-KERNELS = "^(gaussian|dimensions|sigmoid_mse|elbo|conv_elbo)_"
+KERNELS = "^(gaussian|dimensions|sigmoid_mse|elbo)_"
 COUNTERS = {
     "gpu__time_duration.sum": "nanoseconds",
     "dram__bytes_read.sum": "bytes read",

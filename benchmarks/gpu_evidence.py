@@ -1,6 +1,6 @@
 """Everything that only a GPU can show, in one command that fits into eight minutes.
 
-    python benchmarks/gpu_evidence.py --out DIR [--data-dir MNIST] [--minutes 7.5] [--only NAME ...] [--skip NAME ...]
+    python benchmarks/gpu_evidence.py --out DIR [--data-dir MNIST] [--minutes 7] [--only NAME ...] [--skip NAME ...]
 
 Each part is a process of its own with a limit, so that a failure costs one part. Parts that are not timed run together,
 what is timed runs alone, and what says most comes first: every operation against float64, training on MNIST, NCCL, the

@@ -18,10 +18,10 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
 
-from fastvae.kernels import batch, conv_elbo, dimensions, elbo, gaussian, reconstruction
+from fastvae.kernels import batch, dimensions, elbo, gaussian, reconstruction
 from fastvae.kernels.launch import Plan
 
-MODULES = (batch, conv_elbo, dimensions, elbo, gaussian, reconstruction)  # those that launch
+MODULES = (batch, dimensions, elbo, gaussian, reconstruction)  # those that launch
 TYPES = {
     torch.float64: "fp64",
     torch.float32: "fp32",
@@ -45,8 +45,7 @@ class Launch:
     @property
     def tile(self) -> int:
         """The elements of a program."""
-        rows, columns = ("PIXELS", "CHANNELS") if "PIXELS" in self.constants else ("ROWS", "COLUMNS")
-        return self.constants[rows] * self.constants[columns]
+        return self.constants["ROWS"] * self.constants["COLUMNS"]
 
     @property
     def elements_per_thread(self) -> float:
@@ -195,13 +194,3 @@ def launches() -> Iterator[tuple[str, Launch]]:
         for call_name, call in calls.items():
             (launch,) = record(call)
             yield f"{call_name} {name}", launch
-        for outputs in (1, 3):
-            features = torch.empty(128, 32, 28, 28, dtype=dtype).to(memory_format=torch.channels_last)
-            weight, target = torch.empty(32, outputs, 3, 3), torch.empty(128, outputs, 28, 28, dtype=torch.uint8)
-            forward, backward = record(
-                lambda f=features, w=weight, t=target: conv_elbo.conv_elbo_value_and_grad(
-                    f, w, w[0, :, 0, 0], t, kl[:128], True, one, 0.5, None
-                )
-            )
-            yield f"conv_elbo_forward to {outputs} {name}", forward
-            yield f"conv_elbo_backward from {outputs} {name}", backward

@@ -35,8 +35,6 @@ PROVIDERS = {
     "compile-nchw-graph": Provider(base="compile-nchw"),
     "fused": Provider(),
     "fused-graph": Provider(base="fused"),
-    "fused-output": Provider(),  # of the training step only: with the last layer computed together with the loss
-    "fused-output-graph": Provider(base="fused-output"),
     "jax": Provider(is_torch=False),  # not on a CPU, where a step took 6.6 s, over 40 times torch's
 }
 

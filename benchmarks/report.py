@@ -27,7 +27,6 @@ Run = dict[str, Any]
 FUSED = {
     "fused": ("eager", "compile", "compile-max-autotune", "compile-nchw"),
     "fused-graph": ("compile-graph", "compile-nchw-graph"),
-    "fused-output-graph": ("fused-graph",),
 }
 # Two operations that between them are the whole ELBO path of a training loop.
 PLOTTED = {
@@ -45,8 +44,6 @@ COLORS = {
     "compile-nchw-graph": "C2",
     "fused": "C3",
     "fused-graph": "C3",
-    "fused-output": "C1",
-    "fused-output-graph": "C1",
     "jax": "C4",
 }
 

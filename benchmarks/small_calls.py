@@ -45,12 +45,6 @@ def image_calls(logits: Tensor, target: Tensor) -> Iterator[tuple[str, Callable[
     yield "elbo_value_and_grad", lambda: F.elbo_value_and_grad(logits.detach(), target, kl.detach())
 
 
-def layer_calls(features: Tensor, target: Tensor) -> Iterator[tuple[str, Callable[[], object]]]:
-    weight = torch.randn(features.shape[1], target.shape[1], 3, 3, device=features.device)
-    bias, kl = weight[0, :, 0, 0].clone(), torch.rand(len(features), device=features.device)
-    yield "conv_elbo_value_and_grad", lambda: F.conv_elbo_value_and_grad(features, weight, bias, target, kl, relu=True)
-
-
 def calls(device: torch.device, elements: int | None) -> Iterator[tuple[str, Callable[[], object]]]:
     if elements is not None:
         # One row of the packed moments per sample of 16,384, as latents of a large autoencoder have.
@@ -59,9 +53,6 @@ def calls(device: torch.device, elements: int | None) -> Iterator[tuple[str, Cal
         yield from moments_calls(torch.randn(rows, 2 * columns, device=device, requires_grad=True))
         logits = torch.randn(rows, columns, device=device, requires_grad=True)
         yield from image_calls(logits, torch.rand(rows, columns, device=device))
-        images = max(1, elements // (32 * 28 * 28))
-        features = torch.randn(images, 32, 28, 28, device=device).to(memory_format=torch.channels_last)
-        yield from layer_calls(features, torch.rand(images, 1, 28, 28, device=device))
         return
     for dtype in (torch.float32, torch.bfloat16):
         for shape in ((3, 10), (5, 6, 7, 3), (2, 10_006), (150, 42)):
@@ -74,10 +65,6 @@ def calls(device: torch.device, elements: int | None) -> Iterator[tuple[str, Cal
             bytes_target = torch.randint(0, 256, shape, device=device, dtype=torch.uint8)
             yield from image_calls(logits, torch.rand(shape, device=device, dtype=dtype))
             yield from image_calls(logits, bytes_target)
-            for inputs in (5, 32):
-                features = torch.randn(shape[0], inputs, *shape[2:], device=device).to(dtype)
-                for memory_format in (torch.contiguous_format, torch.channels_last):
-                    yield from layer_calls(features.to(memory_format=memory_format), bytes_target)
 
 
 def main() -> None:

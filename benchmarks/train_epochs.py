@@ -3,10 +3,9 @@
     python benchmarks/train_epochs.py PROVIDER [--data-dir DIR] [--epochs 30] [--seeds 0 ...] [--json PATH]
 
 PROVIDER is textbook, eager, compile or fused, as in `training_step`; or fused-graph, the steps of `fastvae.training`
-(on a CPU without a graph), and fused-output-graph, the same with the decoder's last layer computed together with the
-loss. MNIST where its files are in DIR, else the digits that come with scikit-learn. Shuffling is counted; compilation,
-capture and evaluation are not: an epoch runs before the clock does. With several seeds, training starts anew with each;
-the times are those of the first.
+(on a CPU without a graph). MNIST where its files are in DIR, else the digits that come with scikit-learn. Shuffling is
+counted; compilation, capture and evaluation are not: an epoch runs before the clock does. With several seeds, training
+starts anew with each; the times are those of the first.
 
 benchmarks/reference_losses.json holds what eager PyTorch reached in float32 on a CPU in 30 epochs of MNIST, by seed.
 """
@@ -34,7 +33,7 @@ from fastvae.training.precision import PRECISIONS, arithmetic
 from fastvae.training.steps import Steps
 from training_step import BATCH_SIZE, make_model, make_step
 
-PROVIDERS = ("textbook", "eager", "compile", "fused", "fused-graph", "fused-output-graph")
+PROVIDERS = ("textbook", "eager", "compile", "fused", "fused-graph")
 
 
 def choose_dataset(folder: Path | None) -> ImageDataset:
@@ -86,7 +85,6 @@ def make_epoch(provider: str, model: ConvVAE, optimizer: Adam, images: Tensor) -
             BATCH_SIZE,
             torch.ones((), device=device),
             graph="on" if device.type == "cuda" else "off",
-            fuse_output_layer=provider == "fused-output-graph",
         )
 
         def captured_epoch() -> Tensor:

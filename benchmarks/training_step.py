@@ -3,9 +3,9 @@
 Each provider gets what a user would give it: images as bytes on the device, channels_last, TF32, cuDNN's search for
 the best algorithm, the fused Adam. `eager` is PyTorch's own loop with fastvae's specification; `compile` is the loss
 compiled as a whole, its backward with it, and the fused update after it; `compile-nchw` is the same in torch's default
-memory format, because the compiler copies what goes into a channels_last layer with one output channel. `fused-output`
-computes the decoder's last layer together with the loss. Only `textbook` has nothing of it: the step as tutorials write
-it, on float images in torch's default memory format, with Adam as it comes.
+memory format, because the compiler copies what goes into a channels_last layer with one output channel. Only `textbook`
+has nothing of it: the step as tutorials write it, on float images in torch's default memory format, with Adam as it
+comes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ import fastvae.functional as F
 from fastvae.data import load_digits
 from fastvae.models import ConvVAE
 from fastvae.training import training_step
-from fastvae.training.output_layer import output_layer
 from fastvae.training.precision import arithmetic
 from providers import PROVIDERS
 
@@ -65,13 +64,12 @@ def make_step(provider: str, model: ConvVAE, optimizer: Adam) -> Callable[[Tenso
 
         return textbook_step
 
-    if provider in ("eager", "fused", "fused-output"):
+    if provider in ("eager", "fused"):
         backend = "reference" if provider == "eager" else "triton"
-        output = output_layer(model) if provider == "fused-output" else None
 
         def step(batch: Tensor) -> Tensor:
             with fastvae.use_backend(backend):
-                return training_step(model, optimizer, batch, output=output).loss
+                return training_step(model, optimizer, batch).loss
 
         return step
 

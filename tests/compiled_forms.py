@@ -36,7 +36,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from codegen import TARGETS
-from fastvae.kernels import batch, conv_elbo, elbo, gaussian, reconstruction
+from fastvae.kernels import batch, elbo, gaussian, reconstruction
 from launches import Launch, record
 
 NOISE = (None, None, 1, 4, 0)
@@ -107,30 +107,6 @@ def image_calls(dtype: torch.dtype, target_dtype: torch.dtype) -> Iterator[Calla
                 yield partial(elbo.elbo_backward, logits, target, each, *grads, one, 0.5, *needs)
 
 
-def layer_calls(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
-    one = torch.ones(())
-    for (inputs, outputs), (height, width), relu, biased in product(
-        ((32, 1), (5, 3), (64, 3)), ((28, 28), (5, 7)), (True, False), (True, False)
-    ):
-        features = channels_last(4, inputs, height, width, dtype=dtype)
-        weight = torch.empty(inputs, outputs, 3, 3)
-        bias = torch.empty(outputs) if biased else None
-        for target_dtype, beta in ((torch.uint8, one), (dtype, 0.5)):
-            target = torch.empty(4, outputs, height, width, dtype=target_dtype)
-            yield partial(
-                conv_elbo.conv_elbo_value_and_grad,
-                features,
-                weight,
-                bias,
-                target,
-                torch.empty(4),
-                relu,
-                beta,
-                0.5,
-                None,
-            )
-
-
 def batch_calls() -> Iterator[Callable[[], Any]]:
     for shape, dtype in product(((9, 1, 28, 28), (9, 3, 5, 5)), (torch.uint8, torch.float32)):
         images = torch.empty(shape, dtype=dtype)
@@ -140,7 +116,6 @@ def batch_calls() -> Iterator[Callable[[], Any]]:
 def calls() -> Iterator[Callable[[], Any]]:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         yield from gaussian_calls(dtype)
-        yield from layer_calls(dtype)
     for logits, target in (
         (torch.float32, torch.float32),
         (torch.float32, torch.uint8),

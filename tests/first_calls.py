@@ -15,8 +15,7 @@ import torch
 import fastvae
 import fastvae.functional as F
 
-MOMENTS, IMAGES, KL = torch.randn(3, 8), torch.rand(3, 1, 5, 5), torch.rand(3)
-FEATURES, WEIGHT, HALF = torch.randn(3, 5, 5, 5), torch.randn(5, 1, 3, 3), torch.tensor(0.5)
+MOMENTS, IMAGES, KL, HALF = torch.randn(3, 8), torch.rand(3, 1, 5, 5), torch.rand(3), torch.tensor(0.5)
 CALLS = {
     "gaussian_sample": lambda: F.gaussian_sample(*MOMENTS.chunk(2, 1)),
     "gaussian_kl": lambda: F.gaussian_kl(*MOMENTS.chunk(2, 1)),
@@ -28,7 +27,6 @@ CALLS = {
     "elbo_loss tensor": lambda: F.elbo_loss(IMAGES, IMAGES, KL, beta=HALF),
     "elbo_value_and_grad": lambda: F.elbo_value_and_grad(IMAGES, IMAGES, KL),
     "elbo_value_and_grad tensor": lambda: F.elbo_value_and_grad(IMAGES, IMAGES, KL, beta=HALF),
-    "conv_elbo_value_and_grad": lambda: F.conv_elbo_value_and_grad(FEATURES, WEIGHT, None, IMAGES, KL),
 }
 
 

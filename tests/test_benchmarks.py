@@ -431,7 +431,7 @@ def test_the_real_profiler_runs(gpu):
 
 
 # The others compute the training step alone.
-OF_THE_STEP = ("textbook", "compile-nchw", "compile-nchw-graph", "fused-output", "fused-output-graph", "jax")
+OF_THE_STEP = ("textbook", "compile-nchw", "compile-nchw-graph", "jax")
 ALL = tuple(name for name in PROVIDERS if name not in OF_THE_STEP)
 SMALL = Case("sigmoid_mse_loss", "launch", True, sizes="smoke")
 

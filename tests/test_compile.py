@@ -263,7 +263,7 @@ def test_modules_compile_whole(backend, device):
 
 def registered_calls(device):
     """A call of each registered operation, with strides and optional arguments in use."""
-    from fastvae.autograd import conv_elbo, elbo, gaussian, reconstruction  # noqa: F401 - registers
+    from fastvae.autograd import elbo, gaussian, reconstruction  # noqa: F401 - registers
 
     moments, logits, target = (t.detach() for t in inputs(device))
     image = torch.randn(2, 6, 4, 5, device=device).to(memory_format=torch.channels_last)
@@ -307,10 +307,6 @@ def registered_calls(device):
             (logits, target, kl, one, None, None, one, one, True, True, True),
             (logits, target, kl, None, one, one, one, one, False, False, True),
         ],
-        "conv_elbo_value_and_grad": [
-            (image, torch.randn(6, 1, 3, 3, device=device), bias, image[:, :1], kl[:2], True, one, one, None)
-            for bias in (None, torch.randn(1, device=device))
-        ],
     }
 
 
@@ -319,7 +315,6 @@ def registered_calls(device):
     [
         "gaussian_sample", "gaussian_kl", "gaussian_sample_kl", "gaussian_backward", "sigmoid_mse_forward",
         "sigmoid_mse_backward", "elbo_loss", "elbo_value_and_grad", "elbo_backward",
-        "conv_elbo_value_and_grad",
     ],
 )  # fmt: skip
 def test_opcheck(name, device, triton_backend):

@@ -16,7 +16,7 @@ from conftest import compiling
 KERNELS = {
     "gaussian_forward_kernel", "gaussian_backward_kernel", "dimensions_forward_kernel", "dimensions_backward_kernel",
     "sigmoid_mse_forward_kernel", "sigmoid_mse_backward_kernel", "elbo_forward_kernel", "elbo_backward_kernel",
-    "conv_elbo_forward_kernel", "conv_elbo_backward_kernel", "gather_batch_kernel",
+    "gather_batch_kernel",
 }  # fmt: skip
 
 

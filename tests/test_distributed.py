@@ -124,7 +124,7 @@ def test_a_killed_process_ends_the_other(runs):
     ("option", "message"),
     [
         ({"batch_size": 7}, "batch_size must be a multiple of 2, the processes, got 7"),
-        ({"fuse_output_layer": True}, "without fuse_output_layer"),
+        ({"graph": "on"}, 'graph must be "auto" or "off" where several processes train, got "on"'),
     ],
 )
 def test_errors(option, message, monkeypatch):

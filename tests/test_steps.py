@@ -10,16 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 from torch.optim import Adam
 
 import fastvae
 from fastvae import random
-from fastvae.models import VAE, ConvVAE
+from fastvae.models import ConvVAE
 from fastvae.training import GraphError, MovingAverage, train
 from fastvae.training import steps as training_steps
 from fastvae.training.graphs import capture
-from fastvae.training.output_layer import output_layer
 from fastvae.training.steps import Steps, training_step
 
 
@@ -187,17 +185,25 @@ def test_the_gradients_norms_cost_a_graph_nothing_unless_they_are_needed(device,
     assert not captured.history[:, 3:].any() and clipped.history[:, 3:].any(1).all()
 
 
-@pytest.mark.parametrize("fuse_output_layer", [False, True])
-def test_free_bits_in_steps(fuse_output_layer, device):
+def test_free_bits_in_steps(device):
     """Few change nothing; with many, each of the 3 dimensions counts as so many, and training goes another way."""
-    options = {"count": 8 * 4, "fuse_output_layer": fuse_output_layer}
-    plain, some, many = (make(device, False, free_bits=bits, **options) for bits in (0.0, 1e-6, 7.0))
+    plain, some, many = (make(device, False, count=8 * 4, free_bits=bits) for bits in (0.0, 1e-6, 7.0))
     for steps in (plain, some, many):
         torch.manual_seed(3)
         epochs(steps, 1)
     assert torch.allclose(some.history[:, :3], plain.history[:, :3], rtol=1e-4)
     assert torch.allclose(many.history[:, 2], torch.full((8,), 21.0, device=device))
     assert not torch.allclose(many.history[1:, 1], plain.history[1:, 1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_what_is_frozen_takes_no_gradient(part, device):
+    """With a frozen encoder the divergence requires no gradient at all."""
+    model = ConvVAE((1, 8, 6), latent_dim=3, channels=(4, 6)).to(device)
+    frozen = set(getattr(model, part).requires_grad_(False).parameters())
+    optimizer = Adam(model.parameters(), lr=0.01)
+    training_step(model, optimizer, images(4, (1, 8, 6), torch.uint8, device))
+    assert all((parameter.grad is None) == (parameter in frozen) for parameter in model.parameters())
 
 
 def fails_in_a_capture(run, device):
@@ -444,89 +450,4 @@ def test_train_with_a_graph(device):
     model = ConvVAE((1, 8, 6), latent_dim=3, channels=(4, 6)).to(device)
     rows = train(model, data, data[:64], epochs=3, batch_size=32, graph="on")
     assert rows[-1].step == 60
-    assert rows[-1].loss < rows[0].loss
-
-
-# ------------------------------------------------------------------------------------------- the last layer in the loss
-
-
-@pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_steps_with_the_output_layer_fused_are_the_plain_steps(backend, device):
-    plain, fused = (make(device, False, count=8 * 4, fuse_output_layer=fuse) for fuse in (False, True))
-    with fastvae.use_backend(backend):
-        torch.manual_seed(3)
-        expected, _ = epochs(plain, 1)
-        torch.manual_seed(3)
-        found, _ = epochs(fused, 1)
-    # What the roundings of 8 steps of Adam come to.
-    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(found[:, :1], found[:, -1:], rtol=1e-2)
-
-
-@pytest.mark.parametrize("relu", [True, False])
-def test_gradients_with_the_output_layer_fused(relu, device, triton_backend):
-    """Of every parameter, by autograd and by the fused layer."""
-
-    def gradients(fused):
-        torch.manual_seed(0)
-        layers = [nn.Linear(3, 4 * 30), nn.Unflatten(1, (4, 6, 5)), *([nn.ReLU()] if relu else [])]
-        model = VAE(nn.Sequential(nn.Flatten(), nn.Linear(60, 6)), nn.Sequential(*layers, last(4, 2)), 3).to(device)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        batch = images(5, (2, 6, 5), torch.uint8, device)
-        training_step(model, optimizer, batch, output=output_layer(model) if fused else None)
-        return [parameter.grad for parameter in model.parameters()]
-
-    for a, b in zip(gradients(True), gradients(False), strict=True):
-        assert a.abs().max() > 0
-        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
-
-
-def last(inputs, outputs, kernel=3, padding=1, **changed):
-    return nn.ConvTranspose2d(inputs, outputs, kernel, padding=padding, **changed)
-
-
-def test_a_frozen_layer_takes_no_gradient(device, triton_backend):
-    steps = make(device, False, fuse_output_layer=True)
-    layer = steps.output.layer.requires_grad_(False)
-    steps.shuffle()
-    steps.run(0)
-    assert layer.weight.grad is None and layer.bias.grad is None
-    assert steps.model.encoder.conv1.weight.grad is not None
-
-
-@pytest.mark.parametrize(
-    "decoder",
-    [
-        nn.Linear(3, 4),
-        nn.Sequential(last(4, 1)),
-        nn.Sequential(nn.Identity(), nn.Sigmoid()),
-        nn.Sequential(nn.Identity(), last(4, 5)),
-        nn.Sequential(nn.Identity(), last(257, 1)),
-        nn.Sequential(nn.Identity(), last(4, 1, padding=0)),
-        nn.Sequential(nn.Identity(), last(4, 1, stride=2)),
-        nn.Sequential(nn.Identity(), last(4, 1, dilation=2)),
-        nn.Sequential(nn.Identity(), last(4, 4, groups=2)),
-        nn.Sequential(nn.Identity(), last(4, 1, kernel=7, padding=3)),
-        nn.Sequential(nn.Identity(), last(4, 1, kernel=(3, 1), padding=(1, 0))),
-    ],
-    ids=str,
-)
-def test_decoders_that_do_not_end_in_such_a_layer(decoder):
-    with pytest.raises(ValueError, match="fuse_output_layer needs a decoder"):
-        output_layer(VAE(nn.Identity(), decoder, 3))
-
-
-def test_the_layer_after_a_lone_relu_keeps_it():
-    """Something must make the features."""
-    output = output_layer(VAE(nn.Identity(), nn.Sequential(nn.ReLU(), last(4, 1)), 3))
-    assert not output.relu and len(output.features) == 1
-
-
-def test_train_with_the_output_layer_fused(device):
-    torch.manual_seed(0)
-    data = images(64, (1, 8, 6), torch.uint8, device)
-    rows = train(
-        ConvVAE((1, 8, 6), latent_dim=3, channels=(4, 6)).to(device), data, data, epochs=3, batch_size=8,
-        learning_rate=1e-2, fuse_output_layer=True,
-    )  # fmt: skip
     assert rows[-1].loss < rows[0].loss

@@ -170,17 +170,10 @@ def test_a_pull_back_under_no_grad(name, which, fused):
         torch.testing.assert_close(a, e)
 
 
-@pytest.mark.parametrize("name", ["elbo_value_and_grad", "conv_elbo_value_and_grad"])
-def test_what_has_its_gradient_is_not_transformed(name, backend):
-    image, weight, kl = torch.rand(2, 1, 4, 4), torch.randn(1, 1, 3, 3), torch.rand(2)
-
-    def function(image):
-        if name == "elbo_value_and_grad":
-            return F.elbo_value_and_grad(image, image, kl)[0].loss
-        return F.conv_elbo_value_and_grad(image, weight, None, image, kl)[0].loss
-
-    with pytest.raises(NotImplementedError, match=name):
-        torch.func.grad(function)(image)
+def test_what_has_its_gradient_is_not_transformed(backend):
+    image, kl = torch.rand(2, 1, 4, 4), torch.rand(2)
+    with pytest.raises(NotImplementedError, match="elbo_value_and_grad"):
+        torch.func.grad(lambda image: F.elbo_value_and_grad(image, image, kl)[0].loss)(image)
 
 
 @pytest.mark.parametrize("name", DETERMINISTIC)

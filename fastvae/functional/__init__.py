@@ -2,7 +2,6 @@
 specification.
 """
 
-from fastvae.functional.conv_elbo import conv_elbo_value_and_grad
 from fastvae.functional.elbo import elbo_loss, elbo_value_and_grad
 from fastvae.functional.gaussian import gaussian_kl, gaussian_sample, gaussian_sample_kl, gaussian_sample_kl_packed
 from fastvae.functional.reconstruction import sigmoid_mse_loss
@@ -10,7 +9,6 @@ from fastvae.reference.elbo import ELBO
 
 __all__ = [
     "ELBO",
-    "conv_elbo_value_and_grad",
     "elbo_loss",
     "elbo_value_and_grad",
     "gaussian_kl",

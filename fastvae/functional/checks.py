@@ -54,10 +54,6 @@ def check_device(name: str, tensor: Tensor, first_name: str, first: Tensor) -> N
 
 def check_target(target: Tensor, logits: Tensor) -> None:
     check_like("target", target, "logits", logits)
-    check_pixels(target)
-
-
-def check_pixels(target: Tensor) -> None:
     if target.dtype is not torch.uint8 and target.dtype not in FLOATING:
         raise TypeError(f"target must be uint8 (read as t / 255) or floating point, got {target.dtype}")
 

@@ -71,18 +71,11 @@ class VAE(nn.Module):
         then draw the noise of the whole batch (see `fastvae.functional.gaussian_sample`). ``free_bits``: in nats for
         each dimension of z (see `fastvae.functional.gaussian_kl`).
         """
-        z, kl = self.sample_posterior(x, batch_offset, free_bits)
-        return VAEOutput(self.decode(z), z, kl)
-
-    def sample_posterior(
-        self, x: Tensor, batch_offset: int | None = None, free_bits: float = 0.0
-    ) -> tuple[Tensor, Tensor]:
-        """(z, kl) of `VAEOutput`, with the arguments of `forward`."""
         reduction = "batchmean" if free_bits else "none"
         z, kl = F.gaussian_sample_kl_packed(
             self.encode(x), batch_offset=batch_offset, reduction=reduction, free_bits=free_bits
         )
-        return z, kl.expand(len(z)) if free_bits else kl
+        return VAEOutput(self.decode(z), z, kl.expand(len(z)) if free_bits else kl)
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, deterministic: bool = False) -> Tensor:

@@ -2,6 +2,6 @@
 baseline.
 """
 
-from fastvae.reference import conv_elbo, elbo, gaussian, reconstruction
+from fastvae.reference import elbo, gaussian, reconstruction
 
-__all__ = ["conv_elbo", "elbo", "gaussian", "reconstruction"]
+__all__ = ["elbo", "gaussian", "reconstruction"]

@@ -61,7 +61,6 @@ def train(
     graph: str = "auto",
     precision: str = "tf32",
     threads: int | None = None,
-    fuse_output_layer: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
     on_progress: Callable[[Progress], None] | None = None,
     on_epoch: Callable[[EpochMetrics], None] | None = None,
@@ -100,9 +99,6 @@ def train(
             autocast. Weights and losses are float32 with each.
         threads: of a CPU's steps; None: those with which a step takes the least time (`choose_threads`), or with
             `resume` those of the state. Of several processes each has those that torch has.
-        fuse_output_layer: compute the decoder's last layer, a ReLU before it, the loss and their gradients together
-            (`fastvae.functional.conv_elbo_value_and_grad`), in float32. Not yet measured on a GPU; on the CPU it only
-            shows the same losses.
         should_stop: asked after every step (every graph of steps) and epoch; a yes ends training with the metrics of
             the epoch so far.
         on_progress: called about twice a second, and at the end of each epoch.
@@ -117,9 +113,8 @@ def train(
 
     Raises:
         ValueError: an argument out of range, a batch_size larger than the training set, images on another device,
-            graph="on" without a CUDA device, fuse_output_layer with a decoder that does not end in such a layer, a
-            model without a parameter to train, or a state of other images, batches or parameters; in several processes
-            a batch_size that they cannot share evenly, graph="on" or fuse_output_layer.
+            graph="on" without a CUDA device, a model without a parameter to train, or a state of other images, batches
+            or parameters; in several processes a batch_size that they cannot share evenly, or graph="on".
         TypeError: a model that is no VAE, images that are no tensor or of another dtype, or what is no number.
         FloatingPointError: a loss or a gradient is not finite, or with skip_nonfinite none of an epoch is finite, seen
             at the next report or at the end of its epoch; on_state is not called for that epoch, so that what it kept
@@ -150,18 +145,18 @@ def train(
         raise TypeError(f"resume must be a TrainingState, of on_state or a Checkpoint's state, got {type(resume)}")
     device = next(model.parameters()).device
     on_cuda = device.type == "cuda"
+    processes = Processes(device)
+    if processes.together:
+        if batch_size % processes.size:
+            raise ValueError(f"batch_size must be a multiple of {processes.size}, the processes, got {batch_size}")
+        if graph == "on":
+            raise ValueError('graph must be "auto" or "off" where several processes train, got "on"')
     if graph == "on" and not on_cuda:
         raise ValueError(f'graph="on" needs a CUDA device, got {device}')
-    processes = Processes(device)
     if processes.rank == 0:
         warn_of_values("train_images", train_images)
         warn_of_values("test_images", test_images)
         warn_of_warmup(kl_warmup, epochs)
-    if processes.together:
-        if batch_size % processes.size:
-            raise ValueError(f"batch_size must be a multiple of {processes.size}, the processes, got {batch_size}")
-        if graph == "on" or fuse_output_layer:
-            raise ValueError('several processes train with graph "auto" or "off", and without fuse_output_layer')
     # channels_last takes 11 to 25 % off a step on a CPU (batches of 128 and 32, one and two threads, the machine of
     # models/same_padding.py), and on a GPU it spares cuDNN its own conversions.
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -191,7 +186,6 @@ def train(
             beta_on_device,
             graph if on_cuda and not processes.together else "off",
             autocast_dtype,
-            fuse_output_layer,
             clip_norm,
             skip_nonfinite,
             average,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from fastvae.training.checks import not_negative, number
 from fastvae.training.distributed import Processes
 from fastvae.training.gradients import limit_gradients
 from fastvae.training.graphs import GraphError, capture, on_side_stream
-from fastvae.training.output_layer import OutputLayer, output_layer
 
 # A replay costs the host one launch, and the device two fills of the generator's state and two copies, whatever the
 # number of steps. Of these numbers the one is taken that leaves the fewest steps of an epoch over: 13 divides MNIST's
@@ -37,7 +36,6 @@ def training_step(
     *,
     beta: float | Tensor = 1.0,
     autocast_dtype: torch.dtype | None = None,
-    output: OutputLayer | None = None,
     clip_norm: float | None = None,
     skip_nonfinite: bool = False,
     gradient_norms: Tensor | None = None,
@@ -46,10 +44,9 @@ def training_step(
 ) -> ELBO:
     """One update of the model on a batch of images [B, C, H, W]; returns the loss before it, on the device.
 
-    With ``autocast_dtype`` the model runs under autocast to it; the loss is float32 all the same. With ``output``, the
-    model's `output_layer`, that layer is computed together with the loss. ``clip_norm``, ``skip_nonfinite`` and
-    ``gradient_norms`` are those of `fastvae.training.gradients.limit_gradients`. Where the images are a part of a batch
-    that several processes share, the model is one of torch's DistributedDataParallel, without ``output``, and
+    With ``autocast_dtype`` the model runs under autocast to it; the loss is float32 all the same. ``clip_norm``,
+    ``skip_nonfinite`` and ``gradient_norms`` are those of `fastvae.training.gradients.limit_gradients`. Where the
+    images are a part of a batch that several processes share, the model is one of torch's DistributedDataParallel, and
     ``batch_offset`` the number of images before these. ``free_bits`` is that of `fastvae.models.VAE.forward`.
 
     Raises ``ValueError`` for a beta, if it is no tensor, that is negative or not finite.
@@ -57,26 +54,14 @@ def training_step(
     if not isinstance(beta, Tensor):
         beta = number("beta", beta, "finite and not negative", not_negative)
     # No cache: it would keep casts of the weights of one captured step for the next.
-    autocast = torch.autocast(images.device.type, autocast_dtype, autocast_dtype is not None, cache_enabled=False)
-    roots: tuple[Tensor | None, ...]
-    gradients: tuple[Tensor | None, ...]
-    if output is None:
-        with autocast:
-            # Only what is asked for: a model's own forward may take images alone.
-            options = {"batch_offset": batch_offset, "free_bits": free_bits or None}
-            logits, _, kl = model(images, **{name: value for name, value in options.items() if value is not None})
-        values, gradients = F.elbo_value_and_grad(logits, images, kl, beta=beta)
-        roots = logits, kl
-    else:
-        with autocast:
-            z, kl = cast(VAE, model).sample_posterior(images, free_bits=free_bits)
-            features = output.features(z)
-        weight, bias = output.layer.weight, output.layer.bias
-        values, gradients = F.conv_elbo_value_and_grad(features, weight, bias, images, kl, relu=output.relu, beta=beta)
-        roots = features, weight, bias, kl
+    with torch.autocast(images.device.type, autocast_dtype, autocast_dtype is not None, cache_enabled=False):
+        # Only what is asked for: a model's own forward may take images alone.
+        options = {"batch_offset": batch_offset, "free_bits": free_bits or None}
+        logits, _, kl = model(images, **{name: value for name, value in options.items() if value is not None})
+    values, gradients = F.elbo_value_and_grad(logits, images, kl, beta=beta)
     optimizer.zero_grad()
     # What is frozen takes no gradient.
-    going = [(root, it) for root, it in zip(roots, gradients, strict=True) if root is not None and root.requires_grad]
+    going = [(root, it) for root, it in zip((logits, kl), gradients, strict=True) if root.requires_grad]
     torch.autograd.backward([root for root, _ in going], [gradient for _, gradient in going])
     limit_gradients(optimizer, clip_norm=clip_norm, skip_nonfinite=skip_nonfinite, norms=gradient_norms)
     optimizer.step()
@@ -111,7 +96,6 @@ class Steps:
         beta: Tensor,
         graph: str,
         autocast_dtype: torch.dtype | None = None,
-        fuse_output_layer: bool = False,
         clip_norm: float | None = None,
         skip_nonfinite: bool = False,
         average: MovingAverage | None = None,
@@ -119,7 +103,6 @@ class Steps:
         free_bits: float = 0.0,
     ) -> None:
         self.model, self.optimizer, self.beta, self.autocast_dtype = model, optimizer, beta, autocast_dtype
-        self.output = output_layer(model) if fuse_output_layer else None
         self.clip_norm, self.skip_nonfinite, self.average = clip_norm, skip_nonfinite, average
         self.free_bits = free_bits
         self.images, self.batch_size = images, batch_size
@@ -205,7 +188,6 @@ class Steps:
                 batch,
                 beta=self.beta,
                 autocast_dtype=self.autocast_dtype,
-                output=self.output,
                 clip_norm=self.clip_norm,
                 skip_nonfinite=self.skip_nonfinite,
                 gradient_norms=row[3:] if self._norms else None,
