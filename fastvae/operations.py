@@ -177,6 +177,11 @@ def named(operations: Sequence[Operation]) -> dict[str, Operation]:
     return {operation.name: operation for operation in operations}
 
 
+def kernel_names(operations: Sequence[Operation]) -> list[str]:
+    """Their kernels, each once: "module.kernel" of fastvae.kernels."""
+    return sorted({kernel for operation in operations for kernel in operation.kernels.values()})
+
+
 def _of_posterior() -> list[Operation]:
     halves, packed = ("mu", "logvar"), ("moments",)
     reductions = (*REDUCTIONS, "per_dimension")
