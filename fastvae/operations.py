@@ -263,9 +263,9 @@ def _of_posterior() -> list[Operation]:
             of_packed,
             name="gaussian_sample_kl_packed_per_dimension",
             kernels=of_dimensions,
-            options={"reduction": "per_dimension"},
-            reductions=("per_dimension",),
-            computes="the batch mean of each dimension; with `free_bits=` at least so much of each",
+            options={"reduction": "per_dimension", "free_bits": 0.5},
+            reductions=("per_dimension", "batchmean"),
+            computes="the batch mean of each dimension, and at least `free_bits` of each",
             measured=False,
         ),
     ]
