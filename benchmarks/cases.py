@@ -13,67 +13,19 @@ from torch import Tensor
 
 import fastvae.functional as F
 import plain
+from fastvae.operations import Spec, operations
 
 # The same names twice: in plain PyTorch, and the public functions.
 EAGER, FUSED = plain, F
 
-BETA = 0.5
 # An upstream gradient that is not 1 is what a weighted loss or a loss scale gives.
 OTHER_GRADIENT = 0.37
 
 
-class Operation(NamedTuple):
-    """A public function of the family's file, as the benchmarks call it.
-
-    `call(library, *tensors)` returns the tensors that have gradients; `arguments` names its tensors; `forward` and
-    `backward` are the tensors of the event's size that must be read and written, so the compulsory bytes per element
-    are their number times the item size. Noise is compulsory nowhere: it can be made, and made again.
-    """
-
-    call: Callable[..., tuple[Tensor, ...]]
-    arguments: tuple[str, ...]
-    forward: int
-    backward: int | None  # None: the gradient is a result of the function
-    draws_noise: bool = False
-
-
-def _elbo_value_and_grad(library: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-    values, gradients = library.elbo_value_and_grad(*tensors, beta=BETA)
-    return (*values, *gradients)
-
-
-_SAMPLE_KL: dict[str, Any] = {"forward": 3, "backward": 5, "draws_noise": True}
-GAUSSIAN = {
-    "gaussian_sample": Operation(
-        lambda library, *tensors: (library.gaussian_sample(*tensors),), ("mu", "logvar"), 3, 4, draws_noise=True
-    ),
-    "gaussian_kl": Operation(lambda library, *tensors: (library.gaussian_kl(*tensors),), ("mu", "logvar"), 2, 4),
-    "gaussian_kl_free_bits": Operation(
-        lambda library, *tensors: (library.gaussian_kl(*tensors, free_bits=0.5),), ("mu", "logvar"), 2, 4
-    ),
-    "gaussian_sample_kl": Operation(
-        lambda library, *tensors: library.gaussian_sample_kl(*tensors, reduction="batchmean"),
-        ("mu", "logvar"),
-        **_SAMPLE_KL,
-    ),
-    "gaussian_sample_kl_packed": Operation(
-        lambda library, *tensors: library.gaussian_sample_kl_packed(*tensors, reduction="batchmean"),
-        ("moments",),
-        **_SAMPLE_KL,
-    ),
-}
-RECONSTRUCTION = {
-    "sigmoid_mse_loss": Operation(
-        lambda library, *tensors: (library.sigmoid_mse_loss(*tensors),), ("logits", "target"), 2, 3
-    ),
-}
-ELBO = {
-    "elbo_loss": Operation(
-        lambda library, *tensors: (library.elbo_loss(*tensors, beta=BETA).loss,), ("logits", "target", "kl"), 2, 3
-    ),
-    "elbo_value_and_grad": Operation(_elbo_value_and_grad, ("logits", "target", "kl"), 3, None),
-}
-OPERATIONS = {**GAUSSIAN, **RECONSTRUCTION, **ELBO}
+OPERATIONS = {operation.name: operation for operation in operations() if operation.measured}
+GAUSSIAN = {name: it for name, it in OPERATIONS.items() if it.likelihood is None}
+RECONSTRUCTION = {name: it for name, it in OPERATIONS.items() if it.likelihood and "kl" not in it.arguments}
+ELBO = {name: it for name, it in OPERATIONS.items() if it.likelihood and "kl" in it.arguments}
 
 # Shapes of moments and of images. "launch" is where a call costs what its launches cost; "bandwidth" has at least 64
 # million elements on a GPU, and on a CPU what leaves its caches. "smoke" runs the code, and nothing is timed.
@@ -148,16 +100,19 @@ class Case:
 
     @property
     def compulsory_bytes(self) -> int:
-        operation = OPERATIONS[self.operation]
-        tensors = operation.forward + ((operation.backward or 0) if self.backward else 0)
-        return tensors * self.elements * DTYPES[self.dtype].itemsize
+        """Noise is compulsory nowhere: it can be made, and made again."""
+        operation, dtype = OPERATIONS[self.operation], DTYPES[self.dtype]
+        directions = operation.directions if self.backward else ("forward",)
+        return sum(sum(operation.bytes_per_element(direction, dtype)) for direction in directions) * self.elements
 
     def function(self, library: Any) -> Callable[..., tuple[Tensor, ...]]:
-        """The operation of `library` as a function of tensors, as torch.compile takes it."""
-        call = OPERATIONS[self.operation].call
+        """The operation of `library` as a function of tensors, as torch.compile takes it; of the bound only the
+        loss, which is what a training step differentiates.
+        """
+        operation = OPERATIONS[self.operation]
 
         def function(*tensors: Tensor) -> tuple[Tensor, ...]:
-            return call(library, *tensors)
+            return operation(library, *tensors)[: operation.roots or None]
 
         return function
 
@@ -169,34 +124,21 @@ class Case:
         return (*results, *torch.autograd.grad(results, inputs.leaves, inputs.upstream))
 
     def inputs(self, device: torch.device, seed: int) -> Inputs:
-        generator = torch.Generator(device).manual_seed(seed)
-        dtype = DTYPES[self.dtype]
-
-        def normal(shape: tuple[int, ...], scale: float = 1.0, shift: float = 0.0) -> Tensor:
-            values = torch.empty(shape, dtype=dtype, device=device)
-            if self.channels_last:
-                values = values.to(memory_format=torch.channels_last)
-            return values.normal_(shift, scale, generator=generator)
-
-        half = (self.shape[0], self.shape[1] // 2, *self.shape[2:])
-        makers: dict[str, Callable[[], Tensor]] = {
-            "mu": lambda: normal(half),
-            "logvar": lambda: normal(half, 0.5, -1.0),
-            "moments": lambda: normal(self.shape, 0.5, -0.5),
-            "logits": lambda: normal(self.shape, 2.0),
-            "target": lambda: torch.sigmoid_(normal(self.shape, 2.0)),
-            # What the sampler gives, whatever the images' dtype.
-            "kl": lambda: torch.full((self.shape[0],), 7.0, device=device),
-        }
-        operation = OPERATIONS[self.operation]
-        tensors = tuple(makers[name]() for name in operation.arguments)
+        operation, dtype = OPERATIONS[self.operation], DTYPES[self.dtype]
+        shape = (self.shape[0], self.shape[1] // 2, *self.shape[2:]) if self.operation in GAUSSIAN else self.shape
+        memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
+        spec = Spec(shape, dtype, None, lambda tensor: tensor.contiguous(memory_format=memory_format), device, seed)
+        tensors = operation.inputs(spec)
         if not self.backward:
-            return Inputs(tensors, ())
-        for name, tensor in zip(operation.arguments, tensors, strict=True):
-            tensor.requires_grad_(name != "target")
-        upstream = [normal(half)] if operation.draws_noise else []
-        if self.operation != "gaussian_sample":
-            upstream.append(torch.tensor(1.0 if self.unit_gradient else OTHER_GRADIENT, device=device))
+            return Inputs(tuple(tensor.detach() for tensor in tensors), ())
+        generator = torch.Generator(device).manual_seed(seed + 1)
+        upstream = []
+        for name in operation.outputs[: operation.roots]:
+            if name == "z":
+                upstream.append(torch.empty_like(spec.layout(torch.empty(shape, dtype=dtype, device=device))))
+                upstream[-1].normal_(generator=generator)
+            else:
+                upstream.append(torch.tensor(1.0 if self.unit_gradient else OTHER_GRADIENT, device=device))
         return Inputs(tensors, tuple(upstream))
 
 

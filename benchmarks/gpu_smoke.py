@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -24,6 +25,8 @@ from torch import Tensor
 import fastvae
 import fastvae.functional as F
 from fastvae import random
+from fastvae.operations import Operation, Spec, operations
+from traffic import takes_bytes
 
 Check = tuple[str, Callable[[], object]]  # its name, and what raises if it fails and returns a remark if not
 
@@ -47,115 +50,51 @@ def checks(device: torch.device) -> Iterator[Check]:
     yield "noise", lambda: noise(torch.zeros(512, 2048 if on_gpu else 32, device=device))
     if on_gpu:
         yield "captured step", lambda: captured_step(device)
-    for dtype, (shape, layout) in product(DTYPES, LATENTS):
-        yield from named(gaussians(device, dtype, shape, layout), shape, layout, dtype)
-    for dtype, (shape, layout) in product(DTYPES, IMAGES):
-        yield from named(losses(device, dtype, shape, layout), shape, layout, dtype)
+    for operation, dtype in product((it for it in operations() if it.computes), DTYPES):
+        for shape, memory_format in LATENTS if operation.likelihood is None else IMAGES:
+            for target_dtype in (None, torch.uint8) if takes_bytes(operation) else (None,):
+                spec = Spec(shape, dtype, target_dtype, partial(Tensor.contiguous, memory_format=memory_format), device)
+                yield from of_operation(operation, spec, "channels_last" if memory_format is NHWC else "")
     if on_gpu:
         yield "launches of the ELBO path", lambda: launches(device)  # last, because the profiler slows what follows
 
 
-def named(
-    family: Iterable[Check], shape: Sequence[int], layout: torch.memory_format, dtype: torch.dtype
-) -> Iterator[Check]:
-    for name, body in family:
-        yield f"{name} {list(shape)}{' channels_last' if layout is NHWC else ''} {str(dtype)[6:]}", body
-
-
-# ------------------------------------------------------------------------------------------------------- the operations
-
-
-def gaussians(
-    device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], layout: torch.memory_format
-) -> Iterator[Check]:
-    mu, logvar = (normal(device, shape, dtype, layout) for _ in range(2))
-    eps = torch.randn_like(mu)
-    packed = torch.cat((mu, logvar), 1).contiguous(memory_format=layout)
-
-    def own(tensor: Tensor) -> Tensor:
-        return eps.to(tensor.dtype)
-
-    yield "gaussian_sample", lambda: compare(lambda m, v: [F.gaussian_sample(m, v, eps=own(m))], mu, logvar)
-    yield "gaussian_sample_kl", lambda: compare(lambda m, v: F.gaussian_sample_kl(m, v, eps=own(m)), mu, logvar)
-    for reduction, free_bits in (("none", 0.0), ("batchmean", 0.0), ("per_dimension", 0.1)):
-        options: dict[str, Any] = {"reduction": reduction, "free_bits": free_bits}
-        yield (
-            f"gaussian_kl {reduction}",
-            lambda options=options: compare(lambda m, v: [F.gaussian_kl(m, v, **options)], mu, logvar),
-        )
-        yield (
-            f"gaussian_sample_kl_packed {reduction}",
-            lambda options=options: compare(
-                lambda p: F.gaussian_sample_kl_packed(p, eps=own(p), **options),
-                packed,
-            ),
-        )
-
-
-def losses(
-    device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], layout: torch.memory_format
-) -> Iterator[Check]:
-    logits = normal(device, shape, dtype, layout, scale=2.0)
-    kl = torch.rand(shape[0], device=device)
-    unit = torch.rand(shape, device=device)
-    for kind, target in (("float", unit.to(dtype)), ("uint8", (255 * unit).to(torch.uint8))):
-        target = target.contiguous(memory_format=layout)
-
-        def value_and_grad(x: Tensor, k: Tensor, target: Tensor = target) -> list[Tensor]:
-            values, gradients = F.elbo_value_and_grad(x, like(x, target), k, beta=0.5, grad_scale=3.0)
-            return [*values, *gradients]
-
-        yield (
-            f"sigmoid_mse_loss {kind}",
-            lambda target=target: compare(lambda x: [F.sigmoid_mse_loss(x, like(x, target))], logits),
-        )
-        yield (
-            f"elbo_loss {kind}",
-            lambda target=target: compare(lambda x, k: [F.elbo_loss(x, like(x, target), k, beta=0.5).loss], logits, kl),
-        )
-        yield (
-            f"elbo_value_and_grad {kind}",
-            lambda value_and_grad=value_and_grad: compare_values(value_and_grad, logits, kl),
-        )
-
-
-def normal(
-    device: torch.device,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    layout: torch.memory_format = NCHW,
-    scale: float = 1.0,
-) -> Tensor:
-    return (scale * torch.randn(shape, device=device)).to(dtype).contiguous(memory_format=layout)
-
-
-def like(logits: Tensor, target: Tensor) -> Tensor:
-    return target if target.dtype is torch.uint8 else target.to(logits.dtype)
+def of_operation(operation: Operation, spec: Spec, layout: str) -> Iterator[Check]:
+    """A check of the operation as it stands in the list, and of the sums of each sample."""
+    words = [layout, str(spec.dtype)[6:], "uint8" if spec.target_dtype is torch.uint8 else ""]
+    for reduction in ("", "none") if "none" in operation.reductions else ("",):
+        name = " ".join(filter(None, (operation.name, reduction, str(list(spec.shape)), *words)))
+        options = {"reduction": reduction} if reduction else {}
+        yield name, lambda options=options: compare(operation, spec, **options)
 
 
 # ----------------------------------------------------------------------------------------------------- against float64
 
 
-def compare(function: Callable[..., Iterable[Tensor]], *tensors: Tensor) -> str:
+def compare(operation: Operation, spec: Spec, **options: Any) -> str:
     """Results and gradients of the fused operation against those of the reference in float64."""
-    return compare_values(lambda *inputs: with_gradients(function, *inputs), *tensors)
+    tensors = operation.inputs(spec)
+    if operation.draws_noise:
+        options["eps"] = torch.randn(spec.shape, device=spec.device)
+    generator = torch.Generator(spec.device).manual_seed(7)
+    upstream: list[Tensor] = []
 
+    def run(*tensors: Tensor) -> list[Tensor]:
+        results = list(operation(F, *tensors, **options))
+        roots = results[: operation.roots]
+        if not roots:
+            return results
+        if not upstream:
+            upstream.extend(torch.randn(it.shape, generator=generator, device=it.device).to(it.dtype) for it in roots)
+        grads = [grad.to(root.dtype) for grad, root in zip(upstream, roots, strict=True)]
+        return [*results, *torch.autograd.grad(roots, [it for it in tensors if it.requires_grad], grads)]
 
-def compare_values(function: Callable[..., Iterable[Tensor]], *tensors: Tensor) -> str:
     with fastvae.use_backend("triton"):
-        results = list(function(*tensors))
+        found = run(*tensors)
+    wide = (it.detach().double() if it.is_floating_point() else it for it in tensors)
     with fastvae.use_backend("reference"):
-        expected = function(*(it.double() for it in tensors))
-    return largest_error(results, list(expected), ROUNDINGS)
-
-
-def with_gradients(function: Callable[..., Iterable[Tensor]], *tensors: Tensor) -> list[Tensor]:
-    """What the function returns, then the gradients of all inputs for a fixed random gradient of each result."""
-    leaves = [it.detach().clone(memory_format=torch.preserve_format).requires_grad_() for it in tensors]
-    results = list(function(*leaves))
-    generator = torch.Generator().manual_seed(7)
-    upstream = [torch.randn(it.shape, generator=generator).to(it.device, it.dtype) for it in results]
-    return [*results, *torch.autograd.grad(results, leaves, upstream)]
+        expected = run(*(w.requires_grad_(it.requires_grad) for w, it in zip(wide, tensors, strict=True)))
+    return largest_error(found, expected, ROUNDINGS)
 
 
 def largest_error(results: Sequence[Tensor], expected: Sequence[Tensor], roundings: float) -> str:

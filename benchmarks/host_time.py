@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 import fastvae
-from cases import BETA, EAGER, FUSED, OPERATIONS, Case
+from cases import EAGER, FUSED, OPERATIONS, Case
 from fastvae.files import replacing
 from stand_in import stand_in
 
@@ -89,12 +89,12 @@ def elbo_path(device: torch.device) -> tuple[Callable[[], Any], Callable[[], Any
 
     def fused() -> Any:
         z, kl = FUSED.gaussian_sample_kl_packed(moments)
-        _, (logits_grad, kl_grad) = FUSED.elbo_value_and_grad(logits, target, kl, beta=BETA)
+        _, (logits_grad, kl_grad) = FUSED.elbo_value_and_grad(logits, target, kl, beta=0.5)
         return torch.autograd.grad((z, kl), moments, (z_grad, kl_grad)), logits_grad
 
     def eager() -> Any:
         z, kl = EAGER.gaussian_sample_kl_packed(moments)
-        loss = EAGER.elbo_loss(logits, target, kl, beta=BETA).loss
+        loss = EAGER.elbo_loss(logits, target, kl, beta=0.5).loss
         return torch.autograd.grad((z, loss), (moments, logits), (z_grad, one))
 
     return fused, eager

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib import import_module
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -18,13 +20,21 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
 
-from fastvae.kernels import batch, dimensions, gaussian, likelihood
+import fastvae.functional as F
+from fastvae.kernels import batch
 from fastvae.kernels.launch import Plan
-from fastvae.likelihoods import Bernoulli, SigmoidMSE
+from fastvae.operations import Operation, Spec, kernel_names, operations
+from stand_in import stand_in
 
-S = SigmoidMSE()
-
-MODULES = (batch, dimensions, gaussian, likelihood)  # those that launch
+# Those that launch.
+MODULES = [
+    batch,
+    *(
+        import_module(f"fastvae.kernels.{name}")
+        for name in sorted({it.split(".")[0] for it in kernel_names(operations())})
+    ),
+]
+channels_last = partial(Tensor.contiguous, memory_format=torch.channels_last)
 TYPES = {
     torch.float64: "fp64",
     torch.float32: "fp32",
@@ -121,83 +131,104 @@ def exact_lines() -> Iterator[None]:
         yield
 
 
+def without_memory(argument: Any) -> Any:
+    if isinstance(argument, tuple):
+        return tuple(map(without_memory, argument))
+    return argument.to("meta") if isinstance(argument, Tensor) else argument
+
+
 def record(call: Callable[[], Any]) -> list[Launch]:
-    """The launches that `call` makes."""
+    """The launches that `call`, with CPU tensors, would make on a card. Their tensors are kept without memory."""
     launches: list[Launch] = []
 
     def launch(kernel: Any, plan: Plan, device: Any, *arguments: Any) -> None:
         names = [name for name in kernel.arg_names if name not in plan.constants and name != "FAST"]
         given = dict(zip(names, (*arguments, *plan.numbers), strict=True))
+        given = {name: without_memory(value) for name, value in given.items()}
         launches.append(Launch(kernel, given, plan.constants, plan.num_warps))
 
     with ExitStack() as stack:
+        stack.enter_context(stand_in())
         for module in MODULES:
             stack.enter_context(patch.object(module, "launch", launch))
         call()
     return launches
 
 
-def launches() -> Iterator[tuple[str, Launch]]:
-    """Each kernel in the configurations that fastvae uses, by name.
+class Configuration(NamedTuple):
+    """An operation in one direction, as it is compiled ahead of time."""
 
-    "rows" are samples of which a program has several; "long" samples or batches are shared by many programs, so are
-    "images" of 28x28, in smaller tiles. float16 compiles to the code of bfloat16.
-    """
-    noise = (None, None, 1, 4, 0)  # by value; noise by pointer, under capture, runs the same compiled kernel
-    one, kl = torch.empty(()), torch.empty(512)
-    for dtype, name in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
-        small, long = torch.empty(512, 32, dtype=dtype), torch.empty(512, 2 * 16384, dtype=dtype)
-        dense = torch.empty(512, 16384, dtype=dtype)
-        image = torch.empty(512, 32, 32, 32, dtype=dtype).to(memory_format=torch.channels_last)
-        calls: dict[str, Callable[[], Any]] = {
-            "gaussian_sample long": lambda d=dense: gaussian.gaussian_sample(d, d, None, *noise),
-            "gaussian_kl long": lambda d=dense: gaussian.gaussian_kl(d, d, "batchmean", 0.0),
-        }
-        for size, moments in (("rows", small), ("long", long), ("channels_last", image)):
-            z = torch.empty_like(moments.narrow(1, 0, moments.shape[1] // 2))
-            calls |= {
-                f"gaussian_sample_kl packed {size}": lambda m=moments: gaussian.gaussian_sample_kl(
-                    m, None, 1, "none", 0.0, None, *noise
-                ),
-                f"gaussian_backward packed {size}": lambda m=moments, z=z: gaussian.gaussian_backward(
-                    m, None, 1, "none", 0.0, z, kl, None, True, True, None, *noise
-                ),
-            }
-            if size == "channels_last":
-                continue
-            means = torch.empty(z.shape[1])
-            calls |= {
-                f"dimensions_forward packed {size}": lambda m=moments: gaussian.gaussian_sample_kl(
-                    m, None, 1, "per_dimension", 0.1, None, *noise
-                ),
-                f"dimensions_backward packed {size}": lambda m=moments, z=z, k=means: gaussian.gaussian_backward(
-                    m, None, 1, "per_dimension", 0.1, z, k[:1].expand(len(k)), k, True, True, None, *noise
-                ),
-            }
-        calls["gaussian_backward dense long"] = lambda d=dense: gaussian.gaussian_backward(
-            d, d, 1, "none", 0.0, d, kl[:1].expand(512), None, True, True, None, *noise
-        )
-        pairs = {"long": (dense, dense)}
-        if dtype is torch.float32:
-            images = torch.empty(128, 1, 28, 28)
-            photos = torch.empty(512, 1, 28, 28, dtype=torch.uint8)
-            calls["gather_batch uint8 images"] = lambda p=photos: batch.gather_batch(p, torch.arange(128))
-            pairs |= {"uint8 target": (dense, dense.to(torch.uint8)), "images": (images, images)}
-        for pair_name, tensors in pairs.items():
-            divergence = kl[: len(tensors[0])]
-            calls |= {
-                f"sigmoid_mse_forward {pair_name}": lambda t=tensors: likelihood.negative_log_likelihood(S, t, "none"),
-                f"sigmoid_mse_backward {pair_name}": lambda t=tensors: likelihood.negative_log_likelihood_backward(
-                    S, t, one, "mean", [True, False]
-                ),
-                f"elbo_loss {pair_name}": lambda t=tensors, d=divergence: likelihood.elbo_loss(S, t, d, one, 0.5),
-                f"elbo_value_and_grad {pair_name}": lambda t=tensors, d=divergence: likelihood.elbo_value_and_grad(
-                    S, t, d, one, 0.5, None
-                ),
-                f"elbo_backward {pair_name}": lambda t=tensors, d=divergence: likelihood.elbo_backward(
-                    S, t, d, one, None, None, one, 0.5, [True, False], True
-                ),
-            }
-        for call_name, call in calls.items():
-            (launch,) = record(call)
-            yield f"{call_name} {name}", launch
+    operation: Operation
+    direction: str
+    spec: Spec
+    options: Mapping[str, Any]
+
+    def record(self) -> Launch:
+        tensors, launches = self.operation.inputs(self.spec), {}
+        outputs: list[Tensor] = []
+        launches["forward"] = record(lambda: outputs.extend(self.operation(F, *tensors, **self.options)))
+        if self.direction == "backward":
+            roots, leaves = outputs[: self.operation.roots], [t for t in tensors if t.requires_grad]
+            # Dense, as a decoder and the bound give them; one number for all dimensions, as the gradient of a sum is.
+            upstream = [
+                root.new_ones(()).expand(root.shape)
+                if name == "kl" and self.options.get("reduction") is None
+                else torch.ones_like(root)
+                for name, root in zip(self.operation.outputs, roots, strict=False)
+            ]
+            launches["backward"] = record(lambda: torch.autograd.grad(roots, leaves, upstream))
+        (launch,) = launches[self.direction]
+        return launch
+
+
+# The operations of the posterior share kernels; these are the forms that differ. "rows" are samples of which a program
+# has several; "long" samples or batches are shared by many programs.
+POSTERIOR = {
+    ("gaussian_sample", "forward"): ("long",),
+    ("gaussian_kl", "forward"): ("long",),
+    ("gaussian_sample_kl", "backward"): ("long",),
+    ("gaussian_sample_kl_packed", "forward"): ("rows", "long", "channels_last"),
+    ("gaussian_sample_kl_packed", "backward"): ("rows", "long", "channels_last"),
+    ("gaussian_sample_kl_packed_per_dimension", "forward"): ("rows", "long"),
+    ("gaussian_sample_kl_packed_per_dimension", "backward"): ("rows", "long"),
+}
+
+
+def configurations(dtype: torch.dtype) -> Iterator[tuple[str, Configuration]]:
+    """By size: what of the operations is compiled. float16 compiles to the code of bfloat16."""
+    sizes = {
+        "rows": Spec((512, 16), dtype),
+        "long": Spec((512, 16384), dtype),
+        "channels_last": Spec((512, 16, 32, 32), dtype, layout=channels_last),
+    }
+    for operation in operations():
+        for direction in operation.directions:
+            if operation.likelihood is None:
+                # The packed moments are those of the bound, which takes the divergence of each sample.
+                options = {"reduction": "none"} if operation.name == "gaussian_sample_kl_packed" else {}
+                for size in POSTERIOR.get((operation.name, direction), ()):
+                    yield size, Configuration(operation, direction, sizes[size], options)
+            elif operation.measured:
+                yield from ((size, it) for size, it in _of_likelihood(operation, direction, sizes["long"]))
+
+
+def _of_likelihood(operation: Operation, direction: str, long: Spec) -> Iterator[tuple[str, Configuration]]:
+    options: dict[str, Any] = {"reduction": "none" if direction == "forward" else "mean"}
+    if "kl" in operation.arguments:
+        options = {"beta": torch.ones(())}  # as a training loop gives it
+    specs = {"long": long}
+    if long.dtype is torch.float32:
+        specs["uint8 target"] = replace(long, target_dtype=torch.uint8)
+        specs["images"] = Spec((128, 1, 28, 28))  # shared by many programs, in smaller tiles
+    for size, spec in specs.items():
+        yield size, Configuration(operation, direction, spec, options)
+
+
+def launches() -> Iterator[tuple[str, Launch]]:
+    """Each kernel in the configurations that fastvae uses, by name."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for size, it in configurations(dtype):
+            yield f"{it.operation.name} {it.direction} {size} {str(dtype).removeprefix('torch.')}", it.record()
+    photos = torch.empty(512, 1, 28, 28, dtype=torch.uint8)
+    (launch,) = record(lambda: batch.gather_batch(photos, torch.arange(128)))
+    yield "gather_batch forward uint8 images float32", launch

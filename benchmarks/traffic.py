@@ -14,17 +14,17 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
 
 import fastvae
 import fastvae.functional as F
+from fastvae.operations import Operation, Spec, operations
 
 
 @dataclass
@@ -80,106 +80,31 @@ def metered() -> Iterator[Traffic]:
         yield traffic
 
 
-@dataclass(frozen=True)
-class Operation:
-    """A call of a public operation. Formulas name bulk tensors: "read + read -> written"."""
-
-    name: str
-    inputs: tuple[Tensor, ...]  # that get a gradient
-    elements: int
-    call: Callable[[], tuple[Tensor, ...]]
-    forward: str
-    backward: str | None
-
-    def measure(self) -> tuple[Traffic, Traffic | None]:
-        """Forward, and backward unless there is none."""
-        with fastvae.use_backend("triton"):
-            with metered() as forward:
-                outputs = self.call()
-            if self.backward is None:
-                return forward, None
-            upstream = [torch.randn_like(output) for output in outputs]
-            with metered() as backward:
-                torch.autograd.grad(outputs, self.inputs, upstream)
-            return forward, backward
+def takes_bytes(operation: Operation) -> bool:
+    """Whether it takes a uint8 target, and asks for no gradient of it."""
+    return operation.likelihood is not None and "target" not in operation.gradients
 
 
-def operations(dtype: torch.dtype, target_dtype: torch.dtype | None = None) -> Iterator[Operation]:
-    """Every public operation, on 8 samples of 4096 elements; target_dtype for those that have a target."""
-    shape = batch, _ = 8, 4096
-    mu, logvar = (torch.randn(shape, dtype=dtype).requires_grad_() for _ in range(2))
-    moments = torch.randn(batch, 2 * shape[1], dtype=dtype).requires_grad_()
-    eps = torch.randn(shape, dtype=dtype)
-    logits, kl = torch.randn(shape, dtype=dtype).requires_grad_(), torch.rand(batch).requires_grad_()
-    target = torch.randint(0, 2, shape).to(target_dtype or dtype)
-    target_with_grad = target.clone().requires_grad_(target.is_floating_point())
-
-    def operation(
-        name: str, inputs: tuple[Tensor, ...], call: Callable[[], Any], forward: str, backward: str | None
-    ) -> Operation:
-        def outputs() -> tuple[Tensor, ...]:
-            result = call()
-            return (result,) if isinstance(result, Tensor) else result
-
-        return Operation(name, inputs, batch * shape[1], outputs, forward, backward)
-
-    both, moment_grads = "mu + logvar", "mu_grad + logvar_grad"
-    if target_dtype is None:
-        yield operation(
-            "gaussian_sample", (mu, logvar), lambda: F.gaussian_sample(mu, logvar),
-            f"{both} -> z", f"logvar + z_grad -> {moment_grads}",
-        )  # fmt: skip
-        yield operation(
-            "gaussian_kl", (mu, logvar), lambda: F.gaussian_kl(mu, logvar), f"{both} ->", f"{both} -> {moment_grads}"
-        )
-        yield operation(
-            "gaussian_sample_kl", (mu, logvar), lambda: F.gaussian_sample_kl(mu, logvar),
-            f"{both} -> z", f"{both} + z_grad -> {moment_grads}",
-        )  # fmt: skip
-        yield operation(
-            "gaussian_sample_kl_packed", (moments,), lambda: F.gaussian_sample_kl_packed(moments),
-            f"{both} -> z", f"{both} + z_grad -> {moment_grads}",
-        )  # fmt: skip
-        yield operation(
-            "gaussian_sample_kl_packed eps", (moments,), lambda: F.gaussian_sample_kl_packed(moments, eps=eps),
-            f"{both} + eps -> z", f"{both} + eps + z_grad -> {moment_grads}",
-        )  # fmt: skip
-        # Of many samples, because what is written for each dimension is shared by them.
-        tall = tuple(t.detach().view(-1, 16).requires_grad_() for t in (mu, logvar))
-        yield operation(
-            "gaussian_sample_kl dimensions", tall,
-            lambda: F.gaussian_sample_kl(*tall, reduction="per_dimension", free_bits=0.1),
-            f"{both} -> z", f"{both} + z_grad -> {moment_grads}",
-        )  # fmt: skip
-    yield operation(
-        "sigmoid_mse_loss", (logits,), lambda: F.sigmoid_mse_loss(logits, target),
-        "logits + target ->", "logits + target -> logits_grad",
-    )  # fmt: skip
-    yield operation(
-        "elbo_loss", (logits, kl), lambda: F.elbo_loss(logits, target, kl).loss,
-        "logits + target ->", "logits + target -> logits_grad",
-    )  # fmt: skip
-    if target_dtype is None:
-        yield operation(
-            "sigmoid_mse_loss both gradients", (logits, target_with_grad),
-            lambda: F.sigmoid_mse_loss(logits, target_with_grad),
-            "logits + target ->", "logits + target -> logits_grad + target_grad",
-        )  # fmt: skip
-        yield operation(
-            "elbo_loss both gradients", (logits, target_with_grad, kl),
-            lambda: F.elbo_loss(logits, target_with_grad, kl).loss,
-            "logits + target ->", "logits + target -> logits_grad + target_grad",
-        )  # fmt: skip
-    yield operation(
-        "elbo_value_and_grad", (), lambda: F.elbo_value_and_grad(logits.detach(), target, kl.detach())[1],
-        "logits + target -> logits_grad", None,
-    )  # fmt: skip
-
-
-def formula_bytes(formula: str, dtype: torch.dtype, target_dtype: torch.dtype | None) -> int:
-    """Bytes per element of the tensors that a formula names."""
-    names = re.findall(r"\w+", formula)
-    return sum((target_dtype or dtype).itemsize if name == "target" else dtype.itemsize for name in names)
+def measure(
+    operation: Operation, dtype: torch.dtype, target_dtype: torch.dtype | None = None
+) -> dict[str, tuple[Traffic, int]]:
+    """The traffic of an operation in each direction, and the number of elements that it was made for."""
+    # Of many samples where they share what is written for each dimension, else of long ones.
+    shape = (1024, 16) if "dimensions" in operation.kernels["forward"] else (4, 4096)
+    elements = shape[0] * shape[1]
+    tensors = operation.inputs(Spec(shape, dtype, target_dtype))
+    found = {}
+    with fastvae.use_backend("triton"):
+        with metered() as traffic:
+            outputs = operation(F, *tensors)
+        found["forward"] = traffic, elements
+        if operation.backward is not None:
+            roots = outputs[: operation.roots]
+            upstream = [torch.randn_like(output) for output in roots]
+            with metered() as traffic:
+                torch.autograd.grad(roots, [t for t in tensors if t.requires_grad], upstream)
+            found["backward"] = traffic, elements
+    return found
 
 
 def documented_bytes(docstring: str, *conditions: str) -> tuple[int, int]:
@@ -207,20 +132,19 @@ def documented_bytes(docstring: str, *conditions: str) -> tuple[int, int]:
 
 
 def main() -> None:
-    print(f"{'operation':32} {'types':14} {'direction':9} {'read':>6} {'written':>8} {'formula':>8}  launches")
+    print(f"{'operation':40} {'types':14} {'direction':9} {'read':>6} {'written':>8} {'formula':>8}  launches")
     for dtype, target_dtype in ((torch.float32, None), (torch.float32, torch.uint8), (torch.bfloat16, None)):
         types = str(dtype).removeprefix("torch.") + (" uint8" if target_dtype else "")
-        for operation in operations(dtype, target_dtype):
-            measured = zip(
-                ("forward", "backward"), operation.measure(), (operation.forward, operation.backward), strict=True
-            )
-            for direction, traffic, formula in measured:
-                if traffic is not None and formula is not None:
-                    print(
-                        f"{operation.name:32} {types:14} {direction:9} {traffic.loaded / operation.elements:6.2f} "
-                        f"{traffic.stored / operation.elements:8.2f} "
-                        f"{formula_bytes(formula, dtype, target_dtype):8}  {traffic.launches}  {formula}"
-                    )
+        for operation in operations():
+            if target_dtype and not takes_bytes(operation):
+                continue
+            for direction, (traffic, elements) in measure(operation, dtype, target_dtype).items():
+                expected = sum(operation.bytes_per_element(direction, dtype, target_dtype))
+                print(
+                    f"{operation.name:40} {types:14} {direction:9} {traffic.loaded / elements:6.2f} "
+                    f"{traffic.stored / elements:8.2f} {expected:8}  {traffic.launches}  "
+                    f"{operation.formula(direction)}"
+                )
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .elementwise import load_target
 from .launch import Plan, launch, make_plan
 from .layout import dense_strides, event_size, remembered, with_dense_rows
-from .elementwise import load_target
 from .tiles import UNSPECIALIZED, cut, program_tile, tile_offsets
 
 

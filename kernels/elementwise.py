@@ -198,7 +198,9 @@ def gradient_kernel(
         first_row, first_column = program_tile(chunks, FLAT, ROWS, COLUMNS)
         row, column, inside = places(first_row, first_column, rows, columns, ROWS, COLUMNS, VECTOR)
         if PER_ROW:
-            loss_grad = tl.load(loss_grad_ptr + (first_row + row) * loss_grad_stride, mask=row < rows - first_row, other=0.0)
+            loss_grad = tl.load(
+                loss_grad_ptr + (first_row + row) * loss_grad_stride, mask=row < rows - first_row, other=0.0
+            )
             factor = (SLOPE_FACTOR * scale) * loss_grad.to(tl.float32)
         else:
             value_grad = 0.0

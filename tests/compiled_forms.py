@@ -35,13 +35,14 @@ import triton.language as tl
 from triton.backends.nvidia.compiler import CUDABackend
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import fastvae.functional as F
 from codegen import TARGETS
-from fastvae.kernels import batch, elbo, gaussian, reconstruction
+from fastvae.kernels import batch
+from fastvae.operations import Operation, operations
 from launches import Launch, record
+from traffic import takes_bytes
 
-NOISE = (None, None, 1, 4, 0)
-# Drawn for a whole batch, and for parts of one that start on a quad and do not.
-DRAWN = [(None, *NOISE), (None, *NOISE[:-1], 8), (None, *NOISE[:-1], 3)]
+Given = tuple[list[torch.Tensor], dict[str, Any]]
 
 # Of mu: whole rows per program, of quads and not; rows of several programs, likewise; and one number.
 SHAPES = [(6, 8), (5, 3), (40, 10), (3, 9000), (2, 9001), (1, 1)]
@@ -65,46 +66,68 @@ def moments(dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, torch.Tensor | N
         yield channels_last(2, channels, 5, 5, dtype=dtype), None, 1
 
 
-def gaussian_calls(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
+# Drawn for a whole batch, and for parts of one that start on a quad and do not.
+DRAWN = ({}, {"batch_offset": 8}, {"batch_offset": 3})
+IMAGE_DTYPES = (
+    (torch.float32, torch.float32),
+    (torch.float32, torch.uint8),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float32),
+)
+
+
+def of_posterior(operation: Operation, dtype: torch.dtype) -> Iterator[Given]:
+    """The tensors, and the options of a call."""
     for mu, logvar, dim in moments(dtype):
+        if (logvar is None) != ("moments" in operation.arguments):
+            continue
         z = mu.clone() if logvar is not None else mu.narrow(dim, 0, mu.shape[dim] // 2).clone()
-        noises = [*DRAWN, (z, *gaussian.NO_RNG)]
-        for (eps, *rng), (reduction, free_bits) in product(
-            noises, [("none", 0.0), ("batchmean", 0.0), ("per_dimension", 0.0), ("per_dimension", 0.1)]
-        ):
-            kl = torch.empty({"none": z.shape[:1], "batchmean": ()}.get(reduction, z.shape[1:]))
-            before = kl if free_bits else None
-            posterior = mu, logvar, dim, reduction, free_bits
-            yield partial(gaussian.gaussian_sample_kl, *posterior, eps, *rng)
-            if logvar is not None:
-                yield partial(gaussian.gaussian_sample, mu, logvar, eps, *rng)
-                yield partial(gaussian.gaussian_kl, mu, logvar, reduction, free_bits)
-            kl_grads = (kl, kl[:1].expand(kl.shape) if kl.ndim == 1 else kl, None)
-            both_needed = ((True, True), (True, False), (False, True)) if logvar is not None else ((True, True),)
-            for kl_grad, z_grad, needs in product(kl_grads, (z, None), both_needed):
-                if kl_grad is not None or z_grad is not None:
-                    yield partial(gaussian.gaussian_backward, *posterior, z_grad, kl_grad, before, *needs, eps, *rng)
+        tensors = {"mu": mu, "logvar": logvar, "moments": mu, "eps": z}
+        noises = (*DRAWN, {"eps": z}) if operation.draws_noise else ({},)
+        for noise, reduction in product(noises, operation.reductions or (None,)):
+            options = {} if reduction is None else {"reduction": reduction}
+            if logvar is None:
+                options["dim"] = dim
+            yield [tensors[name] for name in operation.arguments], options | noise
 
 
-def image_calls(dtype: torch.dtype, target_dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
+def of_likelihood(operation: Operation, dtype: torch.dtype, target_dtype: torch.dtype) -> Iterator[Given]:
     one = torch.ones(())
     for shape in IMAGES:
-        logits, target = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=target_dtype)
-        each = torch.empty(len(logits))
-        differentiable = target_dtype.is_floating_point
-        for reduction in ("none", "mean"):
-            yield partial(reconstruction.sigmoid_mse_forward, logits, target, reduction)
-            grads = (each, one.expand(len(logits))) if reduction == "none" else (one,)
-            for grad, needs in product(grads, ((True, False), (True, True), (False, True))):
-                if differentiable or not needs[1]:
-                    yield partial(reconstruction.sigmoid_mse_backward, logits, target, grad, reduction, *needs)
-        for weight, kl in product((0.5, one, one.double()), (each, one.expand(len(logits)))):
-            yield partial(elbo.elbo_loss, logits, target, kl, weight, 0.5)
-            for scale in (None, 8.0, one):
-                yield partial(elbo.elbo_value_and_grad, logits, target, kl, weight, 0.5, scale)
-        for grads, needs in product(product((one, None), repeat=3), product((True, False), repeat=3)):
-            if any(grads) and any(needs) and (differentiable or not needs[1]):
-                yield partial(elbo.elbo_backward, logits, target, each, *grads, one, 0.5, *needs)
+        event = [torch.empty(shape, dtype=dtype) for _ in operation.likelihood.parameters]
+        event.append(torch.empty(shape, dtype=target_dtype))
+        if "kl" not in operation.arguments:
+            yield from ((event, {"reduction": reduction}) for reduction in operation.reductions)
+            continue
+        scales = ({}, {"grad_scale": 8.0}, {"grad_scale": one}) if operation.backward is None else ({},)
+        for beta, kl, scale in product(
+            (0.5, one, one.double()), (torch.empty(shape[:1]), one.expand(shape[0])), scales
+        ):
+            yield [*event, kl], {"beta": beta, **scale}
+
+
+def run(operation: Operation, tensors: list[torch.Tensor], options: dict[str, Any], needs: tuple[str, ...]) -> None:
+    """Forward, and backward from every choice of upstream gradients, also such as the gradients of sums are."""
+    inputs = [t.detach().requires_grad_(name in needs) for name, t in zip(operation.arguments, tensors, strict=True)]
+    outputs = zip(operation.outputs, operation(F, *inputs, **options), strict=True)
+    outputs = [(name, output) for name, output in outputs if output.requires_grad]
+    choices = []
+    for name, output in outputs:
+        of_a_sum = [output.new_ones(()).expand(output.shape)] if name != "z" and output.ndim else []
+        choices.append([None, torch.empty_like(output), *of_a_sum])
+    for upstream in product(*choices):
+        used = [(output, grad) for (_, output), grad in zip(outputs, upstream, strict=True) if grad is not None]
+        if used:
+            roots, grads = zip(*used, strict=True)
+            leaves = [t for t in inputs if t.requires_grad]
+            torch.autograd.grad(roots, leaves, grads, retain_graph=True, allow_unused=True)
+
+
+def operation_calls(operation: Operation, given: Iterator[Given]) -> Iterator[Callable[[], Any]]:
+    names = operation.gradients
+    subsets = [s for n in range(1, len(names) + 1) for s in combinations(names, n)] or [()]
+    for (tensors, options), needs in product(given, subsets):
+        yield partial(run, operation, tensors, options, needs)
 
 
 def batch_calls() -> Iterator[Callable[[], Any]]:
@@ -114,15 +137,14 @@ def batch_calls() -> Iterator[Callable[[], Any]]:
 
 
 def calls() -> Iterator[Callable[[], Any]]:
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        yield from gaussian_calls(dtype)
-    for logits, target in (
-        (torch.float32, torch.float32),
-        (torch.float32, torch.uint8),
-        (torch.bfloat16, torch.bfloat16),
-        (torch.float16, torch.float32),
-    ):
-        yield from image_calls(logits, target)
+    for operation in operations():
+        if operation.likelihood is None:
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                yield from operation_calls(operation, of_posterior(operation, dtype))
+            continue
+        for dtype, target_dtype in IMAGE_DTYPES:
+            if target_dtype.is_floating_point or takes_bytes(operation):
+                yield from operation_calls(operation, of_likelihood(operation, dtype, target_dtype))
     yield from batch_calls()
 
 

@@ -6,6 +6,7 @@ when a kernel is decorated, so the variable is set here, before anything imports
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -23,6 +24,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import fastvae
+from fastvae.operations import kernel_names, operations
 
 
 class Launches:
@@ -126,12 +128,11 @@ def compiling(*command: object) -> bytes:
 
 def plan_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """Work out at every call how a kernel is launched, so that a test can change what that follows from."""
-    from fastvae.kernels import dimensions, gaussian, likelihood
-
-    for module in (dimensions, gaussian, likelihood):
-        for name in [name for name in vars(module) if name.startswith("plan_")]:
-            function = getattr(module, name)
-            monkeypatch.setattr(module, name, getattr(function, "__wrapped__", function))
+    for module_name in {kernel.split(".")[0] for kernel in kernel_names(operations())}:
+        module = importlib.import_module(f"fastvae.kernels.{module_name}")
+        for name, function in list(vars(module).items()):
+            if name.startswith("plan_"):
+                monkeypatch.setattr(module, name, getattr(function, "__wrapped__", function))
 
 
 @pytest.fixture

@@ -9,25 +9,18 @@ another may run on its own, or not. Prints the names of the calls that do not.
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import torch
 
 import fastvae
 import fastvae.functional as F
+from fastvae.operations import Spec, operations
 
-MOMENTS, IMAGES, KL, HALF = torch.randn(3, 8), torch.rand(3, 1, 5, 5), torch.rand(3), torch.tensor(0.5)
-CALLS = {
-    "gaussian_sample": lambda: F.gaussian_sample(*MOMENTS.chunk(2, 1)),
-    "gaussian_kl": lambda: F.gaussian_kl(*MOMENTS.chunk(2, 1)),
-    "gaussian_kl per_dimension": lambda: F.gaussian_kl(*MOMENTS.chunk(2, 1), reduction="per_dimension", free_bits=0.1),
-    "gaussian_sample_kl": lambda: F.gaussian_sample_kl(*MOMENTS.chunk(2, 1)),
-    "gaussian_sample_kl_packed": lambda: F.gaussian_sample_kl_packed(MOMENTS),
-    "sigmoid_mse_loss": lambda: F.sigmoid_mse_loss(IMAGES, IMAGES),
-    "elbo_loss": lambda: F.elbo_loss(IMAGES, IMAGES, KL),
-    "elbo_loss tensor": lambda: F.elbo_loss(IMAGES, IMAGES, KL, beta=HALF),
-    "elbo_value_and_grad": lambda: F.elbo_value_and_grad(IMAGES, IMAGES, KL),
-    "elbo_value_and_grad tensor": lambda: F.elbo_value_and_grad(IMAGES, IMAGES, KL, beta=HALF),
-}
+SPEC = Spec((3, 4, 5, 5))
+CALLS = {it.name: partial(it, F, *it.inputs(SPEC)) for it in operations()}
+# A weight that is a tensor is read by another line of the kernel than a number.
+CALLS |= {f"{name} tensor": partial(call, beta=torch.tensor(0.5)) for name, call in CALLS.items() if "elbo" in name}
 
 
 def main() -> None:

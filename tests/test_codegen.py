@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import triton
 
 from conftest import compiling
@@ -19,22 +20,17 @@ from conftest import compiling
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import codegen
 import disassembly
+from launches import configurations
 
-# Bulk tensors of a whole tile that an operation loads or stores.
-BULK_TENSORS = {
-    "gaussian_sample": 3,
-    "gaussian_kl": 2,
-    "gaussian_sample_kl": 3,
-    "gaussian_backward": 5,
-    "dimensions_forward": 3,
-    "dimensions_backward": 5,
-    "sigmoid_mse_forward": 2,
-    "sigmoid_mse_backward": 3,
-    "elbo_loss": 2,
-    "elbo_value_and_grad": 3,
-    "elbo_backward": 3,
-    "gather_batch": 2,
-}
+
+def bulk_bytes() -> dict[str, int]:
+    """By the names of the table: the bytes per element of the tensors of a whole tile that are loaded and stored."""
+    found = {"gather_batch forward uint8 images float32": 1 + 4}
+    for dtype, name in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
+        for size, (operation, direction, spec, _) in configurations(dtype):
+            moved = operation.bytes_per_element(direction, dtype, spec.target_dtype)
+            found[f"{operation.name} {direction} {size} {name}"] = sum(moved)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +48,7 @@ def planted():
 @pytest.mark.slow
 def test_every_kernel_is_compiled_for_every_target(table):
     assert {key.split()[0] for key in table} == {"sm_80", "sm_90", "sm_100", "gfx942"}
-    assert {key.split()[1] for key in table} == set(BULK_TENSORS)
+    assert {key.split(" ", 1)[1] for key in table} == set(bulk_bytes())
 
 
 @pytest.mark.slow
@@ -64,19 +60,17 @@ def test_the_kernels_are_as_good_as_committed(table):
 @pytest.mark.slow
 def test_bulk_tensors_move_in_vectors_of_128_bits(table):
     """None is missing among the accesses that are judged: their number is known."""
+    bytes_per_element = bulk_bytes()
     for name, code in table.items():
         if name.startswith("gfx"):
             continue
-        itemsize = 4 if name.endswith("float32") else 2
-        per_tensor = code["elements_per_thread"] * itemsize / 16
-        target = code["elements_per_thread"] / 16 if "uint8" in name else per_tensor
-        expected = (BULK_TENSORS[name.split()[1]] - 1) * per_tensor + target
-        if "dimensions_backward packed long" in name:
+        expected = code["elements_per_thread"] * bytes_per_element[name.split(" ", 1)[1]] / 16
+        if "per_dimension backward long" in name:
             expected += code["elements_per_thread"] / 4  # a tile is one row, and so is kl, in float32
         assert code["bulk"] == {"128": expected}, name
         # What is left are scalars: upstream gradients, weights, the pair of the noise, and sums. Of dimensions also kl
         # in float32, 8 columns per thread in two accesses.
-        few = 5 if "dimensions_backward packed rows bfloat16" in name else 4
+        few = 5 if "per_dimension backward rows bfloat16" in name else 4
         assert code["others"] <= few, name
 
 
@@ -90,12 +84,12 @@ def test_the_parts_of_a_kernel_are_what_they_are_called(table):
         sums = not kernel.startswith(("gaussian_sample ", "gather_batch ")) and "backward" not in kernel
         assert (code["row_sums"] > 0) == sums, name
         # The rows of "rows", and images whose sums are asked for one by one, fit one program each.
-        alone = " rows " in kernel or kernel.startswith("sigmoid_mse_forward images")
-        if kernel.startswith("dimensions"):
+        alone = " rows " in kernel or kernel.startswith("sigmoid_mse_loss forward images")
+        if "per_dimension" in kernel:
             alone = " long " in kernel  # the other way round: rows are what is shared
         assert (code["finishing"] > 0) == (sums and not alone), name
         # Of images a thread has only 8 elements, over which the mask of kl's gradient is spread: 7 instructions.
-        most = 2 + 7 / 8 if kernel.startswith("elbo_value_and_grad images") else 2
+        most = 2 + 7 / 8 if kernel.startswith("elbo_value_and_grad forward images") else 2
         assert 0 < code["tails"] < most and code["body"] > 2, name
         assert code["fixed"] > 0, name
 

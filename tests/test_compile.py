@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fastvae
 import fastvae.functional as F
-from fastvae.likelihoods import Bernoulli
 from fastvae import nn
+from fastvae.likelihoods import Bernoulli
 
 # Inductor's partitioner and its elimination of common subexpressions, without its slow code generation.
 PARTITIONED = "aot_eager_decomp_partition"

@@ -12,12 +12,9 @@ import pytest
 
 from compiled_forms import covering
 from conftest import compiling
+from fastvae.operations import kernel_names, operations
 
-KERNELS = {
-    "gaussian_forward_kernel", "gaussian_backward_kernel", "dimensions_forward_kernel", "dimensions_backward_kernel",
-    "sigmoid_mse_forward_kernel", "sigmoid_mse_backward_kernel", "elbo_forward_kernel", "elbo_backward_kernel",
-    "gather_batch_kernel",
-}  # fmt: skip
+KERNELS = {name.split(".")[1] for name in kernel_names(operations())} | {"gather_batch_kernel"}
 
 
 @pytest.fixture(scope="module")

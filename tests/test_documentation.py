@@ -32,6 +32,7 @@ import torch
 import fastvae
 from conftest import Launches
 from fastvae.kernels import INTERPRETED
+from fastvae.operations import operations, table
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -285,16 +286,12 @@ def test_the_compiled_code_in_performance_is_the_committed_one():
         assert [registers, load, store, body] == [str(code["registers"]), *wide, f"{code['body']:.1f}"], name
 
 
-def operations(page: Path) -> dict[str, list[str]]:
-    """Of the page's table of functions, the last two columns."""
-    rows = itertools.dropwhile(lambda row: row[0] != "function", table_rows(page))
-    return {row[0]: row[-2:] for row in itertools.takewhile(lambda row: row[0] not in ("machine", "kernel"), rows)}
-
-
-def test_the_launches_and_bytes_in_performance_are_those_of_the_readme():
-    readme, page = operations(ROOT / "README.md"), operations(DOCS / "performance.md")
-    assert len(readme) > 5
-    assert page == readme
+@pytest.mark.parametrize(("page", "computes"), [("README.md", True), ("docs/performance.md", False)])
+def test_the_table_of_operations_is_the_one_made_from_the_list(page, computes):
+    lines = table(operations(), computes)
+    assert len(lines) > 5
+    wanted = "\n".join(lines)
+    assert f"\n\n{wanted}\n\n" in PAGES[page].read_text(encoding="utf-8"), f"the table should be:\n{wanted}"
 
 
 def test_milliseconds_are_quoted_from_the_readme():

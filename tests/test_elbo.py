@@ -22,10 +22,9 @@ import fastvae
 import fastvae.functional as F
 from bounds import assert_within, ulp
 from fastvae.functional import ELBO
-from fastvae.kernels import INTERPRETED
-from fastvae.kernels import elementwise
-from fastvae.kernels import likelihood as kernels
+from fastvae.kernels import INTERPRETED, elementwise
 from fastvae.kernels import launch as launching
+from fastvae.kernels import likelihood as kernels
 from fastvae.nn import ELBOLoss
 from fastvae.reference import elbo as reference
 from test_reconstruction import (

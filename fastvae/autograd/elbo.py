@@ -111,9 +111,7 @@ class ELBOLoss(torch.autograd.Function):
                     ctx.likelihood.key, tensors, kl, *value_grads, *scalars, needed, needs_kl
                 )
             else:
-                found = kernels.elbo_backward(
-                    ctx.likelihood, tensors, kl, *value_grads, beta, weight, needed, needs_kl
-                )
+                found = kernels.elbo_backward(ctx.likelihood, tensors, kl, *value_grads, beta, weight, needed, needs_kl)
             each = iter(found)
             gradients = [next(each) if needs else None for needs in needed]
             kl_grad = next(each) if needs_kl else None

@@ -44,6 +44,7 @@ def differentiable_gradients(
     likelihood: Likelihood, tensors: Sequence[Tensor], needed: Sequence[bool], element_grad: Tensor
 ) -> list[Tensor | None]:
     """The gradients of the elements in plain PyTorch, given that of each element; None for what needs none."""
+
     def formula(*wanted: Tensor) -> Tensor:
         each = iter(wanted)
         *parameters, target = [next(each) if need else x for x, need in zip(tensors, needed, strict=True)]

@@ -58,9 +58,7 @@ def derivatives(result: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
     """Of each element by the same element of each input."""
     if not result.requires_grad:
         return [torch.zeros_like(x) for x in inputs]
-    return list(
-        torch.autograd.grad(result.sum(), inputs, create_graph=True, allow_unused=True, materialize_grads=True)
-    )
+    return list(torch.autograd.grad(result.sum(), inputs, create_graph=True, allow_unused=True, materialize_grads=True))
 
 
 def ulp(values: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -124,7 +124,7 @@ class Likelihood:
         return f"{type(self).__module__}:{type(self).__qualname__}({settings})"
 
 
-@lru_cache(maxsize=None)
+@cache
 def from_key(key: str) -> Likelihood:
     """The likelihood whose `key` this is.
 

@@ -1,0 +1,346 @@
+"""The public operations, in one list.
+
+Whatever holds all of them to something reads this list: the tests of the error bound, launches, bytes, layouts,
+autograd and torch.compile; the tables of the compiled code; what the benchmarks measure; and the table of operations in
+the documentation. So a new operation is one entry here. Kernels stand here by their names, because this module imports
+no Triton.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvae.likelihoods import Bernoulli, Likelihood, SigmoidMSE
+
+Call = Callable[..., Any]
+REDUCTIONS = ("none", "batchmean", "sum", "mean")
+
+
+LIKELIHOODS = (SigmoidMSE(), Bernoulli())
+# Of the factor that a kernel multiplies each slope by: a product of up to four numbers.
+FACTOR = 5
+
+
+@dataclass(frozen=True)
+class Spec:
+    """On what an operation is tried."""
+
+    shape: tuple[int, ...]  # of z, or of the target
+    dtype: torch.dtype = torch.float32
+    target_dtype: torch.dtype | None = None  # dtype, unless given
+    layout: Callable[[Tensor], Tensor] = Tensor.contiguous  # of every tensor but kl
+    device: torch.device | str = "cpu"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A public function as it is tried: with these arguments, of which these get gradients.
+
+    `forward` and `backward` name the tensors of the event's size that are read and written: "mu + logvar -> z". The
+    bytes that an operation may move are those of these tensors. A gradient is named after its tensor: "z_grad".
+    """
+
+    name: str  # that of the function, and what is different about this entry
+    function: str  # of fastvae.functional
+    arguments: tuple[str, ...]  # the tensors
+    gradients: tuple[str, ...]  # of these arguments
+    outputs: tuple[str, ...]  # what the function returns, flattened
+    roots: int  # so many of the outputs, the first ones, are what a training step differentiates
+    forward: str
+    backward: str | None  # None: the gradients are among the outputs
+    kernels: Mapping[str, str]  # "forward", "backward": "module.kernel" of fastvae.kernels
+    roundings: Mapping[str, int]  # of each output and gradient, without the levels of sums: the kernels' docstrings
+    launches: Mapping[str, int]  # "forward", "backward": Triton launches and operations of torch
+    options: Mapping[str, Any] = field(default_factory=dict)  # what the function is called with
+    reductions: tuple[str, ...] = ()  # those that the function takes with these options
+    call: Call = lambda function, *tensors, **options: function(*tensors, **options)
+    draws_noise: bool = False  # where no `eps` is given
+    likelihood: Likelihood | None = None
+    computes: str | None = None  # what the documentation says of it; None: it has no row there
+    measured: bool = True  # by the benchmarks
+
+    def __call__(self, library: Any, *tensors: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        """The outputs, where `library` has the function: fastvae.functional, or a module that has the same names."""
+        return flattened(self.call(getattr(library, self.function), *tensors, **{**self.options, **options}))
+
+    def inputs(self, spec: Spec) -> tuple[Tensor, ...]:
+        """The arguments; those of `gradients` require grad."""
+        generator = torch.Generator().manual_seed(spec.seed)
+        drawn: dict[str, Tensor] = {}
+        if self.likelihood:
+            names = (*self.likelihood.parameters, "target")
+            drawn = dict(zip(names, self.likelihood.draw(spec.shape, generator), strict=True))
+        tensors = []
+        for name in self.arguments:
+            if name == "moments":
+                halves = [_draw(half, spec.shape, generator) for half in ("mu", "logvar")]
+                tensor = spec.layout(torch.cat(halves, 1).to(spec.device, spec.dtype))
+            elif name == "kl":
+                tensor = torch.logspace(-2, 2, spec.shape[0], device=spec.device)
+            else:
+                dtype = spec.target_dtype if name == "target" and spec.target_dtype else spec.dtype
+                values = drawn[name] if name in drawn else _draw(name, spec.shape, generator)
+                if dtype is torch.uint8:
+                    values = (255 * values).round() if self.target_kind == "unit" else values.clamp(0, 255)
+                tensor = spec.layout(values.to(spec.device, dtype))
+            tensors.append(tensor.requires_grad_(name in self.gradients and tensor.is_floating_point()))
+        return tuple(tensors)
+
+    @property
+    def target_kind(self) -> str | None:
+        return self.likelihood.target if self.likelihood else None
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        return ("forward",) if self.backward is None else ("forward", "backward")
+
+    def formula(self, direction: str) -> str:
+        formula = self.forward if direction == "forward" else self.backward
+        assert formula is not None, f"{self.name} has no backward pass"
+        return formula
+
+    def tensors_moved(self, direction: str) -> tuple[list[str], list[str]]:
+        """The names of the tensors of the event's size that are read, and of those that are written."""
+        read, written = self.formula(direction).split("->")
+        return re.findall(r"\w+", read), re.findall(r"\w+", written)
+
+    def bytes_per_element(
+        self, direction: str, dtype: torch.dtype = torch.float32, target_dtype: torch.dtype | None = None
+    ) -> tuple[int, int]:
+        """Bytes read and written per element of z or of the target."""
+
+        def size(names: list[str]) -> int:
+            of_target = (target_dtype or dtype).itemsize
+            return sum(of_target if name.startswith("target") else dtype.itemsize for name in names)
+
+        read, written = self.tensors_moved(direction)
+        return size(read), size(written)
+
+
+def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    normal = torch.randn(shape, generator=generator)
+    return 0.7 * normal - 0.5 if name == "logvar" else normal
+
+
+def flattened(result: Any) -> tuple[Tensor, ...]:
+    """The tensors of a result: a tensor, or tuples of tensors and tuples."""
+    if isinstance(result, Tensor):
+        return (result,)
+    tensors: list[Tensor] = []
+    for part in result:
+        tensors += flattened(part)
+    return tuple(tensors)
+
+
+def operations(extra: Sequence[Likelihood] = ()) -> list[Operation]:
+    """Every public operation, and those of likelihoods that are not fastvae's own."""
+    return [*_of_posterior(), *(it for likelihood in (*LIKELIHOODS, *extra) for it in of_likelihood(likelihood))]
+
+
+def named(operations: Sequence[Operation]) -> dict[str, Operation]:
+    return {operation.name: operation for operation in operations}
+
+
+def kernel_names(operations: Sequence[Operation]) -> list[str]:
+    """Their kernels, each once: "module.kernel" of fastvae.kernels."""
+    return sorted({kernel for operation in operations for kernel in operation.kernels.values()})
+
+
+def _of_posterior() -> list[Operation]:
+    halves, packed = ("mu", "logvar"), ("moments",)
+    reductions = (*REDUCTIONS, "per_dimension")
+    of_dimensions = {
+        "forward": "dimensions.dimensions_forward_kernel",
+        "backward": "dimensions.dimensions_backward_kernel",
+    }
+    sample = Operation(
+        name="gaussian_sample",
+        function="gaussian_sample",
+        arguments=halves,
+        gradients=halves,
+        outputs=("z",),
+        roots=1,
+        forward="mu + logvar -> z",
+        backward="logvar + z_grad -> mu_grad + logvar_grad",
+        kernels={"forward": "gaussian.gaussian_forward_kernel", "backward": "gaussian.gaussian_backward_kernel"},
+        roundings={"z": 6, "kl": 10, "mu_grad": 4, "logvar_grad": 10},  # mu_grad: 3, and one for the upstream factor
+        launches={"forward": 1, "backward": 1},
+        draws_noise=True,
+        computes="z = mu + exp(logvar / 2) · eps",
+    )
+    divergence = replace(
+        sample,
+        name="gaussian_kl",
+        function="gaussian_kl",
+        outputs=("kl",),
+        forward="mu + logvar ->",
+        backward="mu + logvar -> mu_grad + logvar_grad",
+        reductions=reductions,
+        draws_noise=False,
+        computes="KL(N(mu, exp(logvar)) ‖ N(0, I))",
+    )
+    both = replace(
+        sample,
+        name="gaussian_sample_kl",
+        function="gaussian_sample_kl",
+        outputs=("z", "kl"),
+        roots=2,
+        backward="mu + logvar + z_grad -> mu_grad + logvar_grad",
+        options={"reduction": "batchmean"},
+        reductions=reductions,
+        computes="both",
+    )
+    of_packed = replace(
+        both,
+        name="gaussian_sample_kl_packed",
+        function="gaussian_sample_kl_packed",
+        arguments=packed,
+        gradients=packed,
+        computes="both, from [mu \\| logvar] along any dimension, without a copy",
+    )
+    return [
+        sample,
+        divergence,
+        replace(
+            divergence,
+            name="gaussian_kl_free_bits",
+            kernels=of_dimensions,
+            launches={"forward": 2, "backward": 1},  # and a sum
+            options={"free_bits": 0.5},
+            reductions=("batchmean", "per_dimension"),
+            computes="the same, where each dimension counts as at least `free_bits`",
+        ),
+        both,
+        of_packed,
+        replace(
+            of_packed,
+            name="gaussian_sample_kl_packed_eps",
+            arguments=("moments", "eps"),
+            forward="mu + logvar + eps -> z",
+            backward="mu + logvar + eps + z_grad -> mu_grad + logvar_grad",
+            call=lambda function, moments, eps, **options: function(moments, eps=eps, **options),
+            draws_noise=False,
+            computes=None,
+            measured=False,
+        ),
+        replace(
+            of_packed,
+            name="gaussian_sample_kl_packed_per_dimension",
+            kernels=of_dimensions,
+            options={"reduction": "per_dimension", "free_bits": 0.5},
+            reductions=("per_dimension", "batchmean"),
+            computes="the batch mean of each dimension, and at least `free_bits` of each",
+            measured=False,
+        ),
+    ]
+
+
+def of_likelihood(likelihood: Likelihood) -> list[Operation]:
+    """The three operations of a likelihood, and the first two again with a gradient of the target, if it has one."""
+    parameters = likelihood.parameters
+    gradients = tuple(f"{name}_grad" for name in parameters)
+    value, *slopes = likelihood.roundings
+    each_slope = zip((*gradients, "target_grad"), slopes, strict=False)
+    roundings = {"loss": value, **{name: slope + FACTOR for name, slope in each_slope}}
+    read, written = " + ".join((*parameters, "target")), " + ".join(gradients)
+    own = isinstance(likelihood, SigmoidMSE)  # the default, which has functions of its own
+    suffix = "" if own else f"_{likelihood!r}".removesuffix("()")
+
+    def call(function: Call, *tensors: Tensor, **options: Any) -> Any:
+        if own:
+            return function(*tensors, **options)
+        return function(tensors[: len(parameters)], *tensors[len(parameters) :], likelihood=likelihood, **options)
+
+    loss = Operation(
+        name="sigmoid_mse_loss" if own else f"negative_log_likelihood{suffix}",
+        function="sigmoid_mse_loss" if own else "negative_log_likelihood",
+        arguments=(*parameters, "target"),
+        gradients=parameters,
+        outputs=("loss",),
+        roots=1,
+        forward=f"{read} ->",
+        backward=f"{read} -> {written}",
+        kernels={
+            "forward": "likelihood.value_kernel",
+            "backward": "likelihood.gradient_kernel",
+        },
+        roundings=roundings,
+        launches={"forward": 1, "backward": 1},
+        reductions=REDUCTIONS,
+        call=call,
+        likelihood=likelihood,
+        computes="(sigmoid(logits) − target)², reduced" if own else None,  # noqa: RUF001 - a minus
+    )
+    bound = replace(
+        loss,
+        name=f"elbo_loss{suffix}",
+        function="elbo_loss",
+        arguments=(*parameters, "target", "kl"),
+        gradients=(*parameters, "kl"),
+        outputs=("loss", "reconstruction", "kl"),
+        # The weighted sums have 4 more; the gradient in kl is (beta * g + g') / B.
+        roundings={**roundings, "loss": value + 4, "reconstruction": value + 4, "kl": 4, "kl_grad": 5},
+        options={"beta": 0.5},
+        reductions=(),
+        computes="½ · squared error + beta · KL, in nats" if own else None,
+    )
+    at_once = replace(
+        bound,
+        name=f"elbo_value_and_grad{suffix}",
+        function="elbo_value_and_grad",
+        gradients=(),
+        outputs=(*bound.outputs, *gradients, "kl_grad"),
+        roots=0,
+        forward=f"{read} -> {written}",
+        backward=None,
+        launches={"forward": 1},
+        computes="the same, and its gradients" if own else None,
+    )
+    entries = [loss, bound, at_once]
+    if likelihood.target_has_slope:
+        entries += [
+            replace(
+                entry,
+                name=f"{entry.name}_target",
+                gradients=(*entry.gradients, "target"),
+                backward=f"{entry.backward} + target_grad",
+                computes=None,
+                measured=False,
+            )
+            for entry in (loss, bound)
+        ]
+    return entries
+
+
+def table(operations: Sequence[Operation], computes: bool) -> list[str]:
+    """The lines of the documentation's table of operations; with a column of what each computes, if asked for."""
+    titles = ["function", "computes", "launches, forward + backward", "bytes per float32 element, forward + backward"]
+    rows = [titles, ["---"] * 4, *(_row(operation) for operation in operations if operation.computes)]
+    return [f"| {' | '.join(row if computes else [row[0], *row[2:]])} |".replace(" --- ", "---") for row in rows]
+
+
+def _row(operation: Operation) -> list[str]:
+    def both_directions(number: Callable[[str], int]) -> str:
+        numbers = [str(number(direction)) for direction in operation.directions]
+        return " + ".join(numbers) if len(numbers) > 1 else f"{numbers[0]} in all"
+
+    moved = both_directions(lambda direction: sum(operation.bytes_per_element(direction)))
+    if operation.target_kind == "unit":
+        of_uint8 = both_directions(lambda d: sum(operation.bytes_per_element(d, target_dtype=torch.uint8)))
+        moved += f"; {of_uint8.removesuffix(' in all')} with a uint8 target"
+    given = list(operation.arguments)
+    if operation.name != operation.function:
+        given += [f"{name}={value!r}".replace("'", '"') for name, value in operation.options.items()]
+    return [
+        f"`{operation.function}({', '.join(given)})`",
+        operation.computes or "",
+        both_directions(operation.launches.__getitem__),
+        moved,
+    ]
