@@ -141,6 +141,6 @@ def from_key(key: str) -> Likelihood:
         return kind(**given)
     except (AssertionError, AttributeError, ImportError, SyntaxError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{key!r} names no likelihood: it must be module:Class(settings), with a class at the top level of a module "
-            f"that can be imported ({error})"
+            f"{key!r} names no likelihood: it must be module:Class(settings), with a class at the top level of a "
+            f"module that can be imported ({error})"
         ) from error
