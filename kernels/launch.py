@@ -63,13 +63,19 @@ def make_plan(programs: int, num_warps: int, *numbers: float, **constants: Any) 
 
 def _kind(argument: Any) -> Any:
     """Equal only for arguments for which Triton compiles the same code."""
+    # The commonest types first, because a launch asks this of a dozen arguments.
+    kind = type(argument)
+    if kind is Tensor:
+        return argument.dtype if argument.data_ptr() % 16 == 0 else (argument.dtype, "unaligned")
+    if kind is float or argument is None:
+        return kind
+    if kind is tuple:
+        return (_kind(argument[0]),) if len(argument) == 1 else tuple(map(_kind, argument))
+    if kind is int:
+        return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31, argument < 2**63
     if isinstance(argument, Tensor):
         return argument.dtype if argument.data_ptr() % 16 == 0 else (argument.dtype, "unaligned")
-    if type(argument) is tuple:
-        return tuple(map(_kind, argument))
-    if type(argument) is int:
-        return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31, argument < 2**63
-    return type(argument)
+    return kind
 
 
 def launch(kernel: Any, plan: Plan, device: torch.device, *arguments: Any) -> None:

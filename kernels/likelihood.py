@@ -22,11 +22,13 @@ Scalar = float | Tensor
 
 def read_together(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The tensors with dense rows and equal strides: those of the first, where it has dense rows."""
-    first = with_dense_rows(tensors[0])
-    if any(not has_strides(tensor, first.stride()) or tensor.is_neg() for tensor in tensors[1:]):
-        strides = dense_strides(first)
-        return [with_strides(tensor, strides) for tensor in (first, *tensors[1:])]
-    return [first, *tensors[1:]]
+    together = [with_dense_rows(tensors[0]), *tensors[1:]]
+    strides = together[0].stride()
+    for tensor in together[1:]:  # a loop, because this is asked at each call
+        if not has_strides(tensor, strides) or tensor.is_neg():
+            strides = dense_strides(together[0])
+            return [with_strides(tensor, strides) for tensor in together]
+    return together
 
 
 class Rows(NamedTuple):
@@ -67,9 +69,11 @@ class Rows(NamedTuple):
 
 def rows_of(tensors: Sequence[Tensor]) -> Rows:
     first = tensors[0]
-    batch = first.shape[0]
-    widest = max(tensor.element_size() for tensor in tensors)
-    return Rows(batch, first.numel() // batch, first.stride(0), first.element_size(), widest)
+    batch, itemsize = first.shape[0], first.element_size()
+    widest = itemsize
+    for tensor in tensors[1:]:
+        widest = max(widest, tensor.element_size())
+    return Rows(batch, first.numel() // batch, first.stride(0), itemsize, widest)
 
 
 def constants_of(likelihood: Likelihood) -> dict[str, Any]:
@@ -88,9 +92,8 @@ def empty_gradients(tensors: Sequence[Tensor], needed: Sequence[bool]) -> tuple[
     the strides of its own.
     """
     strides = dense_strides(tensors[0])
-    return tuple(
-        tensor.new_empty_strided(tensor.shape, strides) for tensor, need in zip(tensors, needed, strict=True) if need
-    )
+    each = zip(tensors, needed, strict=True)
+    return tuple([tensor.new_empty_strided(tensor.shape, strides) for tensor, need in each if need])
 
 
 def needed_of(values: Sequence[Any], needed: Sequence[bool]) -> list[Any]:
@@ -203,7 +206,8 @@ def allocate_values(first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """loss, reconstruction and mean_kl: three tensors, because views of one buffer could not be modified in place by
     the user.
     """
-    return tuple(first.new_empty([], dtype=torch.float32) for _ in range(3))
+    new_empty = first.new_empty
+    return new_empty([], dtype=torch.float32), new_empty([], dtype=torch.float32), new_empty([], dtype=torch.float32)
 
 
 def programs_of_kl(batch: int) -> int:

@@ -149,11 +149,12 @@ def elbo_value_and_grad(
     grad_scale: Scalar | None,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
     """The three values, the gradients of the parameters, and that of kl."""
-    with torch.no_grad():
-        if is_traced(kl, beta, reconstruction_weight, grad_scale, *tensors):
+    results: Sequence[Tensor]
+    if is_traced(kl, beta, reconstruction_weight, grad_scale, *tensors):
+        with torch.no_grad():  # a launcher's results have no graph anyway
             weights = as_tensors(tensors[0], beta, reconstruction_weight, grad_scale)
             results = _operations.elbo_value_and_grad(likelihood.key, tensors, kl, *weights)
-        else:
-            results = kernels.elbo_value_and_grad(likelihood, tensors, kl, beta, reconstruction_weight, grad_scale)
+    else:
+        results = kernels.elbo_value_and_grad(likelihood, tensors, kl, beta, reconstruction_weight, grad_scale)
     loss, reconstruction, mean_kl, kl_grad, *gradients = results
     return (loss, reconstruction, mean_kl), tuple(gradients), kl_grad

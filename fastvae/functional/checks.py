@@ -68,9 +68,10 @@ def check_likelihood(
         )
     first = given[0]
     check_batch(names[0], first)
-    for name, tensor in zip(names[1:], given[1:], strict=True):
-        check_batch(name, tensor)
-        check_like(name, tensor, names[0], first)
+    if len(names) > 1:
+        for name, tensor in zip(names[1:], given[1:], strict=True):
+            check_batch(name, tensor)
+            check_like(name, tensor, names[0], first)
     check_like("target", target, names[0], first)
     if target.dtype is not torch.uint8 and target.dtype not in FLOATING:
         read = "t / 255" if likelihood.target == "unit" else "t"

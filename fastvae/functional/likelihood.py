@@ -8,6 +8,8 @@ from fastvae import reference
 from fastvae.functional.checks import check_likelihood, check_reduction, takes_triton
 from fastvae.likelihoods import Likelihood, SigmoidMSE
 
+SIGMOID_MSE = SigmoidMSE()
+
 
 def negative_log_likelihood(
     parameters: Tensor | tuple[Tensor, ...], target: Tensor, likelihood: Likelihood, *, reduction: str = "batchmean"
@@ -46,4 +48,4 @@ def sigmoid_mse_loss(logits: Tensor, target: Tensor, *, reduction: str = "batchm
     It is `negative_log_likelihood` with `fastvae.likelihoods.SigmoidMSE`, which has its arguments, results and errors.
     With reduction="mean" it is exactly ``torch.nn.functional.mse_loss(torch.sigmoid(logits), target)``.
     """
-    return negative_log_likelihood(logits, target, SigmoidMSE(), reduction=reduction)
+    return negative_log_likelihood(logits, target, SIGMOID_MSE, reduction=reduction)
