@@ -1,9 +1,9 @@
 """The public operations, in one list.
 
-Whatever holds all of them to something reads this list: the tests of the error bound, launches, bytes, layouts,
-autograd and torch.compile; the tables of the compiled code; what the benchmarks measure; and the table of operations in
-the documentation. So a new operation is one entry here. Kernels stand here by their names, because this module imports
-no Triton.
+Every test, table and benchmark of all operations reads this list: the tests of the error bound, launches, bytes,
+layouts, autograd and torch.compile; the tables of the compiled code; the cases of the benchmarks; and the table of
+operations in the documentation. So a new operation is one entry here. Kernels are given by name, because this module
+imports no Triton.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ REDUCTIONS = ("none", "batchmean", "sum", "mean")
 
 
 LIKELIHOODS = (SigmoidMSE(), Bernoulli())
-# Of the factor that a kernel multiplies each slope by: a product of up to four numbers.
+# A gradient has so many roundings more than its slope, because the kernel multiplies it by a factor: a product of up to
+# four numbers.
 FACTOR = 5
 
 
 @dataclass(frozen=True)
 class Spec:
-    """On what an operation is tried."""
+    """The tensors on which an operation is tried."""
 
     shape: tuple[int, ...]  # of z, or of the target
     dtype: torch.dtype = torch.float32
@@ -41,33 +42,33 @@ class Spec:
 
 @dataclass(frozen=True)
 class Operation:
-    """A public function as it is tried: with these arguments, of which these get gradients.
+    """A public function and how it is tried: with which arguments and options, and which arguments get gradients.
 
-    `forward` and `backward` name the tensors of the event's size that are read and written: "mu + logvar -> z". The
-    bytes that an operation may move are those of these tensors. A gradient is named after its tensor: "z_grad".
+    `forward` and `backward` name the tensors of the event's size that are read and written: "mu + logvar -> z". An
+    operation may move the bytes of these tensors and no others. A gradient is named after its tensor: "z_grad".
     """
 
-    name: str  # that of the function, and what is different about this entry
+    name: str  # the function's name, and what is particular about this entry
     function: str  # of fastvae.functional
     arguments: tuple[str, ...]  # the tensors
     gradients: tuple[str, ...]  # of these arguments
     outputs: tuple[str, ...]  # what the function returns, flattened
-    roots: int  # so many of the outputs, the first ones, are what a training step differentiates
+    roots: int  # a training step differentiates so many of the outputs, the first ones
     forward: str
     backward: str | None  # None: the gradients are among the outputs
     kernels: Mapping[str, str]  # "forward", "backward": "module.kernel" of fastvae.kernels
     roundings: Mapping[str, int]  # of each output and gradient, without the levels of sums: the kernels' docstrings
     launches: Mapping[str, int]  # "forward", "backward": Triton launches and operations of torch
     options: Mapping[str, Any] = field(default_factory=dict)  # what the function is called with
-    reductions: tuple[str, ...] = ()  # those that the function takes with these options
+    reductions: tuple[str, ...] = ()  # that the function takes with these options
     call: Call = lambda function, *tensors, **options: function(*tensors, **options)
     draws_noise: bool = False  # where no `eps` is given
     likelihood: Likelihood | None = None
-    computes: str | None = None  # what the documentation says of it; None: it has no row there
+    computes: str | None = None  # the text of its row in the documentation; None: it has no row
     measured: bool = True  # by the benchmarks
 
     def __call__(self, library: Any, *tensors: Tensor, **options: Any) -> tuple[Tensor, ...]:
-        """The outputs, where `library` has the function: fastvae.functional, or a module that has the same names."""
+        """The outputs. `library` has the function: it is fastvae.functional, or a module with the same names."""
         return flattened(self.call(getattr(library, self.function), *tensors, **{**self.options, **options}))
 
     def inputs(self, spec: Spec) -> tuple[Tensor, ...]:
@@ -243,7 +244,7 @@ def _of_posterior() -> list[Operation]:
 
 
 def of_likelihood(likelihood: Likelihood) -> list[Operation]:
-    """The three operations of a likelihood, and the first two again with a gradient of the target, if it has one."""
+    """The three operations of a likelihood; and if the target has a slope, two of them again with its gradient."""
     parameters = likelihood.parameters
     gradients = tuple(f"{name}_grad" for name in parameters)
     value, *slopes = likelihood.roundings

@@ -10,10 +10,11 @@ import triton.language as tl
 from .numerics import load_scalar
 from .tiles import UNSPECIALIZED, drew_last_ticket, program_tile, sum_groups_in_order, sum_in_order
 
-# Of the gradient of kl, one number that each program writes to as many samples: one store of a thread of 4 warps.
+# The gradient of kl is one number. Each program writes it to so many samples, one for each thread of 4 warps.
 KL_PER_PROGRAM = tl.constexpr(128)
 
-# The elements behind the last that 16 divides, of a tensor that is one row: program 0 has them as a tile of their own.
+# If the tensors are one row, whose size 16 does not divide, up to 15 elements are left over. Program 0 takes them, as a
+# tile of this size.
 TAIL = tl.constexpr(16)
 
 
@@ -56,8 +57,8 @@ def store_gradients(gradient_ptrs, slopes, factor, base, offsets, inside, WANTED
 def places(first_row, first_column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr):
     """(row [ROWS, 1], column [1, COLUMNS], inside [ROWS, COLUMNS]) of a tile.
 
-    A thread takes VECTOR neighbours, 16 bytes of the widest tensor: with more, its accesses of that tensor would leave
-    gaps between the threads, and half of each sector that a warp asks for would be asked for again.
+    A thread takes VECTOR neighbours, 16 bytes of the widest tensor. With more it would load them in several vectors.
+    Each load of a warp would then have gaps, and the warp would ask for each sector twice.
     """
     row = tl.arange(0, ROWS)[:, None]
     column = tl.max_contiguous(tl.arange(0, COLUMNS), VECTOR)[None, :]
@@ -66,7 +67,7 @@ def places(first_row, first_column, rows, columns, ROWS: tl.constexpr, COLUMNS: 
 
 @triton.jit
 def store_share(values_ptr, number, count, PER_PROGRAM: tl.constexpr):
-    """values[:count] = number, where each program stores PER_PROGRAM of them."""
+    """values[:count] = number. Each program stores PER_PROGRAM of them."""
     index = tl.program_id(0).to(tl.int64) * PER_PROGRAM + tl.arange(0, PER_PROGRAM)
     tl.store(values_ptr + index, number.to(values_ptr.dtype.element_ty), mask=index < count)
 
@@ -76,7 +77,7 @@ def store_values(
     total, kl_ptr, loss_ptr, reconstruction_ptr, mean_kl_ptr, beta, weight, kl_stride, batch, inverse_batch,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The three values of the bound from the sum of the elements; `weight` is already divided by the batch."""
+    """The three values of `elbo_loss` from the sum of the elements. `weight` is already divided by the batch."""
     reconstruction = weight * total
     mean_kl = sum_in_order(kl_ptr, batch, kl_stride, BLOCK) * inverse_batch
     kl_weight = load_scalar(beta)
@@ -85,7 +86,7 @@ def store_values(
     tl.store(loss_ptr, tl.fma(kl_weight, mean_kl, reconstruction))
 
 
-# Counts and distances that no address is aligned by: ALIGNMENT says what is known of them.
+# Triton need not specialise on these counts and distances, because ALIGNMENT says what divides them.
 NUMBERS = (*UNSPECIALIZED, "column_units", "stride_units", "tail")
 
 
@@ -102,13 +103,13 @@ def value_kernel(
     """loss = scale * sum TERM.
 
     With kl: reconstruction = weight * scale * sum TERM, mean_kl = scale * sum kl, loss = reconstruction + beta *
-    mean_kl. With gradients, those of loss times grad_scale: of the parameters whose numbers are WANTED, weight * scale
-    * grad_scale * slope; and kl_grad = beta * scale * grad_scale, one number written to all samples.
+    mean_kl. Gradients are those of grad_scale * loss: weight * scale * grad_scale * slope for each parameter whose
+    number is in WANTED, and kl_grad = beta * scale * grad_scale, one number written to all samples.
     Shapes: each parameter and the target [rows, columns] at distance row_stride, gradients dense; kl [batch] at
     distance kl_stride, kl_grad dense; loss float32 [rows] if PER_ROW, else [] as everything else. columns and
-    row_stride are given as multiples of ALIGNMENT. With HAS_TAIL there is one row, and `tail` more elements behind its
-    columns. beta, weight and grad_scale are numbers or pointers to one. Where no program owns a whole sum, partial is
-    float32 [programs] and ticket int32 [1], zero.
+    row_stride are given in units of ALIGNMENT. With HAS_TAIL there is one row, and `tail` more elements follow its
+    columns. beta, weight and grad_scale are numbers or pointers to one. If several programs share a sum, partial is
+    float32 [programs] and ticket int32 [1], zero; else both are None.
     Bytes per float32 element: reads 8 (5 with a uint8 target), writes 0 (4 with gradients); 4 more of each for each
     further parameter, 8 more per program for partial sums, 4 per sample for kl, and 4 for its gradient.
     Launches: 1. Roundings: a term those of the likelihood, a gradient 5 more than a slope, the values 4 more and one
@@ -174,8 +175,8 @@ def gradient_kernel(
     FLAT: tl.constexpr, PER_ROW: tl.constexpr, HAS_TAIL: tl.constexpr, ALIGNMENT: tl.constexpr, VECTOR: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Of the parameters, and after them the target, whose numbers are WANTED: scale * weight * (loss_grad +
-    reconstruction_grad) * slope; and kl_grad = scale * (beta * loss_grad + mean_kl_grad), one number written to all
+    """scale * weight * (loss_grad + reconstruction_grad) * slope for each parameter, and the target as the last of
+    them, whose number is in WANTED; and kl_grad = scale * (beta * loss_grad + mean_kl_grad), one number written to all
     samples.
 
     Shapes: as in `value_kernel`; loss_grad float32 [rows] at distance loss_grad_stride if PER_ROW, else [] as the two

@@ -21,7 +21,7 @@ Scalar = float | Tensor
 
 
 def read_together(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors with dense rows and equal strides: those of the first, where it has dense rows."""
+    """The tensors with dense rows and equal strides: as they are where they lie so, else copies."""
     together = [with_dense_rows(tensors[0]), *tensors[1:]]
     strides = together[0].stride()
     for tensor in together[1:]:  # a loop, because this is asked at each call
@@ -41,16 +41,18 @@ class Rows(NamedTuple):
     widest: int  # the largest itemsize
 
     def tiles(self, per_row: bool) -> tuple[Tiling, dict[str, Any], list[int]]:
-        """The cut, and what of it both kernels are told: constants, and rows, columns, row_stride, chunks, tail.
+        """The cut, and what follows from it for both kernels: constants, and the arguments rows, column_units,
+        stride_units, chunks and tail.
 
-        Rows are needed where each has a sum of its own, or where they do not follow each other without a gap.
+        The tensors are one row, unless each sample has a sum of its own, or there are gaps between the samples.
         """
         rows, columns, stride, tail = self.batch, self.event, self.stride, 0
         if rows == 1 or (stride == columns and not per_row):
             rows, columns, stride = 1, rows * columns, 0
         alignment = gcd(16, columns, stride)
         tiling = cut(rows, columns, self.itemsize)
-        # Only what 16 divides is masked in whole vectors. A single program, which is small, does not take it apart.
+        # Masked loads are whole vectors only if 16 divides the size, so the rest becomes a tail. A tensor that is small
+        # enough for one program has none.
         if rows == 1 and alignment < 16 and cut(1, columns - columns % 16, self.itemsize).programs > 1:
             alignment, tail = 16, columns % 16
             columns -= tail
@@ -77,7 +79,7 @@ def rows_of(tensors: Sequence[Tensor]) -> Rows:
 
 
 def constants_of(likelihood: Likelihood) -> dict[str, Any]:
-    """What both kernels are told of a likelihood."""
+    """The constants of both kernels that follow from the likelihood."""
     return {
         "TERM": likelihood.term.jit,
         "SETTINGS": likelihood.settings,
@@ -88,8 +90,9 @@ def constants_of(likelihood: Likelihood) -> dict[str, Any]:
 
 
 def empty_gradients(tensors: Sequence[Tensor], needed: Sequence[bool]) -> tuple[Tensor, ...]:
-    """Of those that need one, in the order in which all are read; `in_format_of` gives an input that had to be copied
-    the strides of its own.
+    """Uninitialised gradients of the tensors that need one, at the strides at which the kernel reads the tensors.
+
+    `in_format_of` gives the gradient of a tensor that had to be copied the strides of that tensor.
     """
     strides = dense_strides(tensors[0])
     each = zip(tensors, needed, strict=True)
@@ -107,7 +110,7 @@ def allocate_loss(tensors: Sequence[Tensor], reduction: str) -> Tensor:
 
 @remembered
 def plan_loss(likelihood: Likelihood, rows: Rows, reduction: str) -> tuple[Plan, int]:
-    """And the number of partial sums."""
+    """The plan, and the number of partial sums."""
     per_row = reduction == "none"
     tiling, constants, numbers = rows.tiles(per_row)
     groups, count = (tiling.rows, tiling.chunks) if per_row else (1, tiling.programs)
@@ -127,7 +130,7 @@ def plan_loss(likelihood: Likelihood, rows: Rows, reduction: str) -> tuple[Plan,
 
 
 def negative_log_likelihood(likelihood: Likelihood, tensors: Sequence[Tensor], reduction: str) -> Tensor:
-    """Of the parameters and, last, the target."""
+    """The loss of `tensors`, which are the parameters and, last, the target."""
     loss = allocate_loss(tensors, reduction)
     if tensors[0].numel() == 0:
         return loss.fill_(empty_sum(reduction, tensors[0].shape[0]))
@@ -218,7 +221,7 @@ def programs_of_kl(batch: int) -> int:
 def plan_elbo(likelihood: Likelihood, rows: Rows, kl_stride: int, with_gradients: bool) -> Plan:
     tiling, constants, numbers = rows.tiles(per_row=False)
     return make_plan(
-        # Enough for every tile, and for the gradient of kl of every sample. What is beyond the tiles is masked out.
+        # Enough for every tile, and for the gradient of every sample's kl. A program without a tile loads nothing.
         max(tiling.programs, programs_of_kl(rows.batch)),
         tiling.num_warps,
         *numbers,

@@ -52,7 +52,7 @@ register(
 
 
 def added(first: Tensor | None, second: Tensor | None) -> Tensor:
-    """The sum of what is there; not both are missing."""
+    """The sum of the gradients that are given: one of them, or both."""
     if first is None or second is None:
         present = second if first is None else first
         assert present is not None
@@ -61,7 +61,9 @@ def added(first: Tensor | None, second: Tensor | None) -> Tensor:
 
 
 class ELBOLoss(torch.autograd.Function):
-    """(loss, reconstruction, mean_kl) of (likelihood, kl, beta, reconstruction_weight, *parameters, target)."""
+    """(loss, reconstruction, mean_kl), as a function of (likelihood, kl, beta, reconstruction_weight, *parameters,
+    target).
+    """
 
     @staticmethod
     def forward(
@@ -90,7 +92,7 @@ class ELBOLoss(torch.autograd.Function):
             number if tensor is None else tensor for number, tensor in zip(ctx.scalars, weights, strict=True)
         )
         loss_grad, reconstruction_grad, mean_kl_grad = value_grads
-        # What no upstream gradient reaches has none, and is neither read nor written.
+        # A tensor that no upstream gradient reaches gets no gradient, so nothing is written for it.
         reaches_terms = loss_grad is not None or reconstruction_grad is not None
         needed = [needs and reaches_terms for needs in ctx.needs_input_grad[4:]]
         needs_kl = ctx.needs_input_grad[1] and (loss_grad is not None or mean_kl_grad is not None)
@@ -121,7 +123,7 @@ class ELBOLoss(torch.autograd.Function):
 
 
 def as_tensors(tensor: Tensor, *weights: Scalar | None) -> list[Tensor | None]:
-    """The weights as a registered operation takes them: tensors, so that a new number is not a new program."""
+    """The weights as tensors, because torch.compile would compile a registered operation anew for another number."""
     # A product, because torch.compile keeps a number that multiplies a tensor variable, and freezes one that fills it.
     return [
         torch.ones((), dtype=torch.float32, device=tensor.device) * weight

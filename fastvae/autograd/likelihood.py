@@ -43,7 +43,9 @@ register(
 def differentiable_gradients(
     likelihood: Likelihood, tensors: Sequence[Tensor], needed: Sequence[bool], element_grad: Tensor
 ) -> list[Tensor | None]:
-    """The gradients of the elements in plain PyTorch, given that of each element; None for what needs none."""
+    """The gradients of the tensors in plain PyTorch, given the gradient of each element's value; None where none is
+    needed.
+    """
 
     def formula(*wanted: Tensor) -> Tensor:
         each = iter(wanted)
@@ -57,7 +59,7 @@ def differentiable_gradients(
 
 
 class NegativeLogLikelihood(torch.autograd.Function):
-    """The loss of (likelihood, reduction, *parameters, target)."""
+    """The loss, as a function of (likelihood, reduction, *parameters, target)."""
 
     @staticmethod
     def forward(likelihood: Likelihood, reduction: str, *tensors: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ def elbo_loss(
 ) -> ELBO:
     """loss = mean_B(reconstruction_weight * -log p(target | parameters)) + beta * mean_B(kl), in nats.
 
-    By default the likelihood is sum_event (sigmoid(logits) - target)^2 with a weight of one half: that of a Gaussian
-    decoder of unit variance without its constant. All three results are differentiable in the parameters and kl, and in
+    By default -log p is sum_event (sigmoid(logits) - target)^2 with a weight of one half: that of a Gaussian decoder of
+    unit variance, without its constant. All three results are differentiable in the parameters and kl, and in
     target where the likelihood has that slope; on the fused path their gradients leave in one launch.
 
     Args:
@@ -108,7 +108,7 @@ def _checked(
     beta: float | Tensor,
     reconstruction_weight: float | Tensor | None,
 ) -> tuple[tuple[Tensor, ...], float | Tensor, float | Tensor]:
-    """The parameters and the target, beta, and the weight."""
+    """The parameters and the target in one tuple, beta, and the weight of the reconstruction."""
     tensors = check_likelihood(parameters, target, likelihood)
     name, first = likelihood.parameters[0], tensors[0]
     check_kl(kl, name, first)

@@ -45,7 +45,7 @@ def negative_log_likelihood(
 def sigmoid_mse_loss(logits: Tensor, target: Tensor, *, reduction: str = "batchmean") -> Tensor:
     """(sigmoid(logits) - target)^2 summed over each sample's event, differentiable in logits and target.
 
-    It is `negative_log_likelihood` with `fastvae.likelihoods.SigmoidMSE`, which has its arguments, results and errors.
+    It is `negative_log_likelihood` with `fastvae.likelihoods.SigmoidMSE`: arguments, result and errors are the same.
     With reduction="mean" it is exactly ``torch.nn.functional.mse_loss(torch.sigmoid(logits), target)``.
     """
     return negative_log_likelihood(logits, target, SIGMOID_MSE, reduction=reduction)

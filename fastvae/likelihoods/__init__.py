@@ -1,4 +1,4 @@
-"""Likelihoods of the data given a decoder's output: each is one file, from which every operation of it is derived."""
+"""Likelihoods of the data given a decoder's output. Each is one file, from which its operations are derived."""
 
 from fastvae.likelihoods.bernoulli import Bernoulli
 from fastvae.likelihoods.checking import check

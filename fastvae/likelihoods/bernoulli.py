@@ -30,8 +30,8 @@ def term(parameters, target, SETTINGS: tl.constexpr, FAST: tl.constexpr):
 class Bernoulli(Likelihood):
     """-t log y - (1 - t) log(1 - y) with y = sigmoid(logits) for each element; t in [0, 1], or uint8, read as t / 255.
 
-    It is torch's ``binary_cross_entropy_with_logits``. Choose it for binary data, and for grey values in [0, 1] where a
-    bound that is no density does not matter.
+    It is torch's ``binary_cross_entropy_with_logits``. Choose it for binary data. Many choose it for grey values in
+    [0, 1] too, of which it is not the density.
     """
 
     parameters = ("logits",)
@@ -42,7 +42,8 @@ class Bernoulli(Likelihood):
 
     def formula(self, logits: Tensor, target: Tensor) -> Tensor:
         positive = logits > 0
-        # Both terms are positive, so nothing cancels; |x| by `where`, because torch's slope of abs is 0 at 0.
+        # Both parts are positive, so nothing cancels. |x| is written by `where`, because torch gives abs the slope 0 at
+        # x = 0, which would lose the 1/2 of y - t there.
         tail = torch.log1p(torch.exp(torch.where(positive, -logits, logits)))
         return torch.where(positive, 1 - target, -target) * logits + tail
 

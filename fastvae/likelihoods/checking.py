@@ -1,4 +1,4 @@
-"""Comparing the term of a likelihood with its formula, and the bound of the error that both are held to."""
+"""Compares the term of a likelihood with its formula, and derives from the formula how large an error may be."""
 
 from __future__ import annotations
 
@@ -11,29 +11,30 @@ from torch import Tensor
 
 from fastvae.likelihoods.likelihood import Likelihood
 
-# Parameters at which a formula that is not stable shows it: e^x is infinite from 89 in float32.
+# Parameters at which an unstable formula fails: e^x is infinite in float32 from x = 89.
 EXTREMES = (0.0, -0.0, 1e-4, -1e-4, 1.0, -1.0, 20.0, -20.0, 100.0, -100.0, 1e4, -1e4, float("nan"))
 
 
 class Exact(NamedTuple):
-    """What float64 says of each element: the value, the slopes, and for each of them the scale of its error's bound."""
+    """The value and the slopes of each element in float64, and for each of them the two scales of its bound."""
 
     results: list[Tensor]
     first: list[Tensor]
     second: list[Tensor]
 
     def bound(self, k: int, roundings: int) -> Tensor:
-        """How far result k may be from the exact one after so many relative errors of 2^-24, its own rounding apart.
+        """How far so many relative errors of 2^-24 may move result k. Its final rounding, 1 ulp, comes on top.
 
-        To first order |f| + sum_i |x_i df/dx_i| of them, because an error in the course of the computation is at most
-        one of an input or of the result; the second order matters where the first vanishes, as for a square near 0.
+        To first order one of them moves it by at most |f| + sum_i |x_i df/dx_i|: in a stable computation an
+        intermediate error does no more than an error of the result and of the inputs. The second order is added,
+        because the first vanishes for a square near 0.
         """
         relative = roundings * 2.0**-24
         return relative * self.first[k] + relative**2 * self.second[k]
 
 
 def exact(likelihood: Likelihood, tensors: Sequence[Tensor]) -> Exact:
-    """Of the parameters and the target, as numbers."""
+    """The results in float64 and their scales, given the parameters and, last, the target, as numbers."""
     inputs = [tensor.detach().double().cpu().requires_grad_() for tensor in tensors]
     value = likelihood.formula(*inputs)
     if value.shape != inputs[-1].shape:
@@ -55,7 +56,7 @@ def exact(likelihood: Likelihood, tensors: Sequence[Tensor]) -> Exact:
 
 
 def derivatives(result: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Of each element by the same element of each input."""
+    """The derivatives of each element of `result` by the same element of each input."""
     if not result.requires_grad:
         return [torch.zeros_like(x) for x in inputs]
     return list(torch.autograd.grad(result.sum(), inputs, create_graph=True, allow_unused=True, materialize_grads=True))
@@ -69,7 +70,7 @@ def ulp(values: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def examples(likelihood: Likelihood, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """Drawn parameters and targets, and, where the likelihood takes all numbers, extreme ones: each float32 [N]."""
+    """Parameters and a target, each float32 [N]: as `draw` returns them, and extreme ones if it is not overridden."""
     drawn = likelihood.draw((1024,), generator)
     if len(drawn) != len(likelihood.parameters) + 1:
         raise ValueError(
@@ -80,31 +81,32 @@ def examples(likelihood: Likelihood, generator: torch.Generator) -> tuple[Tensor
         return drawn
     targets = (0.0, 0.25, 1.0) if likelihood.target == "unit" else (0.0, -1.0, 0.25, 100.0)
     corners = torch.tensor(list(product(*[EXTREMES] * min(2, len(likelihood.parameters)), targets))).unbind(1)
-    # Of more than two parameters, the others as they are drawn.
+    # Combinations of extremes for two parameters only; further ones are as they were drawn.
     others = [x[: len(corners[0])] for x in drawn[2:-1]]
     extreme = [*corners[:-1], *others, corners[-1]]
     return tuple(torch.cat([x, e]) for x, e in zip(drawn, extreme, strict=True))
 
 
 def check(likelihood: Likelihood, *, device: torch.device | str | None = None, seed: int = 0) -> None:
-    """Compare the values and slopes of a likelihood's term with its formula, within the bound of its roundings.
+    """Compare the values and slopes of a likelihood's term with those of its formula in float64.
 
-    The inputs are those of `Likelihood.draw`, and extreme ones: zeros, 1e-4 to 1e4, NaN. The error names each
-    difference and the inputs at which it is largest. Exact are the formula and its derivatives in float64. An error may
-    be 1 ulp + k * 2^-24 * S, where k is the number in ``roundings``, and S = |f| + sum_i |x_i df/dx_i|, because
-    relative errors of the inputs move the result by so much. The formula itself must be finite in float32 where it is
-    in float64, because the path without a GPU computes it.
+    A difference may be 1 ulp + k * 2^-24 * S. k is the number in ``roundings``. S = |f| + sum_i |x_i df/dx_i| is what
+    relative errors of the result and of the inputs move. The inputs are those of `Likelihood.draw`, and, if it is not
+    overridden, extreme ones: zeros, 1e-4 to 1e4, NaN. The formula must be finite in float32 where it is in float64,
+    because it runs where there is no GPU. The error that is raised names each difference, and the inputs at which it
+    is largest.
 
     Args:
-        likelihood: with a ``term``; without one only the formula is looked at.
-        device: on which the term runs: by default the GPU, and without one the CPU, where Triton's interpreter must be
-            on (set TRITON_INTERPRET=1 before the first import of Triton).
+        likelihood: without a ``term``, only its formula is looked at.
+        device: where the term runs, by default on the GPU. Without one it is the CPU, which needs Triton's interpreter
+            (set TRITON_INTERPRET=1 before the first import of Triton).
+        seed: of the drawn inputs.
 
     Raises:
-        ValueError: where term and formula differ, or one of them has another form than `Likelihood` describes.
-        RuntimeError: where the term cannot run, saying what is missing.
+        ValueError: if term and formula differ, or if one of them is not as `Likelihood` describes it.
+        RuntimeError: if this machine cannot run the term, saying what is missing.
     """
-    # Imported here, because this package is below them.
+    # Imported here, because they import this package.
     import fastvae.functional as F
     from fastvae.backend import backend_for, use_backend
 
@@ -160,7 +162,7 @@ def _differences(
     complaints = []
     for k, (name, result) in enumerate(zip(_names(likelihood), found, strict=False)):
         wide = expected.results[k]
-        rounded = wide.float().double()  # what is an infinity in float32
+        rounded = wide.float().double()  # some are infinite in float32
         allowed = ulp(wide) + expected.bound(k, likelihood.roundings[k])
         same = (result == rounded) | (result.isnan() & rounded.isnan())
         ratio = torch.where(same, 0.0, (result - wide).abs() / allowed).nan_to_num(nan=float("inf"))

@@ -17,10 +17,10 @@ TARGETS = ("unit", "number")
 
 
 class Term:
-    """Decorates the Triton function of a likelihood, which is compiled when a kernel first takes it.
+    """Decorates the Triton function of a likelihood.
 
-    Defining a likelihood therefore imports no Triton. The function finds `triton.language` as ``tl`` and the functions
-    of `fastvae.kernels.numerics` as ``numerics``: both are put into its module.
+    `triton.jit` is applied when a kernel first takes the function, so defining a likelihood imports no Triton. Then
+    `triton.language` is put into the function's module as ``tl``, and `fastvae.kernels.numerics` as ``numerics``.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -42,33 +42,36 @@ class Likelihood:
     """The negative log-likelihood of independent elements, given parameters of the target's shape.
 
     A subclass is a frozen dataclass whose fields are its settings: numbers, texts, booleans, None, or tuples of them.
-    It gives the attributes below, of which those with a default may be left out. `fastvae.likelihoods.check` compares
-    its term with its formula.
+    It defines the attributes below; those with a default may be left out. `fastvae.likelihoods.check` compares its term
+    with its formula.
     """
 
     parameters: ClassVar[tuple[str, ...]]
     """The names of the parameters, in the order in which they are given."""
     target: ClassVar[str]
-    """What a target holds: "unit", numbers in [0, 1], where uint8 is read as t / 255; or "number", any numbers."""
+    """What a target holds: "unit" for numbers in [0, 1], and uint8 is read as t / 255; "number" for any numbers."""
     roundings: ClassVar[tuple[int, ...]]
-    """Of a value, of each parameter's slope, and of the target's slope if it has one: relative errors of 2^-24 along
-    the longest chain of operations of the term. Count one for an operation, a constant or a conversion (two for a
-    target of bytes), two for `numerics.reciprocal`, three for `log1p`, four for `exp`, eight for `sigmoid`."""
+    """The roundings, relative errors of 2^-24, along the term's longest chain of operations: to the value, to each
+    parameter's slope, and to the target's slope if it has one. Count one for an operation, two for
+    `numerics.reciprocal`, three for `log1p`, four for `exp`, eight for `sigmoid`. A product has those of both factors
+    besides, a sum those of the term that has more. What an input was rounded to before is not counted (a target of
+    bytes has two), because the bound has a part for each input."""
     formula: ClassVar[Callable[..., Tensor]]
     """``def formula(self, *parameters, target)``: each element's negative log-likelihood in nats, in plain PyTorch.
 
-    It is the specification: the path without a GPU, what the term is compared with, and, differentiated by torch, the
-    gradients of higher order. Write it in a form that is stable in float32."""
+    It is the specification: it runs where there is no GPU, the term is compared with it, and torch differentiates it
+    for gradients of higher order. Write it in a form that is stable in float32."""
     target_has_slope: ClassVar[bool] = False
     """Whether the term returns the target's slope too. Without it a target gets no gradient."""
     slope_factor: ClassVar[float] = 1.0
-    """A constant factor of every slope that the term leaves out, because the launcher multiplies by a number anyway."""
+    """A constant factor that the term leaves out of every slope, because the kernel multiplies slopes anyway."""
     reconstruction_weight: ClassVar[float] = 1.0
-    """What the evidence lower bound multiplies the value by, unless the caller says otherwise."""
+    """The weight of the value in the evidence lower bound, unless the caller gives one."""
     term: ClassVar[Term | None] = None
     """``@Term def term(parameters, target, SETTINGS: tl.constexpr, FAST: tl.constexpr)``: (value, slopes) of a tile, in
     float32. ``parameters`` is a tuple of tiles, ``SETTINGS`` the tuple of the likelihood's settings, ``FAST`` is handed
-    on to `numerics`; slopes is a tuple, of each parameter and then of the target. None: the formula runs everywhere."""
+    on to `numerics`. slopes is a tuple: of each parameter and then of the target. Without a term the formula runs, on
+    every device."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -116,7 +119,7 @@ class Likelihood:
 
     @property
     def key(self) -> str:
-        """A text from which `from_key` makes an equal likelihood: registered operations and files take only texts."""
+        """A text from which `from_key` makes an equal likelihood: registered operations and files hold texts only."""
         named = zip(fields(self), self.settings, strict=True)
         settings = ", ".join(f"{field.name}={value!r}" for field, value in named)
         return f"{type(self).__module__}:{type(self).__qualname__}({settings})"
@@ -126,8 +129,8 @@ class Likelihood:
 def from_key(key: str) -> Likelihood:
     """The likelihood whose `key` this is.
 
-    Its module is imported, and nothing in the text is executed, because keys stand in files. Raises ``ValueError`` for
-    any other text.
+    Its module is imported. Nothing else that the text says is executed, because keys stand in files. Raises
+    ``ValueError`` if the text is no key.
     """
     module, _, rest = key.partition(":")
     name, _, settings = rest.partition("(")

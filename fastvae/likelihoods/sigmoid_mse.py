@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @Term
 def term(parameters, target, SETTINGS: tl.constexpr, FAST: tl.constexpr):
-    """(y - t)^2; halves of its slopes, (y - t) y (1 - y) and -(y - t), with y = sigmoid(x)."""
+    """(y - t)^2, and the halves of its slopes: (y - t) y (1 - y) and -(y - t), with y = sigmoid(x)."""
     y, slope = numerics.sigmoid(parameters[0], FAST)
     error = y - target
     return error * error, (error * slope, -error)

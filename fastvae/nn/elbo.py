@@ -12,8 +12,8 @@ from fastvae.likelihoods import Likelihood, SigmoidMSE
 class ELBOLoss(nn.Module):
     """ELBO(loss, reconstruction, kl) of parameters, target and the per-sample kl, see `fastvae.functional.elbo_loss`.
 
-    The default likelihood is `fastvae.likelihoods.SigmoidMSE`. ``beta`` and ``reconstruction_weight``, by default that
-    of the likelihood, are plain attributes, free to change between calls (a warm-up, say).
+    The default likelihood is `fastvae.likelihoods.SigmoidMSE`. ``beta`` and ``reconstruction_weight`` are plain
+    attributes, which may change between calls, as in a warm-up. The default weight is that of the likelihood.
     """
 
     def __init__(

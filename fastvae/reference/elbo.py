@@ -55,8 +55,8 @@ def elbo_value_and_grad(
     reconstruction_weight: float | Tensor | None = None,
     grad_scale: float | Tensor | None = None,
 ) -> tuple[ELBO, tuple[Parameters, Tensor]]:
-    """elbo_loss, and its gradients times grad_scale: of each parameter, reconstruction_weight / B * its slope, and of
-    kl, beta / B.
+    """elbo_loss, and its gradients times grad_scale: reconstruction_weight / B * slope for each parameter, and beta / B
+    for kl.
     """
     with torch.no_grad():
         values = elbo_loss(

@@ -12,7 +12,7 @@ Parameters = Tensor | tuple[Tensor, ...]
 
 
 def in_precision(parameters: Parameters, target: Tensor, likelihood: Likelihood) -> list[Tensor]:
-    """The parameters and the target in the precision of the arithmetic; a "unit" target of bytes becomes t / 255."""
+    """The parameters and the target in float32 (float64 stays); a "unit" target of bytes becomes t / 255."""
     each = (parameters,) if isinstance(parameters, Tensor) else parameters
     return [*map(in_float32, each), pixels(target) if likelihood.target == "unit" else in_float32(target)]
 
