@@ -30,7 +30,7 @@ def gather_batch_kernel(
     inside = inside_row[:, None] & (tl.arange(0, COLUMNS) < columns - first_column)[None, :]
     image = tl.load(indices_ptr + first_row + row, mask=inside_row, other=0).to(tl.int64)
     source = image[:, None] * row_stride + first_column + tl.arange(0, COLUMNS)[None, :]
-    values = load_target(images_ptr + source, inside)
+    values = load_target(images_ptr + source, inside, True)
     at = batch_ptr + first_row * columns + first_column + tile_offsets(columns, ROWS, COLUMNS)
     tl.store(at, values.to(batch_ptr.dtype.element_ty), mask=inside)
 
