@@ -102,18 +102,17 @@ def value_kernel(
     """loss = scale * sum TERM.
 
     With kl: reconstruction = weight * scale * sum TERM, mean_kl = scale * sum kl, loss = reconstruction + beta *
-    mean_kl. With gradients, those of loss times grad_scale: of the parameters whose numbers are WANTED, weight * scale *
-    grad_scale * slope; and kl_grad = beta * scale * grad_scale, one number written to all samples.
-    Shapes: each parameter and the target [rows, columns] at distance row_stride, gradients dense; kl [batch] at distance
-    kl_stride, kl_grad dense; loss float32 [rows] if PER_ROW, else [] as everything else. columns and row_stride are
-    given as multiples of ALIGNMENT. With HAS_TAIL there is one row, and `tail` more elements behind its columns. beta,
-    weight and grad_scale are numbers or pointers to one. Where no program owns a whole sum, partial is float32
-    [programs] and ticket int32 [1], zero.
+    mean_kl. With gradients, those of loss times grad_scale: of the parameters whose numbers are WANTED, weight * scale
+    * grad_scale * slope; and kl_grad = beta * scale * grad_scale, one number written to all samples.
+    Shapes: each parameter and the target [rows, columns] at distance row_stride, gradients dense; kl [batch] at
+    distance kl_stride, kl_grad dense; loss float32 [rows] if PER_ROW, else [] as everything else. columns and
+    row_stride are given as multiples of ALIGNMENT. With HAS_TAIL there is one row, and `tail` more elements behind its
+    columns. beta, weight and grad_scale are numbers or pointers to one. Where no program owns a whole sum, partial is
+    float32 [programs] and ticket int32 [1], zero.
     Bytes per float32 element: reads 8 (5 with a uint8 target), writes 0 (4 with gradients), for one parameter, and 4
     more for each other one; 8 more per program for partial sums, 4 per sample for kl, and 4 for its gradient.
-    Launches: 1. Roundings: a term those of the likelihood, a gradient 5 more than a slope, the values 4 more and one per
-    level of a sum.
-    Deterministic: no floating-point atomics, partial sums are added in order.
+    Launches: 1. Roundings: a term those of the likelihood, a gradient 5 more than a slope, the values 4 more and one
+    per level of a sum. Deterministic: no floating-point atomics, partial sums are added in order.
     """
     if kl_grad_ptr is not None:
         kl_grad = load_scalar(beta) * scale * load_scalar(grad_scale)
@@ -198,9 +197,8 @@ def gradient_kernel(
         first_row, first_column = program_tile(chunks, FLAT, ROWS, COLUMNS)
         row, column, inside = places(first_row, first_column, rows, columns, ROWS, COLUMNS, VECTOR)
         if PER_ROW:
-            loss_grad = tl.load(
-                loss_grad_ptr + (first_row + row) * loss_grad_stride, mask=row < rows - first_row, other=0.0
-            )
+            loss_grads = loss_grad_ptr + (first_row + row) * loss_grad_stride
+            loss_grad = tl.load(loss_grads, mask=row < rows - first_row, other=0.0)
             factor = (SLOPE_FACTOR * scale) * loss_grad.to(tl.float32)
         else:
             value_grad = 0.0

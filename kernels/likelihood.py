@@ -83,8 +83,8 @@ def constants_of(likelihood: Likelihood) -> dict[str, Any]:
 
 
 def empty_gradients(tensors: Sequence[Tensor], needed: Sequence[bool]) -> tuple[Tensor, ...]:
-    """Of those that need one, in the order in which all are read; only an input that has to be copied gets a gradient of
-    other strides, by `in_format_of`.
+    """Of those that need one, in the order in which all are read; `in_format_of` gives an input that had to be copied
+    the strides of its own.
     """
     strides = dense_strides(tensors[0])
     return tuple(

@@ -85,7 +85,7 @@ class ELBOLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *value_grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        kl, *weights, tensors = ctx.saved_tensors[0], *ctx.saved_tensors[1:3], ctx.saved_tensors[3:]
+        kl, tensors, weights = ctx.saved_tensors[0], ctx.saved_tensors[3:], ctx.saved_tensors[1:3]
         beta, weight = (
             number if tensor is None else tensor for number, tensor in zip(ctx.scalars, weights, strict=True)
         )

@@ -50,7 +50,8 @@ def differentiable_gradients(
         *parameters, target = [next(each) if need else x for x, need in zip(tensors, needed, strict=True)]
         return likelihood.formula(*in_precision(tuple(parameters), target, likelihood))
 
-    value, backward = torch.func.vjp(formula, *kernels.needed_of(tensors, needed))
+    transformed: Any = torch.func.vjp(formula, *kernels.needed_of(tensors, needed))
+    value, backward = transformed
     gradients = iter(backward(element_grad.to(value.dtype).expand(value.shape)))
     return [next(gradients) if need else None for need in needed]
 

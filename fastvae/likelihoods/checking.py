@@ -89,11 +89,11 @@ def examples(likelihood: Likelihood, generator: torch.Generator) -> tuple[Tensor
 def check(likelihood: Likelihood, *, device: torch.device | str | None = None, seed: int = 0) -> None:
     """Compare the values and slopes of a likelihood's term with its formula, within the bound of its roundings.
 
-    The inputs are those of `Likelihood.draw`, and extreme ones: zeros, 1e-4 to 1e4, NaN. Every difference is told, with
-    the inputs at which it is largest. What is exact is the formula and its derivatives in float64; an error may be 1 ulp
-    + k * 2^-24 * S, where k is the number in ``roundings``, and S = |f| + sum_i |x_i df/dx_i| how much relative errors of
-    the inputs move the result. A formula whose float32 value is not finite where that of float64 is, is told too: the
-    path without a GPU computes it.
+    The inputs are those of `Likelihood.draw`, and extreme ones: zeros, 1e-4 to 1e4, NaN. The error names each
+    difference and the inputs at which it is largest. Exact are the formula and its derivatives in float64. An error may
+    be 1 ulp + k * 2^-24 * S, where k is the number in ``roundings``, and S = |f| + sum_i |x_i df/dx_i|, because relative
+    errors of the inputs move the result by so much. The formula itself must be finite in float32 where it is in float64,
+    because the path without a GPU computes it.
 
     Args:
         likelihood: with a ``term``; without one only the formula is looked at.

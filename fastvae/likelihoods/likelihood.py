@@ -43,8 +43,8 @@ class Likelihood:
     """The negative log-likelihood of independent elements, given parameters of the target's shape.
 
     A subclass is a frozen dataclass whose fields are its settings: numbers, texts, booleans, None, or tuples of them.
-    It gives the attributes below, `formula`, and, for the fused path, a `term`. `fastvae.likelihoods.check` compares the
-    two.
+    It gives the attributes below, of which those with a default may be left out. `fastvae.likelihoods.check` compares
+    its term with its formula.
     """
 
     parameters: ClassVar[tuple[str, ...]]
@@ -52,9 +52,14 @@ class Likelihood:
     target: ClassVar[str]
     """What a target holds: "unit", numbers in [0, 1], where uint8 is read as t / 255; or "number", any numbers."""
     roundings: ClassVar[tuple[int, ...]]
-    """Of a value, of each parameter's slope, and of the target's slope if it has one: relative errors of 2^-24 along the
-    longest chain of operations of the term. Count one for an operation, a constant or a conversion (two for a target of
-    bytes), two for `numerics.reciprocal`, three for `log1p`, four for `exp`, eight for `sigmoid`."""
+    """Of a value, of each parameter's slope, and of the target's slope if it has one: relative errors of 2^-24 along
+    the longest chain of operations of the term. Count one for an operation, a constant or a conversion (two for a
+    target of bytes), two for `numerics.reciprocal`, three for `log1p`, four for `exp`, eight for `sigmoid`."""
+    formula: ClassVar[Callable[..., Tensor]]
+    """``def formula(self, *parameters, target)``: each element's negative log-likelihood in nats, in plain PyTorch.
+
+    It is the specification: the path without a GPU, what the term is compared with, and, differentiated by torch, the
+    gradients of higher order. Write it in a form that is stable in float32."""
     target_has_slope: ClassVar[bool] = False
     """Whether the term returns the target's slope too. Without it a target gets no gradient."""
     slope_factor: ClassVar[float] = 1.0
@@ -71,7 +76,7 @@ class Likelihood:
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        for name in ("parameters", "target", "roundings"):
+        for name in ("parameters", "target", "roundings", "formula"):
             if not hasattr(cls, name):
                 raise TypeError(f"{cls.__name__} must define {name}, as fastvae.likelihoods.Likelihood describes it")
         if not cls.parameters or isinstance(cls.parameters, str) or not all(map(str.isidentifier, cls.parameters)):
@@ -85,21 +90,14 @@ class Likelihood:
                 f"got {cls.roundings!r}"
             )
 
-    def formula(self, *parameters_and_target: Tensor) -> Tensor:
-        """The negative log-likelihood of each element, in nats, in plain PyTorch.
-
-        It is the specification: the path without a GPU, what the term is compared with, and, differentiated by torch,
-        the gradients of higher order. Write it in a form that is stable in float32.
-        """
-        raise NotImplementedError(f"{type(self).__name__} must define formula({', '.join(self.parameters)}, target)")
-
-    def slopes(self, *parameters_and_target: Tensor) -> tuple[Tensor, ...]:
+    def slopes(self, *parameters_and_target: Any, **_: Any) -> tuple[Tensor, ...]:
         """The derivative of each element's value by each parameter, in plain PyTorch; torch derives it from `formula`.
 
         Override it where that is slow or inaccurate.
         """
         *parameters, target = parameters_and_target
-        value, backward = torch.func.vjp(lambda *given: self.formula(*given, target), *parameters)
+        transformed: Any = torch.func.vjp(lambda *given: self.formula(*given, target), *parameters)
+        value, backward = transformed
         return tuple(backward(torch.ones_like(value)))
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
@@ -111,7 +109,7 @@ class Likelihood:
         draw = torch.rand if self.target == "unit" else torch.randn
         return *parameters, draw(shape, generator=generator)
 
-    def mean(self, *parameters: Tensor) -> Tensor:
+    def mean(self, *parameters: Any, **_: Any) -> Tensor:
         """The mean of the target given the parameters, for pictures of reconstructions and samples."""
         raise NotImplementedError(f"{type(self).__name__} must define mean({', '.join(self.parameters)})")
 
