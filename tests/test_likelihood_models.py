@@ -142,6 +142,10 @@ def parallel(model):
     return DistributedDataParallel(model, find_unused_parameters=True)
 
 
+def compiled_and_parallel(model):
+    return compiled(parallel(model))
+
+
 @pytest.fixture
 def group(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -149,11 +153,11 @@ def group(tmp_path):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("wrap", [plainly, compiled, parallel])
+@pytest.mark.parametrize("wrap", [plainly, compiled, parallel, compiled_and_parallel])
 @pytest.mark.parametrize("make", [binary_vae, gaussian_vae, lambda: gaussian_vae(False)])
 def test_a_step_is_torch_s(make, wrap, device, request):
     """The value, and by a step of gradient descent every parameter's gradient; from bytes, on the chosen backend."""
-    if wrap is parallel:
+    if wrap in (parallel, compiled_and_parallel):
         request.getfixturevalue("group")
     backend = "triton" if wrap is plainly else "reference"
     model = make().to(device)
