@@ -85,6 +85,7 @@ class Code:
     finishing: int | None = None
     instructions: float | None = None  # per element, all but the finishing
     bulk: dict[str, int] | None = None  # how many accesses there are of each width
+    narrow: dict[str, int] | None = None  # those of them that are not of `Launch.widths`
     others: int | None = None  # accesses of single numbers, the finishing apart
 
 
@@ -143,6 +144,7 @@ def inspect(launch: Launch, target: GPUTarget, **options: Any) -> Code:
         finishing=count["finishing"],
         instructions=round(sum(count[part] for part in PARTS if part != "finishing") / elements, 2),
         bulk=bits_moved(bulk),
+        narrow=bits_moved([access for access in bulk if access.bits not in launch.widths]),
         others=len(others),
     )
 
@@ -193,10 +195,9 @@ def complaints(table: Table, committed: Table) -> Iterator[str]:
     for name, code in table.items():
         if code["spilled_bytes"]:
             yield f"{name}: {code['spilled_bytes']} bytes of registers are spilled"
-        narrow = {int(bits): count for bits, count in (code["bulk"] or {}).items() if int(bits) < 128}
-        if narrow:
-            what = ", ".join(f"{count} of {bits} bits" for bits, count in narrow.items())
-            yield f"{name}: bulk tensors are accessed in pieces narrower than 128 bits: {what}"
+        if code["narrow"]:
+            what = ", ".join(f"{count} of {bits} bits" for bits, count in code["narrow"].items())
+            yield f"{name}: bulk tensors are accessed in pieces narrower than they could be: {what}"
         for line in code["overflows"]:
             yield f"{name}: an offset is made in 32 bits: {line}"
         if name not in committed:

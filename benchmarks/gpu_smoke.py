@@ -50,7 +50,7 @@ def checks(device: torch.device) -> Iterator[Check]:
     yield "noise", lambda: noise(torch.zeros(512, 2048 if on_gpu else 32, device=device))
     if on_gpu:
         yield "captured step", lambda: captured_step(device)
-    for operation, dtype in product((it for it in operations() if it.computes), DTYPES):
+    for operation, dtype in product((it for it in operations() if it.computes or it.measured), DTYPES):
         for shape, memory_format in LATENTS if operation.likelihood is None else IMAGES:
             for target_dtype in (None, torch.uint8) if takes_bytes(operation) else (None,):
                 spec = Spec(shape, dtype, target_dtype, partial(Tensor.contiguous, memory_format=memory_format), device)

@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 import fastvae.functional as F
 from fastvae.kernels import batch
 from fastvae.kernels.launch import Plan
+from fastvae.likelihoods import SigmoidMSE
 from fastvae.operations import Operation, Spec, kernel_names, operations
 from stand_in import stand_in
 
@@ -59,6 +60,17 @@ class Launch:
     def tile(self) -> int:
         """The elements of a program."""
         return self.constants["ROWS"] * self.constants["COLUMNS"]
+
+    @property
+    def widths(self) -> set[int]:
+        """Of the accesses of whole tiles, in bits: 128, and of a tensor of a narrower dtype as many elements; and one
+        element each of those behind the last that 16 divides.
+        """
+        if "VECTOR" not in self.constants:
+            return {128}
+        tensors = (*self.arguments["parameter_ptrs"], self.arguments["target_ptr"], *self.arguments["gradient_ptrs"])
+        of_tail = {8 * tensor.itemsize for tensor in tensors if self.constants["HAS_TAIL"]}
+        return {8 * self.constants["VECTOR"] * tensor.itemsize for tensor in tensors} | of_tail
 
     @property
     def elements_per_thread(self) -> float:
@@ -217,10 +229,16 @@ def _of_likelihood(operation: Operation, direction: str, long: Spec) -> Iterator
     if "kl" in operation.arguments:
         options = {"beta": torch.ones(())}  # as a training loop gives it
     specs = {"long": long}
-    if long.dtype is torch.float32:
-        specs["uint8 target"] = replace(long, target_dtype=torch.uint8)
-        specs["images"] = Spec((128, 1, 28, 28))  # shared by many programs, in smaller tiles
+    if operation.likelihood == SigmoidMSE():
+        specs["odd"] = Spec((8, 16385), long.dtype)  # a size that 16 does not divide
+        if long.dtype is torch.float32:
+            specs["uint8 target"] = replace(long, target_dtype=torch.uint8)
+            specs["images"] = Spec((128, 1, 28, 28))  # shared by many programs, in smaller tiles
+        else:
+            specs["float32 target"] = replace(long, target_dtype=torch.float32)
     for size, spec in specs.items():
+        if size == "odd" and direction == "forward" and "kl" not in operation.arguments:
+            options = {"reduction": "mean"}  # with a sum for each sample, rows start at any address
         yield size, Configuration(operation, direction, spec, options)
 
 

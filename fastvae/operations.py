@@ -276,7 +276,7 @@ def of_likelihood(likelihood: Likelihood) -> list[Operation]:
         reductions=REDUCTIONS,
         call=call,
         likelihood=likelihood,
-        computes="(sigmoid(logits) − target)², reduced" if own else None,  # noqa: RUF001 - a minus
+        computes="(sigmoid(logits) − target)², reduced" if own else f"−log p of {likelihood!r}, reduced",  # noqa: RUF001 - a minus
     )
     bound = replace(
         loss,
@@ -336,7 +336,9 @@ def _row(operation: Operation) -> list[str]:
         of_uint8 = both_directions(lambda d: sum(operation.bytes_per_element(d, target_dtype=torch.uint8)))
         moved += f"; {of_uint8.removesuffix(' in all')} with a uint8 target"
     given = list(operation.arguments)
-    if operation.name != operation.function:
+    if operation.function == "negative_log_likelihood":
+        given.append(repr(operation.likelihood))
+    elif operation.name != operation.function:
         given += [f"{name}={value!r}".replace("'", '"') for name, value in operation.options.items()]
     return [
         f"`{operation.function}({', '.join(given)})`",

@@ -109,8 +109,8 @@ def value_kernel(
     row_stride are given as multiples of ALIGNMENT. With HAS_TAIL there is one row, and `tail` more elements behind its
     columns. beta, weight and grad_scale are numbers or pointers to one. Where no program owns a whole sum, partial is
     float32 [programs] and ticket int32 [1], zero.
-    Bytes per float32 element: reads 8 (5 with a uint8 target), writes 0 (4 with gradients), for one parameter, and 4
-    more for each other one; 8 more per program for partial sums, 4 per sample for kl, and 4 for its gradient.
+    Bytes per float32 element: reads 8 (5 with a uint8 target), writes 0 (4 with gradients); 4 more of each for each
+    further parameter, 8 more per program for partial sums, 4 per sample for kl, and 4 for its gradient.
     Launches: 1. Roundings: a term those of the likelihood, a gradient 5 more than a slope, the values 4 more and one
     per level of a sum. Deterministic: no floating-point atomics, partial sums are added in order.
     """
@@ -180,8 +180,8 @@ def gradient_kernel(
 
     Shapes: as in `value_kernel`; loss_grad float32 [rows] at distance loss_grad_stride if PER_ROW, else [] as the two
     others. A missing upstream gradient is None and counts as 0. kl_grad [batch], or None.
-    Bytes per float32 element: reads 8 (5 with a uint8 target), writes 4 (8 with both gradients), for one parameter, and
-    8 more for each other one; 4 more per sample for kl_grad.
+    Bytes per float32 element: reads 8 (5 with a uint8 target), writes 4 (8 with both gradients); 4 more of each for
+    each further parameter, and 4 more per sample for kl_grad.
     Launches: 1. Roundings: 5 more than a slope of the likelihood. Deterministic.
     """
     if kl_grad_ptr is not None:

@@ -55,6 +55,7 @@ class Rows(NamedTuple):
             tiling = cut(rows, columns, self.itemsize)
         constants = {
             "FLAT": rows == 1,
+            "PER_ROW": per_row and rows > 1,
             "HAS_TAIL": tail > 0,
             "ALIGNMENT": alignment,
             "VECTOR": 16 // self.widest,
@@ -117,7 +118,6 @@ def plan_loss(likelihood: Likelihood, rows: Rows, reduction: str) -> tuple[Plan,
         **constants_of(likelihood),
         **constants,
         WANTED=(),
-        PER_ROW=per_row,
         **sum_blocks(groups, count),
     )
     return plan, tiling.programs if count > 1 else 0
@@ -155,8 +155,7 @@ def negative_log_likelihood(likelihood: Likelihood, tensors: Sequence[Tensor], r
 def plan_loss_backward(
     likelihood: Likelihood, rows: Rows, reduction: str, loss_grad_stride: int, needed: tuple[bool, ...]
 ) -> Plan:
-    per_row = loss_grad_stride != 0
-    tiling, constants, numbers = rows.tiles(per_row)
+    tiling, constants, numbers = rows.tiles(per_row=loss_grad_stride != 0)
     return make_plan(
         tiling.programs,
         tiling.num_warps,
@@ -167,7 +166,6 @@ def plan_loss_backward(
         **constants_of(likelihood),
         **constants,
         WANTED=wanted(needed),
-        PER_ROW=per_row,
     )
 
 
@@ -226,7 +224,6 @@ def plan_elbo(likelihood: Likelihood, rows: Rows, kl_stride: int, with_gradients
         **constants_of(likelihood),
         **constants,
         WANTED=tuple(range(len(likelihood.parameters))) if with_gradients else (),
-        PER_ROW=False,
         GROUPS=1,
         BLOCK=1024,
     )
@@ -312,7 +309,6 @@ def plan_elbo_backward(likelihood: Likelihood, rows: Rows, needed: tuple[bool, .
         **constants_of(likelihood),
         **constants,
         WANTED=wanted(needed),
-        PER_ROW=False,
     )
 
 

@@ -150,10 +150,18 @@ def calls() -> Iterator[Callable[[], Any]]:
 
 def form(launch: Launch) -> tuple[Any, ...]:
     """Equal for launches that run the same compiled kernel."""
-    kinds = [value.dtype if isinstance(value, torch.Tensor) else value for value in launch.arguments.values()]
-    # Of numbers only whether they are 1, which may be compiled in: divisible by 16 or not, the same lines are compiled.
-    kinds = [kind == 1 if isinstance(kind, int) else float if isinstance(kind, float) else kind for kind in kinds]
-    return launch.kernel, launch.num_warps, *kinds, *launch.constants.items()
+    return launch.kernel, launch.num_warps, *map(kind, launch.arguments.values()), *launch.constants.items()
+
+
+def kind(argument: Any) -> Any:
+    """Of numbers only whether they are 1, which may be compiled in: divisible by 16 or not, the same lines are
+    compiled.
+    """
+    if isinstance(argument, tuple):
+        return tuple(map(kind, argument))
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype
+    return argument == 1 if isinstance(argument, int) else float if isinstance(argument, float) else argument
 
 
 def covering(forms: list[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:

@@ -1,0 +1,246 @@
+"""What a description of a likelihood must be, and what is said of one that is wrong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastvae.functional as F
+from fastvae.likelihoods import Bernoulli, Likelihood, SigmoidMSE, Term, check
+from fastvae.likelihoods.likelihood import from_key
+from fastvae.nn import ELBOLoss, NegativeLogLikelihood
+from fastvae.operations import LIKELIHOODS
+from own_likelihood import LearnedGaussian, SmoothL1
+
+OWN = (SmoothL1(), SmoothL1(eps=1.0), LearnedGaussian())
+
+
+@pytest.mark.parametrize("likelihood", [*LIKELIHOODS, *OWN], ids=str)
+def test_terms_are_their_formulas(likelihood, device) -> None:
+    check(likelihood, device=device)
+    for seed in (1, 2):
+        check(likelihood, device=device, seed=seed)
+
+
+@pytest.mark.parametrize("likelihood", [*LIKELIHOODS, *OWN], ids=str)
+def test_a_key_is_the_likelihood(likelihood) -> None:
+    assert from_key(likelihood.key) == likelihood
+    assert from_key(likelihood.key) is from_key(likelihood.key)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "",
+        "os:system('true')",
+        "os:getcwd()",
+        "fastvae.likelihoods.bernoulli:Bernoulli",
+        "fastvae.likelihoods.bernoulli:Bernoulli(__import__('os').getcwd())",
+        "fastvae.likelihoods.bernoulli:Bernoulli(eps=open('x'))",
+        "fastvae.likelihoods.bernoulli:Bernoulli(eps=1)",
+        "fastvae.likelihoods.bernoulli:Bernoulli() or 1",
+        "fastvae.likelihoods.bernoulli:Normal()",
+        "no.such.module:Bernoulli()",
+        "fastvae.likelihoods.likelihood:Term(function=1)",
+    ],
+)
+def test_no_other_text_is_a_key(key) -> None:
+    with pytest.raises(ValueError, match="names no likelihood"):
+        from_key(key)
+
+
+# ------------------------------------------------------------------------------------------------------------- check
+
+
+@Term
+def too_few(parameters, target, SETTINGS, FAST):
+    error = target - parameters[0]
+    return error * error, (-2.0 * error,)
+
+
+@Term
+def another_shape(parameters, target, SETTINGS, FAST):
+    error = target - parameters[0]
+    return (error * error)[None], (-2.0 * error, 2.0 * error)
+
+
+@Term
+def wrong_value(parameters, target, SETTINGS, FAST):
+    error = target - parameters[0]
+    return 1.0001 * error * error, (-2.0 * error, 2.0 * error)
+
+
+@Term
+def wrong_slope(parameters, target, SETTINGS, FAST):
+    error = target - parameters[0]
+    return error * error, (2.0 * error, 2.0 * error)
+
+
+@dataclass(frozen=True)
+class Squared(Likelihood):
+    """The squared error of a term that is right."""
+
+    parameters = ("mean",)
+    target = "number"
+    roundings = (3, 2, 2)
+    target_has_slope = True
+
+    def formula(self, mean: Tensor, target: Tensor) -> Tensor:
+        return (target - mean).square()
+
+
+def with_term(term: Term) -> Likelihood:
+    return dataclass(frozen=True)(type("Squared", (Squared,), {"term": term}))()
+
+
+@pytest.mark.parametrize(
+    ("term", "complaint"),
+    [
+        (too_few, "a term returns a slope for each parameter, and for a target that has one"),
+        (another_shape, "a term returns a value of the shape of its target"),
+        (wrong_value, r"the value: at mean = .*, target = .* the term has .*, the formula .* times the bound"),
+        (wrong_slope, r"the slope of mean: at .* times the bound for roundings\[1\] = 2"),
+    ],
+    ids=lambda it: it.function.__name__ if isinstance(it, Term) else "",
+)
+def test_a_wrong_term_is_told(term, complaint, device) -> None:
+    with pytest.raises(ValueError, match=complaint) as raised:
+        check(with_term(term), device=device)
+    assert "slope of target" not in str(raised.value)
+
+
+@dataclass(frozen=True)
+class Unstable(Squared):
+    target = "unit"
+
+    def formula(self, mean: Tensor, target: Tensor) -> Tensor:
+        return -target * torch.log(torch.sigmoid(mean)) - (1 - target) * torch.log(1 - torch.sigmoid(mean))
+
+
+@dataclass(frozen=True)
+class Summed(Squared):
+    def formula(self, mean: Tensor, target: Tensor) -> Tensor:
+        return (target - mean).square().sum()
+
+
+class Undecorated(Squared):
+    pass
+
+
+@dataclass(frozen=True)
+class DrawsTooFew(Squared):
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
+        return (torch.zeros(shape),)
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "complaint"),
+    [
+        (Unstable(), r"the formula is inf in float32 at mean = .*: write it in a form that is stable"),
+        (Summed(), r"formula must return a value for each element, \[\d+\], got \[\]"),
+        (Undecorated(), r"Undecorated must be decorated with @dataclass\(frozen=True\)"),
+        (DrawsTooFew(), "draw must return the 1 parameters and the target, got 1 tensors"),
+    ],
+    ids=lambda it: type(it).__name__ if isinstance(it, Likelihood) else "",
+)
+def test_a_wrong_description_is_told(likelihood, complaint) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        check(likelihood)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "complaint"),
+    [
+        ({"parameters": ()}, r"\.parameters must be a tuple of names, got \(\)"),
+        ({"parameters": "mean"}, r"\.parameters must be a tuple of names, got 'mean'"),
+        ({"target": "image"}, r"\.target must be one of unit, number, got 'image'"),
+        ({"roundings": (3, 2)}, r"\.roundings must have 3 numbers, of the value and of 2 slopes, got \(3, 2\)"),
+    ],
+    ids=str,
+)
+def test_a_class_that_is_no_description(attributes, complaint) -> None:
+    with pytest.raises(TypeError, match=complaint):
+        type("Wrong", (Squared,), attributes)
+    with pytest.raises(TypeError, match="Empty must define parameters"):
+        type("Empty", (Likelihood,), {})
+
+
+# ------------------------------------------------------------------------------------------------ calls and modules
+
+
+def test_the_number_of_parameters() -> None:
+    mean, target = torch.zeros(2, 3), torch.zeros(2, 3)
+    for given in (mean, (mean,), (mean, mean, mean)):
+        with pytest.raises(ValueError, match=r"parameters must be the 2 tensors \(mean, logvar\) of LearnedGaussian"):
+            F.negative_log_likelihood(given, target, LearnedGaussian())
+    with pytest.raises(ValueError, match=r"logvar must have the shape of mean, \[2, 3\], got \[2, 4\]"):
+        F.elbo_loss((mean, torch.zeros(2, 4)), target, torch.zeros(2), likelihood=LearnedGaussian())
+    with pytest.raises(TypeError, match="likelihood must be a fastvae.likelihoods.Likelihood, got 'bernoulli'"):
+        F.negative_log_likelihood(mean, target, "bernoulli")
+    with pytest.raises(TypeError, match="likelihood must be a fastvae.likelihoods.Likelihood, got <class"):
+        F.negative_log_likelihood(mean, target, Bernoulli)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_gradients_come_as_the_parameters_do(backend, device) -> None:
+    import fastvae
+
+    mean, logvar, target, kl = (torch.rand(2, 3, device=device) for _ in range(4))
+    with fastvae.use_backend(backend):
+        _, (gradients, kl_grad) = F.elbo_value_and_grad(
+            (mean, logvar), target, kl[:, 0], likelihood=LearnedGaussian(), beta=0.5
+        )
+        assert [g.shape for g in gradients] == [(2, 3)] * 2 and kl_grad.tolist() == [0.25, 0.25]
+        _, (in_tuple, _) = F.elbo_value_and_grad((mean,), target, kl[:, 0], likelihood=Bernoulli())
+        _, (alone, _) = F.elbo_value_and_grad(mean, target, kl[:, 0], likelihood=Bernoulli())
+        assert isinstance(in_tuple, tuple) and torch.equal(in_tuple[0], alone)
+
+
+def test_the_weight_of_the_reconstruction_is_the_likelihoods() -> None:
+    x, t, kl = torch.randn(2, 3), torch.rand(2, 3), torch.rand(2)
+    for likelihood, weight in ((SigmoidMSE(), 0.5), (Bernoulli(), 1.0)):
+        value = F.elbo_loss(x, t, kl, likelihood=likelihood).reconstruction
+        torch.testing.assert_close(value, weight * F.negative_log_likelihood(x, t, likelihood))
+        assert value == F.elbo_loss(x, t, kl, likelihood=likelihood, reconstruction_weight=weight).reconstruction
+
+
+def test_modules() -> None:
+    x, t, kl = torch.randn(2, 3), torch.rand(2, 3), torch.rand(2)
+    module = NegativeLogLikelihood(Bernoulli(), reduction="none")
+    assert torch.equal(module(x, t), F.negative_log_likelihood(x, t, Bernoulli(), reduction="none"))
+    assert repr(module) == "NegativeLogLikelihood(Bernoulli(), reduction='none')"
+    assert ELBOLoss(Bernoulli())(x, t, kl) == F.elbo_loss(x, t, kl, likelihood=Bernoulli())
+    assert repr(ELBOLoss(SmoothL1())) == "ELBOLoss(SmoothL1(eps=0.125), beta=1.0, reconstruction_weight=1.0)"
+
+
+# ---------------------------------------------------------------------------------------------------------- Bernoulli
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_bernoulli_is_binary_cross_entropy(dtype, backend, device) -> None:
+    """In half precision too, where torch's own refuses, or rounds the loss of each pixel."""
+    import fastvae
+
+    x = (4 * torch.randn(5, 3, 7, device=device)).to(dtype).requires_grad_()
+    for t in (torch.rand(5, 3, 7, device=device), torch.randint(0, 256, (5, 3, 7), dtype=torch.uint8, device=device)):
+        wide = x.detach().double().requires_grad_()
+        pixels = t.double() / 255 if t.dtype is torch.uint8 else t.double()
+        expected = torch.nn.functional.binary_cross_entropy_with_logits(wide, pixels, reduction="sum") / 5
+        with fastvae.use_backend(backend), torch.autocast(device.type, torch.bfloat16):
+            loss = F.negative_log_likelihood(x, t, Bernoulli())
+        assert loss.dtype is torch.float32
+        torch.testing.assert_close(loss, expected.float(), rtol=1e-6, atol=0)
+        (gradient,) = torch.autograd.grad(loss, x)
+        (exact,) = torch.autograd.grad(expected, wide)
+        assert gradient.dtype is dtype
+        torch.testing.assert_close(gradient, exact.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-8)
+
+
+def test_the_slope_of_bernoulli_at_zero() -> None:
+    x = torch.zeros(1, 3, requires_grad=True)
+    loss = F.negative_log_likelihood(x, torch.tensor([[0.0, 0.25, 1.0]]), Bernoulli())
+    assert torch.autograd.grad(loss, x)[0].tolist() == [[0.5, 0.25, -0.5]]
