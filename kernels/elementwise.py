@@ -7,7 +7,7 @@ Memory, tiles and sums are here. The formula is TERM, a Triton function of a til
 import triton
 import triton.language as tl
 
-from .numerics import load_scalar, to_float32
+from .numerics import load_scalar
 from .tiles import UNSPECIALIZED, drew_last_ticket, program_tile, sum_groups_in_order, sum_in_order
 
 # Of the gradient of kl, one number that each program writes to as many samples: one store of a thread of 4 warps.
@@ -34,8 +34,8 @@ def evaluate(
     """(value, slopes) of the elements at base + offsets."""
     parameters = ()
     for k in tl.static_range(len(parameter_ptrs)):
-        parameter = tl.load(parameter_ptrs[k] + base + offsets, mask=inside, other=0.0)
-        parameters = parameters + (to_float32(parameter, FAST),)  # noqa: RUF005 - Triton knows no *
+        parameter = tl.load(parameter_ptrs[k] + base + offsets, mask=inside, other=0.0).to(tl.float32)
+        parameters = parameters + (parameter,)  # noqa: RUF005 - Triton knows no *
     target = load_target(target_ptr + base + offsets, inside, UNIT)
     value, slopes = TERM(parameters, target, SETTINGS, FAST)
     tl.static_assert(len(slopes) == SLOPES, "a term returns a slope for each parameter, and for a target that has one")

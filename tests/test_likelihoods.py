@@ -8,8 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import fastvae
 import fastvae.functional as F
+from bounds import assert_within
 from fastvae.likelihoods import Bernoulli, Likelihood, SigmoidMSE, Term, check
+from fastvae.likelihoods.checking import exact
 from fastvae.likelihoods.likelihood import from_key
 from fastvae.nn import ELBOLoss, NegativeLogLikelihood
 from fastvae.operations import LIKELIHOODS
@@ -20,8 +23,7 @@ OWN = (SmoothL1(), SmoothL1(eps=1.0), LearnedGaussian())
 
 @pytest.mark.parametrize("likelihood", [*LIKELIHOODS, *OWN], ids=str)
 def test_terms_are_their_formulas(likelihood, device) -> None:
-    check(likelihood, device=device)
-    for seed in (1, 2):
+    for seed in range(2):
         check(likelihood, device=device, seed=seed)
 
 
@@ -178,16 +180,14 @@ def test_the_number_of_parameters() -> None:
             F.negative_log_likelihood(given, target, LearnedGaussian())
     with pytest.raises(ValueError, match=r"logvar must have the shape of mean, \[2, 3\], got \[2, 4\]"):
         F.elbo_loss((mean, torch.zeros(2, 4)), target, torch.zeros(2), likelihood=LearnedGaussian())
-    with pytest.raises(TypeError, match="likelihood must be a fastvae.likelihoods.Likelihood, got 'bernoulli'"):
+    with pytest.raises(TypeError, match=r"likelihood must be a fastvae\.likelihoods\.Likelihood, got 'bernoulli'"):
         F.negative_log_likelihood(mean, target, "bernoulli")
-    with pytest.raises(TypeError, match="likelihood must be a fastvae.likelihoods.Likelihood, got <class"):
+    with pytest.raises(TypeError, match=r"likelihood must be a fastvae\.likelihoods\.Likelihood, got <class"):
         F.negative_log_likelihood(mean, target, Bernoulli)
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_gradients_come_as_the_parameters_do(backend, device) -> None:
-    import fastvae
-
     mean, logvar, target, kl = (torch.rand(2, 3, device=device) for _ in range(4))
     with fastvae.use_backend(backend):
         _, (gradients, kl_grad) = F.elbo_value_and_grad(
@@ -223,8 +223,6 @@ def test_modules() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_bernoulli_is_binary_cross_entropy(dtype, backend, device) -> None:
     """In half precision too, where torch's own refuses, or rounds the loss of each pixel."""
-    import fastvae
-
     x = (4 * torch.randn(5, 3, 7, device=device)).to(dtype).requires_grad_()
     for t in (torch.rand(5, 3, 7, device=device), torch.randint(0, 256, (5, 3, 7), dtype=torch.uint8, device=device)):
         wide = x.detach().double().requires_grad_()
@@ -235,9 +233,9 @@ def test_bernoulli_is_binary_cross_entropy(dtype, backend, device) -> None:
         assert loss.dtype is torch.float32
         torch.testing.assert_close(loss, expected.float(), rtol=1e-6, atol=0)
         (gradient,) = torch.autograd.grad(loss, x)
-        (exact,) = torch.autograd.grad(expected, wide)
+        (expected_gradient,) = torch.autograd.grad(expected, wide)
         assert gradient.dtype is dtype
-        torch.testing.assert_close(gradient, exact.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-8)
+        assert_within(gradient, expected_gradient, exact(Bernoulli(), (wide, pixels)).first[1] / 5, 14, "gradient")
 
 
 def test_the_slope_of_bernoulli_at_zero() -> None:

@@ -70,7 +70,7 @@ def ulp(values: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def examples(likelihood: Likelihood, generator: torch.Generator) -> tuple[Tensor, ...]:
     """Drawn parameters and targets, and, where the likelihood takes all numbers, extreme ones: each float32 [N]."""
-    drawn = likelihood.draw((4096,), generator)
+    drawn = likelihood.draw((1024,), generator)
     if len(drawn) != len(likelihood.parameters) + 1:
         raise ValueError(
             f"{likelihood}.draw must return the {len(likelihood.parameters)} parameters and the target, "
@@ -91,9 +91,9 @@ def check(likelihood: Likelihood, *, device: torch.device | str | None = None, s
 
     The inputs are those of `Likelihood.draw`, and extreme ones: zeros, 1e-4 to 1e4, NaN. The error names each
     difference and the inputs at which it is largest. Exact are the formula and its derivatives in float64. An error may
-    be 1 ulp + k * 2^-24 * S, where k is the number in ``roundings``, and S = |f| + sum_i |x_i df/dx_i|, because relative
-    errors of the inputs move the result by so much. The formula itself must be finite in float32 where it is in float64,
-    because the path without a GPU computes it.
+    be 1 ulp + k * 2^-24 * S, where k is the number in ``roundings``, and S = |f| + sum_i |x_i df/dx_i|, because
+    relative errors of the inputs move the result by so much. The formula itself must be finite in float32 where it is
+    in float64, because the path without a GPU computes it.
 
     Args:
         likelihood: with a ``term``; without one only the formula is looked at.
@@ -106,7 +106,7 @@ def check(likelihood: Likelihood, *, device: torch.device | str | None = None, s
     """
     # Imported here, because this package is below them.
     import fastvae.functional as F
-    from fastvae.backend import use_backend
+    from fastvae.backend import backend_for, use_backend
 
     if "__dataclass_params__" not in vars(type(likelihood)):
         raise ValueError(f"{type(likelihood).__name__} must be decorated with @dataclass(frozen=True)")
@@ -120,8 +120,12 @@ def check(likelihood: Likelihood, *, device: torch.device | str | None = None, s
             tensors[-1].requires_grad_(False)
         needed = tensors if likelihood.target_has_slope else tensors[:-1]
         with use_backend("triton"):
-            value = F.negative_log_likelihood(tuple(tensors[:-1]), tensors[-1], likelihood, reduction="none")
-            slopes = torch.autograd.grad(value.sum(), needed)
+            backend_for(tensors[0])  # raises where it cannot run
+            try:
+                value = F.negative_log_likelihood(tuple(tensors[:-1]), tensors[-1], likelihood, reduction="none")
+                slopes = torch.autograd.grad(value.sum(), needed)
+            except Exception as error:
+                raise ValueError(f"the term of {likelihood} cannot run: {error}") from error
         found = [x.detach().double().cpu().flatten() for x in (value, *slopes)]
         complaints += _differences(likelihood, inputs, found, expected)
     if complaints:

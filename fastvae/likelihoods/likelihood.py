@@ -149,8 +149,8 @@ def from_key(key: str) -> Likelihood:
         raise
     except (ImportError, SyntaxError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{key!r} names no likelihood: it must be module:Class(settings), a class at the top level of a module "
-            f"({error})"
+            f"{key!r} names no likelihood: it must be module:Class(settings), with a class at the top level of a "
+            f"module ({error})"
         ) from error
 
 
