@@ -140,11 +140,11 @@ def from_key(key: str) -> Likelihood:
     no likelihood.
     """
     try:
-        module, name, settings = _parsed(key)
+        module, name, _ = _parsed(key)
         kind = vars(_imported(module, key)).get(name)
         if not (isinstance(kind, type) and issubclass(kind, Likelihood)):
             raise TypeError(f"{module} has no likelihood of the name {name!r}")
-        return kind(**settings)
+        return _made(kind, key)  # type: ignore[arg-type]  # mypy does not see that a class is hashable
     except NotImported:
         raise
     except (ImportError, SyntaxError, TypeError, ValueError) as error:
@@ -156,13 +156,20 @@ def from_key(key: str) -> Likelihood:
 
 @cache
 def _parsed(key: str) -> tuple[str, str, dict[str, Any]]:
-    """Module, class and settings. The class itself is looked up at each call, because a notebook may define it anew."""
+    """Module, class and settings."""
     module, _, rest = key.partition(":")
     name, _, settings = rest.partition("(")
     call = ast.parse(f"settings({settings}", mode="eval").body
     if not isinstance(call, ast.Call) or call.args:
         raise ValueError("its settings must be name=value, ...")
     return module, name, {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+
+
+@cache
+def _made(kind: type[Likelihood], key: str) -> Likelihood:
+    """One object for one class and key. Not for the key alone, because a notebook may define its class anew."""
+    _, _, settings = _parsed(key)
+    return kind(**settings)
 
 
 def _imported(module: str, key: str) -> ModuleType:
