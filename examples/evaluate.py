@@ -6,8 +6,9 @@
 RUN is a folder that train.py wrote, or a checkpoint file. Ctrl-C leaves no half-written file; its exit code is 130.
 What the user can put right ends in one line and exit code 2.
 
-Bounds are of log p(x) in nats per image, of the Gaussian with variance 1 around each pixel that training fits, with its
-constant. They are densities of pixels in [0, 1]: compare them between such models only.
+Bounds are of log p(x) in nats per image, under the model's likelihood. By default that is a Gaussian of variance 1
+around each pixel, with its constant: a density of pixels in [0, 1]. Compare bounds between models of one likelihood
+only.
 
 Files in --out, each written atomically; those of an earlier evaluation are removed first:
     evaluation.json            every number below, with settings and versions

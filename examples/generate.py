@@ -113,7 +113,7 @@ def interpolations(run: Run, found: Posteriors, pairs: list[list[int]]) -> Tenso
     first, second = (torch.tensor(side, device=run.images.device) for side in zip(*pairs, strict=True))
     t = torch.linspace(0.0, 1.0, STEPS, device=run.images.device).view(1, -1, 1)
     z = torch.lerp(found.mu[first].unsqueeze(1), found.mu[second].unsqueeze(1), t)
-    between = torch.sigmoid(run.model.decode(z.flatten(0, 1))).view(len(pairs), STEPS, *run.images.shape[1:])
+    between = run.model.decode_mean(z.flatten(0, 1)).view(len(pairs), STEPS, *run.images.shape[1:])
     ends = [run.images[side].unsqueeze(1) / 255 for side in (first, second)]
     return torch.cat([ends[0], between, ends[1]], 1)
 
@@ -124,7 +124,7 @@ def traversals(model: VAE, base: Tensor, order: list[int], values: Tensor) -> Te
     z = base.repeat(len(order), len(values), 1)
     for row, dimension in enumerate(order):
         z[row, :, dimension] = values.to(z)
-    images = torch.sigmoid(model.decode(z.flatten(0, 1)))
+    images = model.decode_mean(z.flatten(0, 1))
     return images.view(len(order), len(values), *images.shape[1:])
 
 

@@ -46,7 +46,7 @@ def load(path: str | os.PathLike[str]) -> ConvVAE:
 
     Of a run that kept a moving average of the weights, the model has the average. It is on the CPU, in evaluation mode,
     and has the dtypes that it was written with. Raises ``OSError`` where there is no such file, and ``ValueError``
-    where it holds no such model or is damaged.
+    where it holds no such model or is damaged, or where its likelihood is your own and not imported yet.
     """
     path = Path(path)
     model: ConvVAE

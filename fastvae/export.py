@@ -2,7 +2,7 @@
 
     write_safetensors(path, model)              fastvae.load(path) gives the model back
     write_onnx(path, Encoder(model))            images [B, C, H, W] in [0, 1] -> mu, logvar, [B, K] each
-    write_onnx(path, Decoder(model))            z [B, K] -> images [B, C, H, W] in [0, 1]
+    write_onnx(path, Decoder(model))            z [B, K] -> images [B, C, H, W], the likelihood's means
     write_program(path, Decoder(model))         torch.export.load(path).module()(z), without fastvae
 
 Batches may have any size. Everything is float32. What is written is first run, and compared with the model.
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fastvae.backend import use_backend
 from fastvae.files import checksum, replacing
+from fastvae.likelihoods import NotImported
 from fastvae.models import VAE, ConvVAE
 from fastvae.models.stored import restored, stored
 
@@ -54,7 +55,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Images [B, C, H, W] in [0, 1], after the sigmoid, of z: a float32 copy of the model's decoder on the CPU."""
+    """Images [B, C, H, W] of z, the likelihood's means: a float32 copy of the model's decoder on the CPU."""
 
     input_name = "z"
     output_names = ("images",)
@@ -65,7 +66,7 @@ class Decoder(nn.Module):
         self.model.encoder = nn.Identity()  # not to be written
 
     def forward(self, z: Tensor) -> Tensor:
-        return torch.sigmoid(self.model.decode(z))
+        return self.model.decode_mean(z)
 
     def example(self, batch: int) -> Tensor:
         return torch.randn(batch, *self.model.latent_shape, generator=torch.Generator().manual_seed(batch))
@@ -148,7 +149,8 @@ def read_safetensors(path: str | os.PathLike[str]) -> ConvVAE:
 
     Raises ``ImportError`` where safetensors is not installed, ``OSError`` where there is no such file, and
     ``ValueError`` where it does not hold such a model, or is damaged: its checksum is another one (files that were
-    written before there was one have none).
+    written before there was one have none); or where the module of its likelihood, which the error names, is to be
+    imported first.
     """
     try:
         from safetensors import safe_open
@@ -165,6 +167,8 @@ def read_safetensors(path: str | os.PathLike[str]) -> ConvVAE:
             return restored(json.loads(metadata["settings"]), tensors)
     except OSError:
         raise
+    except NotImported as error:
+        raise ValueError(f"{path}: {error}") from error
     except Exception as error:  # a damaged file raises errors of many kinds
         raise ValueError(f"{path} is not a model of fastvae: {' '.join(str(error).split())}") from error
 

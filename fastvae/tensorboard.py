@@ -44,7 +44,7 @@ class TensorBoard:
         images = images[:_ENCODED].to(device)
         with evaluation_mode(model):
             mu, logvar = model.encode(images).chunk(2, 1)
-            reconstructions = torch.sigmoid(model.decode(mu[:_RECONSTRUCTED]))
+            reconstructions = model.decode_mean(mu[:_RECONSTRUCTED])
             samples = model.sample(_SAMPLED, torch.Generator(device).manual_seed(0))
         kl = F.gaussian_kl(mu, logvar, reduction="per_dimension")
         for name, values in (("latents/mu", mu), ("latents/kl_per_dimension", kl)):

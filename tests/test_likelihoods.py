@@ -45,7 +45,7 @@ def test_a_key_is_the_likelihood(likelihood) -> None:
         "fastvae.likelihoods.bernoulli:Bernoulli(eps=1)",
         "fastvae.likelihoods.bernoulli:Bernoulli() or 1",
         "fastvae.likelihoods.bernoulli:Normal()",
-        "no.such.module:Bernoulli()",
+        "fastvae.likelihoods.no_such_module:Bernoulli()",
         "fastvae.likelihoods.likelihood:Term(function=1)",
     ],
 )

@@ -1,10 +1,13 @@
 """How probable a model finds images: the evidence lower bound, and a tighter bound by importance sampling.
 
-Both are of log p(x), in nats per image, of the model that training fits: z ~ N(0, I), and independent pixels
-x ~ N(sigmoid(logits), 1). They hold that Gaussian's constant, -D / 2 * log(2 pi) for the D values of an image, which
-training's loss leaves out: -720.4 nats at 28x28. Pixels lie in [0, 1], where a variance of 1 is wide: p(x) is a density
-that changes little with what was learned. Compare these numbers between such models only, not with those of Bernoulli
-or discretised decoders.
+Both are of log p(x), in nats per image, of the model that training fits: z ~ N(0, I), and independent pixels x of the
+model's likelihood given the decoder's output. They hold what the likelihood's formula leaves out (its ``omitted``). For
+`SigmoidMSE`, a Gaussian of variance 1 around the sigmoid, that is the constant -D / 2 * log(2 pi) for the D values of
+an image, -720.4 nats at 28x28. Pixels lie in [0, 1], where a variance of 1 is wide, so its p(x) changes little with
+what was learned.
+
+Compare these numbers only between models of one likelihood and one reading of the images. A density of numbers, a
+probability of counts, and `Bernoulli` with grey values, which is neither, have different units.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from fastvae.models import VAE
 def elbo(model: VAE, images: Tensor, *, seed: int = 0) -> Tensor:
     """The evidence lower bound of each image, log p(x|z) - KL(q(z|x) || p(z)) with one sampled z, float64 [N], in nats.
 
-    Images as in `evaluate`; with the same seed, 0, the mean is minus its loss, less the constant above.
+    Images as in `evaluate`; with the same seed, 0, the mean is minus its loss, less what the likelihood omits.
 
     Raises ``ValueError`` if there are no images.
 
@@ -76,7 +79,7 @@ def log_likelihood(model: VAE, images: Tensor, *, samples: int = 100, seed: int 
 def bits_per_dimension(nats: float, dimensions: int) -> float:
     """-nats / (D log 2): a bound or log-likelihood of images of D values, in bits for each value.
 
-    Of a density of pixels in [0, 1], so it is no code length of bytes: that would be 8 bits more.
+    Of a density of pixels in [0, 1] it is no code length of bytes: that would be 8 bits more.
     """
     return -nats / (dimensions * math.log(2))
 
@@ -92,5 +95,6 @@ def _log_weights(model: VAE, images: Tensor, mu: Tensor, logvar: Tensor, z: Tens
 
 def _log_density(model: VAE, z: Tensor, images: Tensor) -> Tensor:
     """log p(x|z) of each pair, float64 [B]."""
-    errors = F.sigmoid_mse_loss(model.decode(z), images, reduction="none")
-    return -0.5 * (errors.double() + images[0].numel() * math.log(2 * math.pi))
+    likelihood = model.likelihood
+    values = F.negative_log_likelihood(model.decode(z), images, likelihood, reduction="none").double()
+    return -(likelihood.reconstruction_weight * values + likelihood.omitted * images[0].numel())

@@ -53,12 +53,16 @@ def check_device(name: str, tensor: Tensor, first_name: str, first: Tensor) -> N
         raise ValueError(f"{name} must be on the device of {first_name}, {first.device}, got {tensor.device}")
 
 
+def check_is_likelihood(likelihood: object) -> None:
+    if not isinstance(likelihood, Likelihood):
+        raise TypeError(f"likelihood must be a fastvae.likelihoods.Likelihood, got {likelihood!r}")
+
+
 def check_likelihood(
     parameters: Tensor | tuple[Tensor, ...], target: Tensor, likelihood: Likelihood
 ) -> tuple[Tensor, ...]:
     """A likelihood, its parameters of one shape and device, and a target of the same; returns them all in a tuple."""
-    if not isinstance(likelihood, Likelihood):
-        raise TypeError(f"likelihood must be a fastvae.likelihoods.Likelihood, got {likelihood!r}")
+    check_is_likelihood(likelihood)
     names = likelihood.parameters
     given = parameters if isinstance(parameters, tuple) else (parameters,)
     if len(given) != len(names):

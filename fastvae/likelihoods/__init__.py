@@ -2,7 +2,7 @@
 
 from fastvae.likelihoods.bernoulli import Bernoulli
 from fastvae.likelihoods.checking import check
-from fastvae.likelihoods.likelihood import Likelihood, Term
+from fastvae.likelihoods.likelihood import Likelihood, NotImported, Term, from_key
 from fastvae.likelihoods.sigmoid_mse import SigmoidMSE
 
-__all__ = ["Bernoulli", "Likelihood", "SigmoidMSE", "Term", "check"]
+__all__ = ["Bernoulli", "Likelihood", "NotImported", "SigmoidMSE", "Term", "check", "from_key"]

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 @Term
 def term(parameters, target, SETTINGS: tl.constexpr, FAST: tl.constexpr):
-    """|x| (1 - t for x > 0, else t) + log(1 + e^-|x|); slopes y - t and -x, with y = sigmoid(x)."""
+    """max(x, 0) - x t + log(1 + e^-|x|); slopes y - t and -x, with y = sigmoid(x)."""
     x = parameters[0]
-    e = numerics.exp(-tl.abs(x), FAST)
+    positive = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    tail = numerics.log1p(numerics.exp(-tl.abs(x), FAST))
     y = numerics.sigmoid(x, FAST)[0]
-    missed = tl.where(x > 0.0, 1.0 - target, target)
-    return tl.fma(tl.abs(x), missed, numerics.log1p(e)), (y - target, -x)
+    return tl.fma(-x, target, positive) + tail, (y - target, -x)
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class Bernoulli(Likelihood):
     term = term
 
     def formula(self, logits: Tensor, target: Tensor) -> Tensor:
-        positive = logits > 0
-        # Both parts are positive, so nothing cancels. |x| is written by `where`, because torch gives abs the slope 0 at
-        # x = 0, which would lose the 1/2 of y - t there.
-        tail = torch.log1p(torch.exp(torch.where(positive, -logits, logits)))
-        return torch.where(positive, 1 - target, -target) * logits + tail
+        positive = torch.relu(logits)
+        # x - 2 max(x, 0) is -|x|, but torch gives it the slope 1 at x = 0, and -|x| the slope 0. So the slope of the
+        # whole is 1/2 - t there.
+        tail = torch.nn.functional.softplus(torch.sub(logits, positive, alpha=2), threshold=40)
+        return positive - logits * target + tail
 
     def slopes(self, logits: Tensor, target: Tensor) -> tuple[Tensor]:
         return (torch.sigmoid(logits) - target,)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache, cached_property
+from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
@@ -67,6 +68,9 @@ class Likelihood:
     """A constant factor that the term leaves out of every slope, because the kernel multiplies slopes anyway."""
     reconstruction_weight: ClassVar[float] = 1.0
     """The weight of the value in the evidence lower bound, unless the caller gives one."""
+    omitted: ClassVar[float] = 0.0
+    """Nats per element that the formula leaves out of the negative log-likelihood, which `fastvae.evaluation.elbo` and
+    `log_likelihood` add: -log p(target | parameters) = reconstruction_weight * value + omitted, for each element."""
     term: ClassVar[Term | None] = None
     """``@Term def term(parameters, target, SETTINGS: tl.constexpr, FAST: tl.constexpr)``: (value, slopes) of a tile, in
     float32. ``parameters`` is a tuple of tiles, ``SETTINGS`` the tuple of the likelihood's settings, ``FAST`` is handed
@@ -125,25 +129,56 @@ class Likelihood:
         return f"{type(self).__module__}:{type(self).__qualname__}({settings})"
 
 
-@cache
+class NotImported(ValueError):
+    """A key names a module that is not imported, and that a text from a file shall not import."""
+
+
 def from_key(key: str) -> Likelihood:
     """The likelihood whose `key` this is.
 
-    Its module is imported. Nothing else that the text says is executed, because keys stand in files. Raises
-    ``ValueError`` if the text is no key.
+    Keys stand in files. So nothing in the text is executed, and it imports only modules of `fastvae.likelihoods`: your
+    own must have been imported before.
+
+    Raises `NotImported`, a ``ValueError``, if the module is not imported, and ``ValueError`` if the text names no
+    likelihood.
     """
-    module, _, rest = key.partition(":")
-    name, _, settings = rest.partition("(")
     try:
-        call = ast.parse(f"settings({settings}", mode="eval").body
-        assert isinstance(call, ast.Call) and not call.args
-        given = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-        kind = getattr(sys.modules.get(module) or importlib.import_module(module), name)
+        module, name, _ = _parsed(key)
+        kind = vars(_imported(module, key)).get(name)
         if not (isinstance(kind, type) and issubclass(kind, Likelihood)):
-            raise TypeError(f"{name} is not a likelihood")
-        return kind(**given)
-    except (AssertionError, AttributeError, ImportError, SyntaxError, TypeError, ValueError) as error:
+            raise TypeError(f"{module} has no likelihood of the name {name!r}")
+        return _made(kind, key)  # type: ignore[arg-type]  # mypy does not see that a class is hashable
+    except NotImported:
+        raise
+    except (ImportError, SyntaxError, TypeError, ValueError) as error:
         raise ValueError(
             f"{key!r} names no likelihood: it must be module:Class(settings), with a class at the top level of a "
-            f"module that can be imported ({error})"
+            f"module ({error})"
         ) from error
+
+
+@cache
+def _parsed(key: str) -> tuple[str, str, dict[str, Any]]:
+    """Module, class and settings."""
+    module, _, rest = key.partition(":")
+    name, _, settings = rest.partition("(")
+    call = ast.parse(f"settings({settings}", mode="eval").body
+    if not isinstance(call, ast.Call) or call.args:
+        raise ValueError("its settings must be name=value, ...")
+    return module, name, {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+
+
+@cache
+def _made(kind: type[Likelihood], key: str) -> Likelihood:
+    """One object for one class and key. Not for the key alone, because a notebook may define its class anew."""
+    _, _, settings = _parsed(key)
+    return kind(**settings)
+
+
+def _imported(module: str, key: str) -> ModuleType:
+    if module in sys.modules:
+        return sys.modules[module]
+    package = __name__.rpartition(".")[0]
+    if not module.startswith(f"{package}."):
+        raise NotImported(f"the likelihood {key} is defined in {module}, which is not imported: import {module} first")
+    return importlib.import_module(module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,7 @@ class SigmoidMSE(Likelihood):
     target_has_slope = True
     slope_factor = 2.0
     reconstruction_weight = 0.5
+    omitted = math.log(2 * math.pi) / 2  # of that Gaussian
     term = term
 
     def formula(self, logits: Tensor, target: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastvae.likelihoods import Likelihood, SigmoidMSE, from_key
 from fastvae.models.same_padding import KERNEL, Downsample, Upsample, halved
 from fastvae.models.vae import VAE, positive_integers
 
@@ -33,9 +34,12 @@ class ConvVAE(VAE):
         image_shape: (C, H, W).
         latent_dim: K, the size of z.
         channels: the output channels of the encoder's convolutions, first to last.
+        likelihood: one of a single parameter, which the last layer gives; or its ``key``, as `settings` hold it.
 
     Raises:
-        ValueError: a size that is not a positive integer, or no channels.
+        TypeError: a likelihood that is none.
+        ValueError: a size that is not a positive integer, no channels, a likelihood of several parameters, or a key
+            that names none (see `fastvae.likelihoods.from_key`).
     """
 
     def __init__(
@@ -43,7 +47,10 @@ class ConvVAE(VAE):
         image_shape: tuple[int, int, int] = (1, 28, 28),
         latent_dim: int = 16,
         channels: tuple[int, ...] = (32, 64),
+        likelihood: Likelihood | str = SigmoidMSE(),
     ) -> None:
+        if isinstance(likelihood, str):
+            likelihood = from_key(likelihood)
         if len(image_shape) != 3 or not positive_integers(*image_shape):
             raise ValueError(f"image_shape must be three positive integers (C, H, W), got {image_shape}")
         if not positive_integers(latent_dim):
@@ -69,7 +76,12 @@ class ConvVAE(VAE):
             decoder[f"relu{level}"] = nn.ReLU()
             depth = outputs
         decoder["logits"] = nn.ConvTranspose2d(depth, image_shape[0], KERNEL, padding=1)
-        super().__init__(nn.Sequential(encoder), nn.Sequential(decoder), latent_dim)
+        super().__init__(nn.Sequential(encoder), nn.Sequential(decoder), latent_dim, likelihood)
+        if len(likelihood.parameters) != 1:
+            raise ValueError(
+                f"likelihood must have one parameter, because the decoder has one output, got {likelihood} with "
+                f"{', '.join(likelihood.parameters)}"
+            )
         self.image_shape = tuple(image_shape)
         self.latent_dim = latent_dim
         self.channels = tuple(channels)
@@ -77,8 +89,13 @@ class ConvVAE(VAE):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The arguments this model was made with, by name."""
-        return {"image_shape": self.image_shape, "latent_dim": self.latent_dim, "channels": self.channels}
+        """The arguments this model was made with, by name; of the likelihood its key, because files hold no objects."""
+        return {
+            "image_shape": self.image_shape,
+            "latent_dim": self.latent_dim,
+            "channels": self.channels,
+            "likelihood": self.likelihood.key,
+        }
 
     def reset_parameters(self) -> None:
         """Glorot uniform weights, within sqrt(6 / (fan_in + fan_out)) of 0, and zero biases."""

@@ -16,10 +16,14 @@ def stored(model: ConvVAE) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The settings of a model, and its state_dict as contiguous tensors on the CPU.
 
     Raises ``TypeError`` for another class, and ``ValueError`` for a model that its settings do not build, because a
-    layer was replaced, added or removed: it would come back as another one.
+    layer was replaced, added or removed, or because its likelihood's key does not give the likelihood back: it would
+    come back as another one.
     """
     if type(model) is not ConvVAE:
         raise TypeError(f"model must be a fastvae.models.ConvVAE, which settings can build, got {_name(type(model))}")
+    likelihood = _built(model.settings).likelihood
+    if likelihood != model.likelihood:
+        raise ValueError(f"model must have the likelihood that its key gives, {likelihood}, got {model.likelihood}")
     built, found = _layers(_built(model.settings)), _layers(model)
     if found != built:
         expected, got = next(pair for pair in zip_longest(built, found) if pair[0] != pair[1])
@@ -30,7 +34,11 @@ def stored(model: ConvVAE) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def restored(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ConvVAE:
-    """The model, on the CPU, with the dtypes of the tensors, which are copied. Raises errors of many kinds."""
+    """The model, on the CPU, with the dtypes of the tensors, which are copied.
+
+    Settings without a likelihood are of before there was a choice, and mean `SigmoidMSE`. Raises errors of many kinds;
+    `fastvae.likelihoods.NotImported` if the likelihood's module is to be imported first.
+    """
     model = _built(settings)
     if any(value.is_meta for value in tensors.values()):
         raise ValueError("it has tensors without values")

@@ -8,17 +8,21 @@ import torch
 from torch import Tensor, nn
 
 import fastvae.functional as F
+from fastvae.functional.checks import check_is_likelihood
+from fastvae.likelihoods import Likelihood, SigmoidMSE
+from fastvae.reference.likelihood import Parameters
 
 
 class VAEOutput(NamedTuple):
     """What a VAE returns for a batch, K being the latent dimension.
 
-    logits [B, C, H, W], before the sigmoid; z [B, K], a sample of each posterior; kl [B], their divergence from N(0, I)
-    in nats, or with free bits that of the batch for each of them. Latents that are images themselves have z [B, K, h,
-    w].
+    logits: the parameters of the likelihood, as `VAE.decode` returns them: a tensor [B, C, H, W], for `SigmoidMSE` and
+    `Bernoulli` before the sigmoid, or a tuple of such tensors where there are several. z [B, K]: a sample of each
+    posterior. kl [B]: their divergence from N(0, I) in nats, or with free bits that of the batch for each of them.
+    Latents that are images themselves have z [B, K, h, w].
     """
 
-    logits: Tensor
+    logits: Parameters
     z: Tensor
     kl: Tensor
 
@@ -29,21 +33,33 @@ class VAE(nn.Module):
     Args:
         encoder: a module from images [B, C, H, W], floating point in [0, 1], to moments [mu | logvar] along dimension
             1: [B, 2K], or [B, 2K, h, w].
-        decoder: a module from z, [B, K] or [B, K, h, w], to logits of the images' shape.
+        decoder: a module from z, [B, K] or [B, K, h, w], to the parameters of the likelihood: a tensor of the images'
+            shape, or a tuple of such tensors where the likelihood has several.
         latent_shape: the shape of one z, K or (K, h, w).
+        likelihood: of the images given the decoder's output, one of `fastvae.likelihoods` or one of your own. Training
+            and evaluation take it from here.
 
     Raises:
+        TypeError: a likelihood that is none.
         ValueError: a latent_shape that is not made of positive integers.
     """
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module, latent_shape: int | tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        latent_shape: int | tuple[int, ...],
+        likelihood: Likelihood = SigmoidMSE(),
+    ) -> None:
         super().__init__()
+        check_is_likelihood(likelihood)
         shape = latent_shape if isinstance(latent_shape, tuple) else (latent_shape,)
         if not shape or not positive_integers(*shape):
             raise ValueError(f"latent_shape must be a positive integer or a tuple of them, got {latent_shape!r}")
         self.encoder = encoder
         self.decoder = decoder
         self.latent_shape = shape
+        self.likelihood = likelihood
 
     def encode(self, x: Tensor) -> Tensor:
         """The moments [mu | logvar] of the posteriors of images [B, C, H, W].
@@ -57,12 +73,26 @@ class VAE(nn.Module):
         moments: Tensor = self.encoder(x)
         return moments
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Logits [B, C, H, W] of latents z; the sigmoid of logits is an image. Raises ``ValueError``."""
+    def decode(self, z: Tensor) -> Parameters:
+        """The likelihood's parameters given latents z: a tensor [B, C, H, W], or a tuple of several.
+
+        Raises ``ValueError`` for a z of another shape, and for a decoder that returns another number of them.
+        """
         if z.shape[1:] != self.latent_shape:
             raise ValueError(f"z must have shape [B, {', '.join(map(str, self.latent_shape))}], got {list(z.shape)}")
-        logits: Tensor = self.decoder(z)
-        return logits
+        parameters: Parameters = self.decoder(z)
+        names = self.likelihood.parameters
+        if len(as_tuple(parameters)) != len(names):
+            got = f"{len(parameters)} in a tuple" if isinstance(parameters, tuple) else type(parameters).__name__
+            raise ValueError(
+                f"decoder must return the parameters of {self.likelihood}, {len(names)} tensor(s) "
+                f"({', '.join(names)}), got {got}"
+            )
+        return parameters
+
+    def decode_mean(self, z: Tensor) -> Tensor:
+        """Images [B, C, H, W] of latents z: the likelihood's mean given `decode`'s parameters."""
+        return self.likelihood.mean(*as_tuple(self.decode(z)))
 
     def forward(self, x: Tensor, batch_offset: int | None = None, free_bits: float = 0.0) -> VAEOutput:
         """Encode images (see `encode`), sample their posteriors, decode the samples.
@@ -79,17 +109,17 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, deterministic: bool = False) -> Tensor:
-        """Images [B, C, H, W] in [0, 1] decoded from samples of the posteriors of x (see `encode`).
+        """Images [B, C, H, W] decoded from samples of the posteriors of x (see `encode`): the likelihood's means.
 
         With ``deterministic=True`` they are decoded from the posteriors' means, z = mu.
         """
         moments = self.encode(x)
         z = moments.chunk(2, 1)[0] if deterministic else F.gaussian_sample_kl_packed(moments)[0]
-        return torch.sigmoid(self.decode(z))
+        return self.decode_mean(z)
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """``n`` images [n, C, H, W] in [0, 1] decoded from z ~ N(0, I).
+        """``n`` images [n, C, H, W] decoded from z ~ N(0, I): the likelihood's means.
 
         ``generator`` is of the model's device, the default generator if None. Raises ``ValueError``.
         """
@@ -99,11 +129,15 @@ class VAE(nn.Module):
         if generator is not None and generator.device.type != parameter.device.type:
             raise ValueError(f"generator must be of the model's device, {parameter.device}, got {generator.device}")
         z = torch.randn(n, *self.latent_shape, generator=generator, device=parameter.device, dtype=parameter.dtype)
-        return torch.sigmoid(self.decode(z))
+        return self.decode_mean(z)
 
     def _parameter(self) -> nn.Parameter:
         """Any parameter: they share one device and dtype."""
         return next(self.parameters())
+
+
+def as_tuple(parameters: Parameters) -> tuple[Tensor, ...]:
+    return parameters if isinstance(parameters, tuple) else (parameters,)
 
 
 def positive_integers(*sizes: int) -> bool:

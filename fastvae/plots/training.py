@@ -21,7 +21,9 @@ def plot_losses(path: Path, rows: Sequence[EpochMetrics]) -> None:
     axes.plot(epochs, [row.kl for row in rows], label="KL divergence", marker=marker, color="C3")
     axes.set_xlabel("epoch")
     axes.set_ylabel("nats per image")
-    axes.set_ylim(bottom=0.0)
+    # A density may exceed 1, whose negative logarithm lies below 0.
+    if all(min(row.loss, row.test_loss, row.reconstruction) >= 0 for row in rows):
+        axes.set_ylim(bottom=0.0)
     if len(rows) == 1:
         axes.set_xlim(epochs[0] - 0.5, epochs[0] + 0.5)
     tick_integers(axes.xaxis)

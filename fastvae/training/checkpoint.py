@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastvae.files import replacing
+from fastvae.likelihoods import NotImported
 from fastvae.models import ConvVAE
 from fastvae.models.stored import restored, stored
 from fastvae.training.metrics import EpochMetrics
@@ -85,7 +86,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """What is in a checkpoint's file, on the CPU, in the dtypes that it had.
 
     Raises ``OSError`` where there is no such file, and ``ValueError`` where it is no checkpoint, or a damaged one; if
-    the one before it, `previous`, is there and whole, the error says so.
+    the one before it, `previous`, is there and whole, the error says so. A likelihood of your own must have been
+    imported before, else the ``ValueError`` names its module: reading a file imports nothing.
     """
     path = Path(path)
     try:
@@ -115,6 +117,8 @@ def _read(path: Path) -> Checkpoint:
             if state.average is not None:
                 average = restored(saved["settings"], state.average)
         return Checkpoint(model, saved["epoch"], state, saved["run"], average)
+    except NotImported as error:
+        raise ValueError(f"{path}: {error}") from error
     except Exception as error:  # of a damaged file, zipfile, torch.load and load_state_dict raise errors of many kinds
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path} is not a checkpoint of fastvae: {reason}") from error

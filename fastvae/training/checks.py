@@ -10,6 +10,7 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor, nn
 
+from fastvae.likelihoods import Likelihood
 from fastvae.models import VAE
 
 
@@ -41,18 +42,19 @@ def check_images(name: str, images: object, model: nn.Module) -> None:
         raise ValueError(f"{name} must hold at least one image, got none")
 
 
-def warn_of_values(name: str, images: Tensor) -> None:
-    """Warn of values that no sigmoid gives. They are looked at on their device, and read once."""
+def warn_of_values(name: str, images: Tensor, likelihood: Likelihood) -> None:
+    """Warn of values that the likelihood's target does not have. They are looked at on their device, and read once."""
     if not images.is_floating_point():
         return
     # In parts: of images that do not lie in memory one after the other, aminmax makes a copy.
     bounds = torch.stack([torch.stack(part.aminmax()) for part in torch.split(images, 1024)])
     low, high = torch.stack([bounds[:, 0].min(), bounds[:, 1].max()]).tolist()
     if math.isnan(low):
-        warnings.warn(f"{name} hold NaN, expected values from 0 to 1", stacklevel=3)
-    elif low < 0 or high > 1:
+        expected = "values from 0 to 1" if likelihood.target == "unit" else "numbers"
+        warnings.warn(f"{name} hold NaN, expected {expected}", stacklevel=3)
+    elif likelihood.target == "unit" and (low < 0 or high > 1):
         warnings.warn(
-            f"{name} hold values from {low:g} to {high:g}, expected 0 to 1: a reconstruction cannot have others",
+            f"{name} hold values from {low:g} to {high:g}, expected 0 to 1, the targets of {likelihood}",
             stacklevel=3,
         )
 

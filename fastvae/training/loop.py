@@ -67,7 +67,7 @@ def train(
     on_state: Callable[[TrainingState], None] | None = None,
     resume: TrainingState | None = None,
 ) -> list[EpochMetrics]:
-    """Train a model in place, and convert it to the channels_last memory format.
+    """Train a model in place, with its likelihood, and convert it to the channels_last memory format.
 
     Images are reshuffled every epoch; those left over from whole batches are skipped in that epoch.
 
@@ -77,9 +77,9 @@ def train(
     and on_state. Without a CUDA graph.
 
     Args:
-        train_images, test_images: [N, C, H, W], uint8 (read as x / 255) or of the model's dtype in [0, 1] (a warning
-            says where they are not); on the model's device, or on the CPU, from where they are brought as they are
-            needed: sets that do not fit a GPU.
+        train_images, test_images: [N, C, H, W], uint8 (read as x / 255) or of the model's dtype, in [0, 1] where the
+            likelihood's target is "unit" (a warning says where they are not); on the model's device, or on the CPU,
+            from where they are brought as they are needed: sets that do not fit a GPU.
         epochs, batch_size, learning_rate: positive; beta: the weight of the divergence, not negative.
         kl_warmup: the epochs, whole or not, in which the weight grows from 0 to beta in equal steps (Bowman et al.,
             "Generating Sentences from a Continuous Space", 2016); the steps of one graph share a weight. The test loss
@@ -154,8 +154,8 @@ def train(
     if graph == "on" and not on_cuda:
         raise ValueError(f'graph="on" needs a CUDA device, got {device}')
     if processes.rank == 0:
-        warn_of_values("train_images", train_images)
-        warn_of_values("test_images", test_images)
+        warn_of_values("train_images", train_images, model.likelihood)
+        warn_of_values("test_images", test_images, model.likelihood)
         warn_of_warmup(kl_warmup, epochs)
     # channels_last takes 11 to 25 % off a step on a CPU (batches of 128 and 32, one and two threads, the machine of
     # models/same_padding.py), and on a GPU it spares cuDNN its own conversions.

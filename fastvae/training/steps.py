@@ -16,7 +16,9 @@ import fastvae.functional as F
 from fastvae import random
 from fastvae.backend import backend_for
 from fastvae.functional import ELBO
+from fastvae.likelihoods import Likelihood
 from fastvae.models import VAE
+from fastvae.models.vae import as_tuple
 from fastvae.training.average import MovingAverage
 from fastvae.training.checks import not_negative, number
 from fastvae.training.distributed import Processes
@@ -44,6 +46,7 @@ def training_step(
 ) -> ELBO:
     """One update of the model on a batch of images [B, C, H, W]; returns the loss before it, on the device.
 
+    The loss is the negative evidence lower bound with the model's likelihood.
     With ``autocast_dtype`` the model runs under autocast to it; the loss is float32 all the same. ``clip_norm``,
     ``skip_nonfinite`` and ``gradient_norms`` are those of `fastvae.training.gradients.limit_gradients`. Where the
     images are a part of a batch that several processes share, the model is one of torch's DistributedDataParallel, and
@@ -57,11 +60,12 @@ def training_step(
     with torch.autocast(images.device.type, autocast_dtype, autocast_dtype is not None, cache_enabled=False):
         # Only what is asked for: a model's own forward may take images alone.
         options = {"batch_offset": batch_offset, "free_bits": free_bits or None}
-        logits, _, kl = model(images, **{name: value for name, value in options.items() if value is not None})
-    values, gradients = F.elbo_value_and_grad(logits, images, kl, beta=beta)
+        parameters, _, kl = model(images, **{name: value for name, value in options.items() if value is not None})
+    values, (slopes, kl_grad) = F.elbo_value_and_grad(parameters, images, kl, likelihood=_likelihood(model), beta=beta)
     optimizer.zero_grad()
+    roots, gradients = (*as_tuple(parameters), kl), (*as_tuple(slopes), kl_grad)
     # What is frozen takes no gradient.
-    going = [(root, it) for root, it in zip((logits, kl), gradients, strict=True) if root.requires_grad]
+    going = [(root, it) for root, it in zip(roots, gradients, strict=True) if root.requires_grad]
     torch.autograd.backward([root for root, _ in going], [gradient for _, gradient in going])
     limit_gradients(optimizer, clip_norm=clip_norm, skip_nonfinite=skip_nonfinite, norms=gradient_norms)
     optimizer.step()
@@ -199,7 +203,9 @@ class Steps:
                 self.average.update(self.model)
 
     def _batch(self, indices: Tensor) -> Tensor:
-        if backend_for(self._source).name == "triton":
+        # The kernel reads bytes as t / 255; other likelihoods than those of such targets read them as they are.
+        as_they_are = self._source.dtype is torch.uint8 and self.model.likelihood.target != "unit"
+        if backend_for(self._source).name == "triton" and not as_they_are:
             from fastvae.kernels.batch import gather_batch
 
             batch: Tensor = gather_batch(self._source, indices)
@@ -234,6 +240,13 @@ class Steps:
             return False
         self._replay, self._captured_numbers = replay, numbers
         return True
+
+
+def _likelihood(model: VAE | DistributedDataParallel) -> Likelihood:
+    """That of the VAE within, whatever torch.compile and DistributedDataParallel put around it."""
+    given = getattr(model, "_orig_mod", model)
+    vae: VAE = given.module if isinstance(given, DistributedDataParallel) else given
+    return vae.likelihood
 
 
 def _numbers(optimizer: Optimizer) -> list[dict[str, Any]]:
