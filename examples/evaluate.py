@@ -119,6 +119,7 @@ def evaluate_run() -> None:
             "checkpoint": str(run.checkpoint),
             "epoch": run.epoch,
             "dataset": {"name": run.dataset.name, "images": len(images), "dimensions": dimensions},
+            "likelihood": model.likelihood.key,
             "mse": mse,
             "loss": totals.loss,
             "elbo": {"nats": elbo, "bits_per_dimension": evaluation.bits_per_dimension(elbo, dimensions)},

@@ -68,6 +68,9 @@ class LearnedGaussian(Likelihood):
     def formula(self, mean: Tensor, logvar: Tensor, target: Tensor) -> Tensor:
         return 0.5 * ((target - mean).square() * torch.exp(-logvar) + logvar + math.log(2 * math.pi))
 
+    def mean(self, mean: Tensor, logvar: Tensor) -> Tensor:
+        return mean
+
     def draw(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
         mean, logvar = (torch.randn(shape, generator=generator) for _ in range(2))
         return mean, logvar, torch.rand(shape, generator=generator)

@@ -17,6 +17,7 @@ import torch
 import fastvae.program
 from fastvae import evaluation
 from fastvae.data import ImageDataset, load_dataset
+from fastvae.likelihoods import SigmoidMSE
 from fastvae.models import ConvVAE
 from fastvae.training import write_checkpoint
 
@@ -127,6 +128,7 @@ def test_evaluate(saved, run, datasets, capsys):
     assert result["loss"] == pytest.approx(evaluation.evaluate(model, images).loss, rel=1e-5)
     bounds = evaluation.elbo(model, images, seed=3)
     assert result["elbo"]["nats"] == pytest.approx(bounds.mean().item(), rel=1e-6)
+    assert result["likelihood"] == SigmoidMSE().key
     assert result["elbo"]["bits_per_dimension"] == pytest.approx(-bounds.mean().item() / 30 / math.log(2), rel=1e-6)
     likelihoods = evaluation.log_likelihood(model, images[:8], samples=5, seed=3)
     assert result["log_likelihood"] == {
