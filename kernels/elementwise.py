@@ -29,15 +29,15 @@ def load_target(target_ptr, inside, UNIT: tl.constexpr):
 
 @triton.jit
 def evaluate(
-    parameter_ptrs, target_ptr, base, offsets, inside,
+    parameter_ptrs, target_ptr, base, offsets, target_base, target_offsets, inside,
     TERM: tl.constexpr, SETTINGS: tl.constexpr, SLOPES: tl.constexpr, UNIT: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """(value, slopes) of the elements at base + offsets."""
+    """(value, slopes) of the elements that lie at base + offsets in each parameter, and elsewhere in the target."""
     parameters = ()
     for k in tl.static_range(len(parameter_ptrs)):
         parameter = tl.load(parameter_ptrs[k] + base + offsets, mask=inside, other=0.0).to(tl.float32)
         parameters = parameters + (parameter,)  # noqa: RUF005 - Triton knows no *
-    target = load_target(target_ptr + base + offsets, inside, UNIT)
+    target = load_target(target_ptr + target_base + target_offsets, inside, UNIT)
     value, slopes = TERM(parameters, target, SETTINGS, FAST)
     tl.static_assert(len(slopes) == SLOPES, "a term returns a slope for each parameter, and for a target that has one")
     tl.static_assert(value.shape == target.shape, "a term returns a value of the shape of its target")
@@ -66,6 +66,13 @@ def places(first_row, first_column, rows, columns, ROWS: tl.constexpr, COLUMNS: 
 
 
 @triton.jit
+def from_start(first_row, first_column, row, column, units, ALIGNMENT: tl.constexpr):
+    """(base, offsets [ROWS, COLUMNS]) of a tile's elements, whose rows lie at a distance of units * ALIGNMENT."""
+    stride = tl.cast(units, tl.int64) * ALIGNMENT
+    return first_row * stride + first_column, row * stride + column
+
+
+@triton.jit
 def store_share(values_ptr, number, count, PER_PROGRAM: tl.constexpr):
     """values[:count] = number. Each program stores PER_PROGRAM of them."""
     index = tl.program_id(0).to(tl.int64) * PER_PROGRAM + tl.arange(0, PER_PROGRAM)
@@ -87,14 +94,14 @@ def store_values(
 
 
 # Triton need not specialise on these counts and distances, because ALIGNMENT says what divides them.
-NUMBERS = (*UNSPECIALIZED, "column_units", "stride_units", "tail")
+NUMBERS = (*UNSPECIALIZED, "column_units", "stride_units", "target_units", "tail")
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def value_kernel(
     parameter_ptrs, target_ptr, kl_ptr, loss_ptr, reconstruction_ptr, mean_kl_ptr, gradient_ptrs, kl_grad_ptr,
     partial_ptr, ticket_ptr, beta, weight, grad_scale,
-    rows, column_units, stride_units, chunks, tail, kl_stride, batch, scale,
+    rows, column_units, stride_units, target_units, chunks, tail, kl_stride, batch, scale,
     TERM: tl.constexpr, SETTINGS: tl.constexpr, SLOPES: tl.constexpr, SLOPE_FACTOR: tl.constexpr,
     UNIT: tl.constexpr, WANTED: tl.constexpr,
     FLAT: tl.constexpr, PER_ROW: tl.constexpr, HAS_TAIL: tl.constexpr, ALIGNMENT: tl.constexpr, VECTOR: tl.constexpr,
@@ -105,11 +112,11 @@ def value_kernel(
     With kl: reconstruction = weight * scale * sum TERM, mean_kl = scale * sum kl, loss = reconstruction + beta *
     mean_kl. Gradients are those of grad_scale * loss: weight * scale * grad_scale * slope for each parameter whose
     number is in WANTED, and kl_grad = beta * scale * grad_scale, one number written to all samples.
-    Shapes: each parameter and the target [rows, columns] at distance row_stride, gradients dense; kl [batch] at
-    distance kl_stride, kl_grad dense; loss float32 [rows] if PER_ROW, else [] as everything else. columns and
-    row_stride are given in units of ALIGNMENT. With HAS_TAIL there is one row, and `tail` more elements follow its
-    columns. beta, weight and grad_scale are numbers or pointers to one. If several programs share a sum, partial is
-    float32 [programs] and ticket int32 [1], zero; else both are None.
+    Shapes: each parameter [rows, columns] at a distance of stride_units, the target of target_units, gradients dense;
+    kl [batch] at distance kl_stride, kl_grad dense; loss float32 [rows] if PER_ROW, else [] as everything else. Units
+    are of ALIGNMENT elements, also those of the columns. With HAS_TAIL there is one row, and `tail` more elements
+    follow its columns. beta, weight and grad_scale are numbers or pointers to one. If several programs share a sum,
+    partial is float32 [programs] and ticket int32 [1], zero; else both are None.
     Bytes per float32 element: reads 8 (5 with a uint8 target), writes 0 (4 with gradients); 4 more of each for each
     further parameter, 8 more per program for partial sums, 4 per sample for kl, and 4 for its gradient.
     Launches: 1. Roundings: a term those of the likelihood, a gradient 5 more than a slope, the values 4 more and one
@@ -119,11 +126,15 @@ def value_kernel(
         kl_grad = load_scalar(beta) * scale * load_scalar(grad_scale)
         store_share(kl_grad_ptr, kl_grad, batch, KL_PER_PROGRAM)
 
-    columns, row_stride = tl.cast(column_units, tl.int64) * ALIGNMENT, tl.cast(stride_units, tl.int64) * ALIGNMENT
+    columns = tl.cast(column_units, tl.int64) * ALIGNMENT
     first_row, first_column = program_tile(chunks, FLAT, ROWS, COLUMNS)
     row, column, inside = places(first_row, first_column, rows, columns, ROWS, COLUMNS, VECTOR)
-    base, offsets = first_row * row_stride + first_column, row * row_stride + column
-    value, slopes = evaluate(parameter_ptrs, target_ptr, base, offsets, inside, TERM, SETTINGS, SLOPES, UNIT, FAST)
+    base, offsets = from_start(first_row, first_column, row, column, stride_units, ALIGNMENT)
+    target_base, target_offsets = from_start(first_row, first_column, row, column, target_units, ALIGNMENT)
+    value, slopes = evaluate(
+        parameter_ptrs, target_ptr, base, offsets, target_base, target_offsets, inside,
+        TERM, SETTINGS, SLOPES, UNIT, FAST,
+    )  # fmt: skip
     terms = tl.where(inside, value, 0.0)
     if len(WANTED) > 0:
         factor = load_scalar(weight) * scale * load_scalar(grad_scale) * SLOPE_FACTOR
@@ -147,7 +158,18 @@ def value_kernel(
             if tl.program_id(0) == 0:
                 place = tl.arange(0, TAIL)
                 last_value, last_slopes = evaluate(
-                    parameter_ptrs, target_ptr, columns, place, place < tail, TERM, SETTINGS, SLOPES, UNIT, FAST
+                    parameter_ptrs,
+                    target_ptr,
+                    columns,
+                    place,
+                    columns,
+                    place,
+                    place < tail,
+                    TERM,
+                    SETTINGS,
+                    SLOPES,
+                    UNIT,
+                    FAST,
                 )
                 total += tl.sum(tl.where(place < tail, last_value, 0.0))
                 if len(WANTED) > 0:
@@ -169,7 +191,7 @@ def value_kernel(
 def gradient_kernel(
     parameter_ptrs, target_ptr, loss_grad_ptr, reconstruction_grad_ptr, mean_kl_grad_ptr, gradient_ptrs, kl_grad_ptr,
     beta, weight,
-    rows, column_units, stride_units, chunks, tail, loss_grad_stride, batch, scale,
+    rows, column_units, stride_units, target_units, chunks, tail, loss_grad_stride, batch, scale,
     TERM: tl.constexpr, SETTINGS: tl.constexpr, SLOPES: tl.constexpr, SLOPE_FACTOR: tl.constexpr,
     UNIT: tl.constexpr, WANTED: tl.constexpr,
     FLAT: tl.constexpr, PER_ROW: tl.constexpr, HAS_TAIL: tl.constexpr, ALIGNMENT: tl.constexpr, VECTOR: tl.constexpr,
@@ -194,7 +216,7 @@ def gradient_kernel(
         store_share(kl_grad_ptr, mean_kl_grad * scale, batch, KL_PER_PROGRAM)
 
     if len(WANTED) > 0:
-        columns, row_stride = tl.cast(column_units, tl.int64) * ALIGNMENT, tl.cast(stride_units, tl.int64) * ALIGNMENT
+        columns = tl.cast(column_units, tl.int64) * ALIGNMENT
         first_row, first_column = program_tile(chunks, FLAT, ROWS, COLUMNS)
         row, column, inside = places(first_row, first_column, rows, columns, ROWS, COLUMNS, VECTOR)
         if PER_ROW:
@@ -208,14 +230,29 @@ def gradient_kernel(
             if loss_grad_ptr is not None:
                 value_grad += tl.load(loss_grad_ptr).to(tl.float32)
             factor = (SLOPE_FACTOR * scale) * value_grad * load_scalar(weight)
-        base, offsets = first_row * row_stride + first_column, row * row_stride + column
-        _, slopes = evaluate(parameter_ptrs, target_ptr, base, offsets, inside, TERM, SETTINGS, SLOPES, UNIT, FAST)
+        base, offsets = from_start(first_row, first_column, row, column, stride_units, ALIGNMENT)
+        target_base, target_offsets = from_start(first_row, first_column, row, column, target_units, ALIGNMENT)
+        _, slopes = evaluate(
+            parameter_ptrs, target_ptr, base, offsets, target_base, target_offsets, inside,
+            TERM, SETTINGS, SLOPES, UNIT, FAST,
+        )  # fmt: skip
         base, offsets = first_row * columns + first_column, row * columns + column
         store_gradients(gradient_ptrs, slopes, factor, base, offsets, inside, WANTED)
         if HAS_TAIL:
             if tl.program_id(0) == 0:
                 place = tl.arange(0, TAIL)
                 _value, last_slopes = evaluate(
-                    parameter_ptrs, target_ptr, columns, place, place < tail, TERM, SETTINGS, SLOPES, UNIT, FAST
+                    parameter_ptrs,
+                    target_ptr,
+                    columns,
+                    place,
+                    columns,
+                    place,
+                    place < tail,
+                    TERM,
+                    SETTINGS,
+                    SLOPES,
+                    UNIT,
+                    FAST,
                 )
                 store_gradients(gradient_ptrs, last_slopes, factor, columns, place, place < tail, WANTED)

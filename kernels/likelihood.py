@@ -21,14 +21,19 @@ Scalar = float | Tensor
 
 
 def read_together(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors with dense rows and equal strides: as they are where they lie so, else copies."""
-    together = [with_dense_rows(tensors[0]), *tensors[1:]]
-    strides = together[0].stride()
-    for tensor in together[1:]:  # a loop, because this is asked at each call
-        if not has_strides(tensor, strides) or tensor.is_neg():
-            strides = dense_strides(together[0])
-            return [with_strides(tensor, strides) for tensor in together]
-    return together
+    """The tensors with dense rows and equal strides: as they are where they lie so, else copies. Only the samples of
+    the target may lie at a distance of their own, because parameters often are parts of one larger tensor.
+    """
+    *parameters, target = tensors
+    first = parameters[0] = with_dense_rows(parameters[0])
+    for parameter in parameters[1:]:  # a loop, because this is asked at each call
+        if not has_strides(parameter, first.stride()) or parameter.is_neg():
+            strides = dense_strides(first)
+            parameters = [with_strides(parameter, strides) for parameter in parameters]
+            break
+    if not has_strides(target, (target.stride(0), *first.stride()[1:])) or target.is_neg():
+        target = with_strides(target, dense_strides(first))
+    return [*parameters, target]
 
 
 class Rows(NamedTuple):
@@ -36,20 +41,21 @@ class Rows(NamedTuple):
 
     batch: int
     event: int
-    stride: int
+    stride: int  # of the parameters' samples
+    target_stride: int
     itemsize: int  # of the first parameter
     widest: int  # the largest itemsize
 
     def tiles(self, per_row: bool) -> tuple[Tiling, dict[str, Any], list[int]]:
         """The cut, and what follows from it for both kernels: constants, and the arguments rows, column_units,
-        stride_units, chunks and tail.
+        stride_units, target_units, chunks and tail.
 
         The tensors are one row, unless each sample has a sum of its own, or there are gaps between the samples.
         """
-        rows, columns, stride, tail = self.batch, self.event, self.stride, 0
-        if rows == 1 or (stride == columns and not per_row):
-            rows, columns, stride = 1, rows * columns, 0
-        alignment = gcd(16, columns, stride)
+        rows, columns, stride, target_stride, tail = self.batch, self.event, self.stride, self.target_stride, 0
+        if rows == 1 or (stride == target_stride == columns and not per_row):
+            rows, columns, stride, target_stride = 1, rows * columns, 0, 0
+        alignment = gcd(16, columns, stride, target_stride)
         tiling = cut(rows, columns, self.itemsize)
         # Masked loads are whole vectors only if 16 divides the size, so the rest becomes a tail. A tensor that is small
         # enough for one program has none.
@@ -66,7 +72,8 @@ class Rows(NamedTuple):
             "ROWS": tiling.tile_rows,
             "COLUMNS": tiling.tile_columns,
         }
-        return tiling, constants, [rows, columns // alignment, stride // alignment, tiling.chunks, tail]
+        units = [size // alignment for size in (columns, stride, target_stride)]
+        return tiling, constants, [rows, *units, tiling.chunks, tail]
 
 
 def rows_of(tensors: Sequence[Tensor]) -> Rows:
@@ -75,7 +82,7 @@ def rows_of(tensors: Sequence[Tensor]) -> Rows:
     widest = itemsize
     for tensor in tensors[1:]:
         widest = max(widest, tensor.element_size())
-    return Rows(batch, first.numel() // batch, first.stride(0), itemsize, widest)
+    return Rows(batch, first.numel() // batch, first.stride(0), tensors[-1].stride(0), itemsize, widest)
 
 
 def constants_of(likelihood: Likelihood) -> dict[str, Any]:
