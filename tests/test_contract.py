@@ -148,10 +148,8 @@ def test_every_byte_is_read_as_a_fraction_of_255(operation, triton_backend, devi
 
 
 # A tile has 4096 bytes of each tensor, 1024 or 2048 elements. Longer rows are cut into such tiles if they exceed 4096.
-SIZES = [((1, 1), torch.float32), ((1, 3), torch.float32), ((300, 1), torch.float32), ((133, 13), torch.float32)]
-SIZES += [((2, n), torch.float32) for n in (1023, 1024, 1025, 4097)]
-SIZES += [((2, n), torch.float16) for n in (2047, 2049)]
-SIZES += [((2, 3, 2, 2, 4), torch.bfloat16)]
+SIZES = [((1, 1), torch.float32), ((300, 1), torch.float32), ((2, 3, 2, 2, 4), torch.bfloat16)]
+SIZES += [((1, n), torch.float32) for n in (3, 1023, 1025, 4097)] + [((2, 2049), torch.float16)]
 
 
 @pytest.mark.parametrize(("shape", "dtype"), SIZES, ids=str)
@@ -177,7 +175,7 @@ def test_empty(operation, shape, device) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(3, 5), (2, 4, 3, 5), (1, 6, 1, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 5), (2, 4, 3, 2), (1, 6, 1, 4)], ids=str)
 @each(DOCUMENTED)
 def test_layouts(operation, shape, layout, triton_backend, device) -> None:
     """Of all tensors, and of each alone."""
@@ -185,7 +183,7 @@ def test_layouts(operation, shape, layout, triton_backend, device) -> None:
     plain = operation.inputs(spec)
     laid_out = [t if t.ndim == 1 else LAYOUTS[layout](t.detach()) for t in plain]
     check(operation, tuple(laid_out), **noise(operation, spec))
-    for i in range(len(plain)) if len(plain) > 1 and shape[0] > 1 else ():
+    for i in range(len(plain)) if len(plain) > 1 and len(shape) == 2 else ():
         check(operation, (*plain[:i], laid_out[i], *plain[i + 1 :]), **noise(operation, spec))
 
 
@@ -255,24 +253,32 @@ PARAMETER = (0.0, 1e4, -1e4, *INFINITIES)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @each(DOCUMENTED)
 def test_extreme_values(operation, dtype, triton_backend, device) -> None:
-    """Every pair is one sample of one element; alone where samples are summed, which would hide one behind another."""
-    names = ["mu", "logvar"] if operation.arguments == ("moments",) else list(operation.arguments)
-    choices = [EXTREMES.get(name, PARAMETER) for name in names]
-    pairs = torch.tensor(list(itertools.product(*choices)), device=device)
-    columns = [column.to(torch.float32 if name == "kl" else dtype) for name, column in zip(names, pairs.T, strict=True)]
-    if operation.arguments == ("moments",):
-        tensors = (torch.stack(columns, 1),)
-    else:
-        tensors = tuple(c if name == "kl" else c[:, None] for name, c in zip(names, columns, strict=True))
-    options = {"eps": torch.full((len(pairs), 1), -0.7, device=device)} if operation.draws_noise else {}
+    """Every pair is a sample, or a dimension, of its own; a call of its own where all are summed, because one would
+    hide behind another.
+    """
+    packed = operation.arguments == ("moments",)
+    names = ["mu", "logvar"] if packed else [name for name in operation.arguments if name != "kl"]
+    pairs = list(itertools.product(*(EXTREMES.get(name, PARAMETER) for name in names)))
+    columns = list(torch.tensor(pairs, device=device).to(dtype).T[..., None])
+    tensors = [torch.cat(columns, 1)] if packed else columns
+    options: dict[str, Any] = {}
     if "none" in operation.reductions:
-        check(operation, tensors, reduction="none", **options)
-    elif not operation.reductions and "kl" not in operation.arguments:
-        check(operation, tensors, **options)
-    else:
-        for i in range(0, len(pairs), 1 if dtype is torch.float32 else 3):
-            of_one = {name: option[i : i + 1] for name, option in options.items()}
-            check(operation, tuple(t[i : i + 1] for t in tensors), **of_one)
+        options["reduction"] = "none"
+    elif "per_dimension" in operation.reductions:
+        options["reduction"] = "per_dimension"
+        tensors = [torch.cat(columns).T] if packed else [column.T for column in columns]
+    if operation.draws_noise:
+        options["eps"] = torch.full_like(tensors[0].chunk(2, 1)[0] if packed else tensors[0], -0.7)
+    if "kl" not in operation.arguments:
+        check(operation, tuple(tensors), **options)
+        return
+    divergences = [1.0] * len(pairs)
+    for kl in EXTREMES["kl"]:
+        divergences.append(kl)
+        tensors = [torch.cat((t, t[:1])) for t in tensors]
+    step = 1 if dtype is torch.float32 else 3
+    for i, kl in list(enumerate(divergences))[::step]:
+        check(operation, (*[t[i : i + 1] for t in tensors], torch.full((1,), kl, device=device)))
 
 
 def cut_bits(x: Tensor) -> Tensor:
@@ -280,30 +286,41 @@ def cut_bits(x: Tensor) -> Tensor:
     return (x.view(torch.int32) & -(1 << 16)).view(torch.float32)
 
 
+def squared_errors(operation: Operation, spec: Spec, **options: Any) -> tuple[dict[str, float], dict[str, float]]:
+    """The mean square of the error of each result, of the fused operation and of the reference in float32."""
+    tensors, options = operation.inputs(spec), {**noise(operation, spec), **options}
+    fused, grads = run(operation, tensors, **options)
+    exact = oracle(operation, tensors, grads, **options)
+    with fastvae.use_backend("reference"):
+        wide = tuple(tensor.float() for tensor in tensors)
+        plain, _ = run(operation, wide, {name: grad.float() for name, grad in grads.items()}, **options)
+    for name, value in fused.items():
+        cut = INTERPRETED and value.dtype is torch.bfloat16
+        plain[name] = cut_bits(plain[name]) if cut else plain[name].to(value.dtype)
+    return tuple(
+        {name: (value.double().cpu() - exact[name].value).square().mean().item() for name, value in results.items()}
+        for results in (fused, plain)
+    )
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @each(DOCUMENTED)
 def test_error_is_at_most_twice_that_of_float32_torch(operation, dtype, triton_backend, device) -> None:
-    """The RMS error over 32 seeds, of everything that comes out."""
-    options = {"reduction": "none"} if "none" in operation.reductions else {}
-    squares: dict[tuple[str, str], float] = {}
-    for seed in range(32):
-        spec = Spec((3, 16), dtype, device=device, seed=seed)
-        tensors = operation.inputs(spec)
-        given = {**options, **noise(operation, spec)}
-        fused, grads = run(operation, tensors, **given)
-        exact = oracle(operation, tensors, grads, **given)
-        with fastvae.use_backend("reference"):
-            wide = tuple(t.float() for t in tensors)
-            plain, _ = run(operation, wide, {n: g.float() for n, g in grads.items()}, **given)
-        for name, value in fused.items():
-            peer = plain[name].to(value.dtype)
-            if INTERPRETED and value.dtype is torch.bfloat16:
-                peer = cut_bits(plain[name])
-            for kind, result in (("fused", value), ("plain", peer)):
-                square = (result.double().cpu() - exact[name].value).square().mean().item()
-                squares[name, kind] = squares.get((name, kind), 0.0) + square
+    """The RMS error of everything that comes out: of 32 samples, and of what is one number for all of them over 32
+    seeds.
+    """
+    options = {}
+    if operation.reductions:
+        options["reduction"] = "none" if "none" in operation.reductions else "per_dimension"
+    fused, plain = squared_errors(operation, Spec((32, 48), dtype, device=device), **options)
+    for seed in range(31) if "reconstruction" in fused else ():
+        for total, more in zip(
+            (fused, plain), squared_errors(operation, Spec((3, 5), dtype, device=device, seed=seed)), strict=True
+        ):
+            for name in total:
+                total[name] += more[name]
     for name in fused:
-        assert squares[name, "fused"] <= 4 * squares[name, "plain"], name
+        assert fused[name] <= 4 * plain[name], name
 
 
 # ---------------------------------------------------------------------------------------------------------- reductions
@@ -323,19 +340,19 @@ def use_small_tiles(monkeypatch: pytest.MonkeyPatch, tile_rows: int, tile_column
             monkeypatch.setattr(module, "cut", cut)
 
 
-@pytest.mark.parametrize("tile", [(1, 4), (1, 8), (1, 64), (4, 64)], ids=str)
+@pytest.mark.parametrize("tile", [(1, 8), (1, 64), (2, 64)], ids=str)
 @each([it for it in DOCUMENTED if "dimensions" not in it.kernels["forward"]])
 def test_any_tile_gives_the_result(operation, tile, triton_backend, device, monkeypatch) -> None:
     use_small_tiles(monkeypatch, *tile)
     for options in default_and_each_sample(operation):
-        check_spec(operation, Spec((3, 26), device=device), **options)
-        check_spec(operation, Spec((5, 11), device=device, layout=LAYOUTS["sliced_batch"]), **options)
+        check_spec(operation, Spec((2, 26), device=device), **options)
+    check_spec(operation, Spec((3, 11), device=device, layout=LAYOUTS["sliced_batch"]))
 
 
-@each()
+@each(DOCUMENTED)
 def test_repeats_bit_by_bit_and_leaves_the_ticket_at_zero(operation, triton_backend, device, monkeypatch) -> None:
     use_small_tiles(monkeypatch, 1, 16)
-    tensors = operation.inputs(Spec((5, 50), device=device))
+    tensors = operation.inputs(Spec((2, 40), device=device))
     seeds = [{"generator": torch.Generator(device).manual_seed(1)} if operation.draws_noise else {} for _ in range(2)]
     for options in default_and_each_sample(operation):
         (first, _), (second, _) = (run(operation, tensors, **seed, **options) for seed in seeds)
@@ -344,11 +361,11 @@ def test_repeats_bit_by_bit_and_leaves_the_ticket_at_zero(operation, triton_back
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a kernel can be made to raise on the interpreter only")
-@each([it for it in DOCUMENTED if it.name != "gaussian_sample"])
+@each([it for it in DOCUMENTED if it.outputs != ("z",) and not (it.draws_noise and "dim" in it.kernels["forward"])])
 def test_an_aborted_launch_does_not_poison_the_next(operation, triton_backend, device, monkeypatch) -> None:
     use_small_tiles(monkeypatch, 1, 16)
-    rows = 40 if "dimensions" in operation.kernels["forward"] else 1
-    spec = Spec((rows, 80), device=device)
+    # Of the divergence of dimensions the samples are cut.
+    spec = Spec((40, 64) if "dimensions" in operation.kernels["forward"] else (1, 48), device=device)
     tensors, options = operation.inputs(spec), noise(operation, spec)
     expected, _ = run(operation, tensors, **options)
     module = importlib.import_module(f"fastvae.kernels.{operation.kernels['forward'].split('.')[0]}")
