@@ -6,11 +6,14 @@ when a kernel is decorated, so the variable is set here, before anything imports
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask of cuBLAS
 # Training keeps to it, so that equal seeds give equal bits; with pytest-xdist each core has a process of its own.
@@ -66,6 +69,23 @@ def _count_launches() -> None:
     CompiledKernel.__getitem__ = counted_compiled
 
 
+def _remember_what_the_interpreter_looks_for() -> None:
+    """At every call of a Triton function the interpreter lists all members of triton.language to find the builtin ones,
+    which takes half of the time of a launch. Their names are always the same.
+    """
+    from triton.language.core import is_builtin
+    from triton.runtime import interpreter
+
+    @functools.cache
+    def builtins_of(package: object) -> list[str]:
+        return [name for name, member in inspect.getmembers(package) if is_builtin(member)]
+
+    def getmembers(package: object) -> list[tuple[str, object]]:
+        return [(name, getattr(package, name)) for name in builtins_of(package)]
+
+    interpreter.inspect = SimpleNamespace(**{**vars(inspect), "getmembers": getmembers})
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run also the tests that take longer than ten seconds")
 
@@ -73,6 +93,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     try:
         _count_launches()
+        _remember_what_the_interpreter_looks_for()
     except ModuleNotFoundError:
         raise pytest.UsageError('the tests need Triton: pip install -e ".[test]" on Linux') from None
 

@@ -74,3 +74,6 @@ class LearnedGaussian(Likelihood):
     def draw(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
         mean, logvar = (torch.randn(shape, generator=generator) for _ in range(2))
         return mean, logvar, torch.rand(shape, generator=generator)
+
+
+OWN = (SmoothL1(), LearnedGaussian())

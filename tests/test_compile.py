@@ -7,12 +7,15 @@ from __future__ import annotations
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastvae
 import fastvae.functional as F
 from fastvae import nn
-from fastvae.likelihoods import Bernoulli
+from fastvae.autograd import registration
+from fastvae.operations import Spec, flattened, named, operations
 
 # Inductor's partitioner and its elimination of common subexpressions, without its slow code generation.
 PARTITIONED = "aot_eager_decomp_partition"
@@ -37,37 +40,41 @@ def inputs(device, batch=6):
     return moments, logits, torch.rand(batch, 1, 5, 5, device=device)
 
 
-# name: a function of (moments, logits, target, scalar, eps) made of one public function, returning tensors.
-FUNCTIONS = {
-    "gaussian_sample": lambda m, l, t, s, eps: F.gaussian_sample(*m.chunk(2, 1), eps=eps),
-    "gaussian_kl": lambda m, l, t, s, eps: F.gaussian_kl(*m.chunk(2, 1)),
-    "gaussian_kl none": lambda m, l, t, s, eps: F.gaussian_kl(*m.chunk(2, 1), reduction="none"),
-    "gaussian_sample_kl": lambda m, l, t, s, eps: F.gaussian_sample_kl(*m.chunk(2, 1), eps=eps),
-    "gaussian_sample_kl_packed": lambda m, l, t, s, eps: F.gaussian_sample_kl_packed(m, eps=eps),
-    "sigmoid_mse_loss": lambda m, l, t, s, eps: F.sigmoid_mse_loss(l, t, reduction="none"),
-    "elbo_loss": lambda m, l, t, s, eps: F.elbo_loss(l, t, m.sum(1), beta=s, reconstruction_weight=2 * s),
-    "elbo_value_and_grad": lambda m, l, t, s, eps: F.elbo_value_and_grad(l, t, m.sum(1), beta=s, grad_scale=s)[0],
-}
+OPERATIONS = named(operations())
 
 
-def flat(result):
-    return [result] if isinstance(result, torch.Tensor) else list(result)
+def of_list(operation):
+    """A function of the operation's tensors, a number, and the noise."""
+
+    def function(tensors, scalar, eps):
+        options = {"eps": eps} if operation.draws_noise else {}
+        if "beta" in operation.options:
+            options["beta"] = scalar
+        return operation(F, *tensors, **options)
+
+    return function
+
+
+def arguments(operation, device, batch=6, scalar=0.3):
+    shape = (batch, 4) if operation.likelihood is None else (batch, 1, 5, 5)
+    return operation.inputs(Spec(shape, device=device)), scalar, torch.randn(shape, device=device)
 
 
 def value_and_gradients(function, arguments):
-    outputs = flat(function(*arguments))
-    leaves = [a for a in arguments if isinstance(a, torch.Tensor) and a.requires_grad]
-    differentiable = [o.sum() for o in outputs if o.requires_grad]
-    gradients = torch.autograd.grad(sum(differentiable), leaves, allow_unused=True) if differentiable else []
+    outputs = flattened(function(*arguments))
+    leaves = [a for a in pytree.tree_leaves(arguments) if isinstance(a, torch.Tensor) and a.requires_grad]
+    roots = [output for output in outputs if output.requires_grad]
+    upstream = list(map(torch.ones_like, roots))
+    gradients = torch.autograd.grad(roots, leaves, upstream, allow_unused=True) if roots else []
     return [*outputs, *gradients]
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_every_function_compiles_whole_and_is_the_same(name, backend, device):
-    arguments = (*inputs(device), 0.3, torch.randn(6, 4, device=device))
-    expected = value_and_gradients(FUNCTIONS[name], arguments)
-    compiled = torch.compile(FUNCTIONS[name], fullgraph=True, backend=PARTITIONED)
-    for actual, wanted in zip(value_and_gradients(compiled, arguments), expected, strict=True):
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_operation_compiles_whole_and_is_the_same(name, backend, device):
+    function, given = of_list(OPERATIONS[name]), arguments(OPERATIONS[name], device)
+    expected = value_and_gradients(function, given)
+    compiled = torch.compile(function, fullgraph=True, backend=PARTITIONED)
+    for actual, wanted in zip(value_and_gradients(compiled, given), expected, strict=True):
         assert (actual is None) == (wanted is None)
         if wanted is not None:
             assert actual.stride() == wanted.stride()
@@ -194,13 +201,13 @@ def check_gradient(function, moments):
     torch.testing.assert_close(gradient, torch.cat((slope, 0.5 * slope * z), 1))
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", [it.name for it in OPERATIONS.values() if it.computes])
 def test_batch_size_and_scalars_recompile_once_each(name, backend, device):
     counter = CompileCounterWithBackend("eager")
-    compiled = torch.compile(FUNCTIONS[name], fullgraph=True, backend=counter)
+    compiled = torch.compile(of_list(OPERATIONS[name]), fullgraph=True, backend=counter)
     frames = []
     for batch, scalar in ((6, 0.1), (7, 0.1), (7, 0.2), (8, 0.3), (9, 0.4), (11, 0.5)):
-        compiled(*inputs(device, batch), scalar, torch.randn(batch, 4, device=device))
+        compiled(*arguments(OPERATIONS[name], device, batch, scalar))
         frames.append(counter.frame_count)
     assert frames[-1] == frames[2], f"graphs after each call: {frames}"
     assert frames[2] <= 3
@@ -262,69 +269,49 @@ def test_modules_compile_whole(backend, device):
     assert moments.grad.isfinite().all() and logits.grad.isfinite().all()
 
 
-def registered_calls(device):
-    """A call of each registered operation, with strides and optional arguments in use."""
-    from fastvae.autograd import elbo, gaussian, likelihood  # noqa: F401 - registers
+class Registered(TorchDispatchMode):
+    """Keeps the calls of registered operations, and makes fastvae call them in place of the launchers."""
 
-    moments, logits, target = (t.detach() for t in inputs(device))
-    image = torch.randn(2, 6, 4, 5, device=device).to(memory_format=torch.channels_last)
-    mu, logvar = moments.chunk(2, 1)
-    transposed = torch.randn(4, 6, device=device).t()
-    seed, offset = torch.tensor(123, device=device), torch.tensor(8, device=device)
-    eps, kl, one = torch.randn(6, 4, device=device), torch.rand(6, device=device), torch.ones((), device=device)
-    key = Bernoulli().key
-    drawn, given = (None, seed, offset, 0, 0, 3), (eps, None, None, 0, 0, 0)
-    return {
-        "gaussian_sample": [(mu, logvar, *drawn), (transposed, logvar, *given)],
-        "gaussian_kl": [
-            (mu, logvar, "none", 0.0),
-            (transposed, logvar, "mean", 0.0),
-            (transposed, logvar, "per_dimension", 0.5),
-        ],
-        "gaussian_sample_kl": [
-            (moments, None, 1, "none", 0.0, *drawn),
-            (image, None, 1, "sum", 0.0, *drawn),
-            (image, None, 1, "per_dimension", 0.0, *drawn),
-            (mu, logvar, 1, "none", 0.0, *given),
-        ],
-        "gaussian_backward": [
-            (moments, None, moments.stride(), 1, "none", 0.0, eps, kl, None, True, False, *drawn),
-            (image, None, image.stride(), 1, "sum", 0.0, None, one, None, True, False, *drawn),
-            (transposed, logvar, transposed.stride(), 1, "none", 0.0, eps, None, None, True, True, *given),
-            (mu, logvar, mu.stride(), 1, "none", 0.0, eps, kl, None, False, True, *drawn),
-            (moments, None, moments.stride(), 1, "per_dimension", 0.5, eps, kl[:4], kl[:4], True, False, *drawn),
-            (mu, logvar, mu.stride(), 1, "per_dimension", 0.0, None, kl[:4], None, False, True, *drawn),
-        ],
-        "negative_log_likelihood": [(key, (logits, target), "none"), (key, (image, image.contiguous()), "mean")],
-        "negative_log_likelihood_backward": [
-            (key, (logits, target), kl, "none", (True, True)),
-            (key, (image, image.contiguous()), one, "mean", (False, True)),
-        ],
-        "elbo_loss": [(key, (logits, target), kl, one, one)],
-        "elbo_value_and_grad": [
-            (key, (logits, target), kl, one, one, None),
-            (key, (logits, target.to(torch.bfloat16)), kl, one, one, one),
-        ],
-        "elbo_backward": [
-            (key, (logits, target), kl, one, None, None, one, one, (True, True), True),
-            (key, (logits, target), kl, None, one, one, one, one, (False, False), True),
-        ],
-    }
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __enter__(self):
+        self.before, registration._is_mode_of_a_trace = registration._is_mode_of_a_trace, lambda: True
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        registration._is_mode_of_a_trace = self.before
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "fastvae":
+            self.calls.append((function, args))
+        return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "gaussian_sample", "gaussian_kl", "gaussian_sample_kl", "gaussian_backward", "negative_log_likelihood",
-        "negative_log_likelihood_backward", "elbo_loss", "elbo_value_and_grad", "elbo_backward",
-    ],
-)  # fmt: skip
+def registered_calls(operation, device):
+    """The calls that an operation makes: of dense tensors, and of transposed ones without their first gradient."""
+    shape = (4, 6) if operation.likelihood is None else (4, 1, 3, 2)
+    with Registered() as registered:
+        for layout in (torch.Tensor.contiguous, lambda x: x.transpose(0, -1).contiguous().transpose(0, -1)):
+            tensors = operation.inputs(Spec(shape, layout=layout, device=device))
+            if layout is not torch.Tensor.contiguous:
+                tensors = [t.detach().requires_grad_(t.requires_grad and i > 0) for i, t in enumerate(tensors)]
+            roots = [it for it in operation(F, *tensors)[: operation.roots] if it.requires_grad]
+            if roots:
+                torch.autograd.grad(roots, [t for t in tensors if t.requires_grad], list(map(torch.ones_like, roots)))
+    return registered.calls
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
 def test_opcheck(name, device, triton_backend):
-    calls = registered_calls(device)[name]
-    for arguments in calls:
-        torch.library.opcheck(getattr(torch.ops.fastvae, name).default, arguments)
+    calls = registered_calls(OPERATIONS[name], device)
+    assert len(calls) >= len(OPERATIONS[name].directions)
+    for function, args in calls:
+        torch.library.opcheck(function, torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, args))
 
 
-def test_every_registered_operation_is_checked(device):
-    names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastvae::")}
-    assert names == {f"fastvae::{name}" for name in registered_calls(device)}
+def test_every_registered_operation_is_checked(device, triton_backend):
+    checked = {function.name() for it in OPERATIONS.values() for function, _ in registered_calls(it, device)}
+    assert checked == {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastvae::")}

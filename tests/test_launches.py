@@ -14,6 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastvae.functional as F
+from fastvae.operations import Spec, operations
 
 # Views and allocations run no kernel.
 FREE = {
@@ -71,36 +72,30 @@ def leaf(*shape, device, memory_format=torch.contiguous_format):
     return torch.randn(shape, device=device).to(memory_format=memory_format).requires_grad_()
 
 
-MOMENTS = {
-    "[128, 32]": ((128, 32), torch.contiguous_format),
-    "[2, 8, 6, 5]": ((2, 8, 6, 5), torch.contiguous_format),
-    "[2, 8, 6, 5] channels_last": ((2, 8, 6, 5), torch.channels_last),
-}
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-@pytest.mark.parametrize("case", MOMENTS)
-@pytest.mark.parametrize("reduction", ["none", "batchmean", "per_dimension"])
-def test_sample_kl_packed_is_one_launch_each_way(case, reduction, device, triton_backend):
-    shape, memory_format = MOMENTS[case]
-    moments = leaf(*shape, device=device, memory_format=memory_format)
-    with Counted(triton_backend) as forward:
-        z, kl = F.gaussian_sample_kl_packed(moments, reduction=reduction)
-    assert forward.without_draw(device) == {"triton": 1}
-    z_grad, kl_grad = torch.randn_like(z), torch.randn_like(kl)
-    with Counted(triton_backend) as backward:
-        torch.autograd.backward((z, kl), (z_grad, kl_grad))
-    assert dict(backward.operations) == {"triton": 1}
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("operation", operations(), ids=lambda operation: operation.name)
+def test_launches_of_every_operation(operation, layout, device, triton_backend):
+    def dense(tensor):
+        return tensor.contiguous(memory_format=LAYOUTS[layout])
 
-
-def test_free_bits_of_the_batch_are_a_launch_and_a_sum_and_one_launch_back(device, triton_backend):
-    moments = leaf(6, 8, device=device)
-    with Counted(triton_backend) as forward:
-        z, kl = F.gaussian_sample_kl_packed(moments, reduction="batchmean", free_bits=0.1)
-    assert forward.without_draw(device) == {"triton": 1, "sum": 1}
-    z_grad, kl_grad = torch.randn_like(z), torch.ones_like(kl)
-    with Counted(triton_backend) as backward:
-        torch.autograd.backward((z, kl), (z_grad, kl_grad))
-    assert dict(backward.operations) == {"triton": 1}
+    shape = (2, 4, 6, 5) if operation.likelihood is None else (2, 3, 40, 40)  # images of several programs
+    tensors = operation.inputs(Spec(shape, layout=dense, device=device))
+    by_default = operation.options.get("free_bits") or not operation.reductions
+    for reduction in (None,) if by_default else operation.reductions:
+        options = {} if reduction is None else {"reduction": reduction}
+        with Counted(triton_backend) as forward:
+            outputs = operation(F, *tensors, **options)
+        counted = forward.without_draw(device) if operation.draws_noise else dict(forward.operations)
+        assert counted["triton"] == 1 and sum(counted.values()) == operation.launches["forward"]
+        if operation.backward is not None:
+            roots = outputs[: operation.roots]
+            leaves, upstream = [t for t in tensors if t.requires_grad], [torch.ones_like(root) for root in roots]
+            with Counted(triton_backend) as backward:
+                torch.autograd.grad(roots, leaves, upstream)
+            assert dict(backward.operations) == {"triton": operation.launches["backward"]}
 
 
 def test_sample_kl_of_chunked_halves_copies_nothing(device, triton_backend):
@@ -110,45 +105,12 @@ def test_sample_kl_of_chunked_halves_copies_nothing(device, triton_backend):
     assert forward.without_draw(device) == {"triton": 1}
 
 
-def test_given_noise_draws_nothing(device, triton_backend):
-    moments, eps = torch.randn(4, 8, device=device), torch.randn(4, 4, device=device)
-    with Counted(triton_backend) as forward:
-        F.gaussian_sample_kl_packed(moments, eps=eps)
-    assert dict(forward.operations) == {"triton": 1}
-
-
-@pytest.mark.parametrize("shape", [(8, 1, 28, 28), (3, 7), (2, 3, 40, 40)])
-def test_elbo_loss_is_one_launch_each_way(shape, device, triton_backend):
-    logits, target, kl = leaf(*shape, device=device), torch.rand(shape, device=device), leaf(shape[0], device=device)
-    with Counted(triton_backend) as forward:
-        values = F.elbo_loss(logits, target, kl, beta=0.5)
-    assert dict(forward.operations) == {"triton": 1}
-    root = torch.ones((), device=device)
-    with Counted(triton_backend) as backward:
-        torch.autograd.grad(values.loss, (logits, kl), root)
-    assert dict(backward.operations) == {"triton": 1}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
-def test_value_and_grad_is_one_launch_in_all(dtype, device, triton_backend):
-    logits = torch.randn(8, 1, 28, 28, device=device)
-    target = torch.randint(0, 2, logits.shape, device=device).to(dtype)
+def test_a_weight_on_the_device_costs_nothing(device, triton_backend):
+    logits, target = torch.randn(2, 8, 1, 28, 28, device=device)
     kl, beta = torch.rand(8, device=device), torch.tensor(0.5, device=device)
     with Counted(triton_backend) as counted:
         F.elbo_value_and_grad(logits, target, kl, beta=beta)
     assert dict(counted.operations) == {"triton": 1}
-
-
-@pytest.mark.parametrize("reduction", ["none", "batchmean", "sum", "mean"])
-def test_sigmoid_mse_loss_is_one_launch_each_way(reduction, device, triton_backend):
-    logits, target = leaf(5, 3, 30, 30, device=device), torch.rand(5, 3, 30, 30, device=device)
-    with Counted(triton_backend) as forward:
-        loss = F.sigmoid_mse_loss(logits, target, reduction=reduction)
-    assert dict(forward.operations) == {"triton": 1}
-    loss_grad = torch.ones_like(loss)
-    with Counted(triton_backend) as backward:
-        torch.autograd.grad(loss, logits, loss_grad)
-    assert dict(backward.operations) == {"triton": 1}
 
 
 def training_step(device):

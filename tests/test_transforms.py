@@ -13,6 +13,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import fastvae
 import fastvae.functional as F
+from fastvae.operations import named, operations
 
 ROWS = (5, 3)
 
@@ -115,29 +116,35 @@ def test_saved_images_may_come_back_with_other_strides(backend):
 
 EPS, TARGET, MU = (torch.randn(ROWS, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
 
-# Functions of (mu, logvar) that return one tensor or several.
-OPERATIONS = {
-    "gaussian_sample": lambda a, b: F.gaussian_sample(a, b, eps=EPS),
-    "gaussian_sample drawn": lambda a, b: F.gaussian_sample(a, b),
-    "gaussian_kl": lambda a, b: F.gaussian_kl(a, b, reduction="none"),
-    "gaussian_kl per_dimension": lambda a, b: F.gaussian_kl(a, b, reduction="per_dimension", free_bits=0.1),
-    "gaussian_sample_kl": lambda a, b: F.gaussian_sample_kl(a, b, eps=EPS),
-    "gaussian_sample_kl_packed": lambda a, b: F.gaussian_sample_kl_packed(torch.cat((a, b), 1), eps=EPS),
-    "sigmoid_mse_loss": lambda a, b: F.sigmoid_mse_loss(a, b, reduction="none"),
-    "elbo_loss": lambda a, b: tuple(F.elbo_loss(a, TARGET, b.sum(1), beta=0.3)),
-}
-DETERMINISTIC = sorted(set(OPERATIONS) - {"gaussian_sample drawn"})
+
+def of_two(operation, **options):
+    """The operation as a function of two tensors, both of which it differentiates."""
+
+    def function(a, b):
+        given = {
+            "moments": lambda: torch.cat((a, b), 1),
+            "eps": lambda: EPS,
+            "logvar": lambda: b,
+            "target": lambda: b,
+            "kl": lambda: b.sum(1),
+        }
+        return operation(F, *[given.get(name, lambda: a)() for name in operation.arguments], **options)
+
+    return function
 
 
-def several(outputs):
-    return outputs if isinstance(outputs, tuple) else (outputs,)
+LIST = [it for it in operations() if it.backward and (it.likelihood is None or "target" in it.gradients)]
+DETERMINISTIC = {it.name: of_two(it, **({"eps": EPS} if it.draws_noise else {})) for it in LIST}
+OPERATIONS = {**DETERMINISTIC, "gaussian_sample drawn": of_two(named(LIST)["gaussian_sample"])}
 
 
 def scalar(function):
-    return lambda *arguments: sum(output.sin().sum() for output in several(function(*arguments)))
+    return lambda *arguments: sum(output.sin().sum() for output in function(*arguments))
 
 
-@pytest.mark.parametrize("name", ["gaussian_sample_kl", "gaussian_kl per_dimension", "sigmoid_mse_loss", "elbo_loss"])
+@pytest.mark.parametrize(
+    "name", ["gaussian_sample_kl", "gaussian_kl_free_bits", "sigmoid_mse_loss_target", "elbo_loss_target"]
+)
 def test_transforms_inside_a_compiled_function(name, fused):
     """One argument is what is differentiated, the other is made of it: an operation that torch.compile inlines without
     its backward pass would lose a gradient, and all of a second one.
@@ -162,7 +169,7 @@ def test_a_pull_back_under_no_grad(name, which, fused):
     logvar = MU.flip(0)
     function = OPERATIONS[name] if which == "both" else lambda b: OPERATIONS[name](MU, b)
     outputs, pull = torch.func.vjp(function, *((MU, logvar) if which == "both" else (logvar,)))
-    upstream = torch.ones_like(outputs) if isinstance(outputs, torch.Tensor) else tuple(map(torch.ones_like, outputs))
+    upstream = tuple(map(torch.ones_like, outputs))
     expected = pull(upstream)
     with torch.no_grad():
         actual = pull(upstream)
@@ -181,8 +188,8 @@ def test_vmap_of_the_reference(name):
     """The specification is plain PyTorch, which is mapped as any; the fused path refuses, because it is batched."""
     mu, logvar = MU + torch.arange(3.0).view(3, 1, 1), MU * torch.arange(3.0).view(3, 1, 1)
     with fastvae.use_backend("reference"):
-        mapped = several(torch.vmap(OPERATIONS[name])(mu, logvar))
-        one_by_one = [several(OPERATIONS[name](a, b)) for a, b in zip(mu, logvar, strict=True)]
+        mapped = torch.vmap(OPERATIONS[name])(mu, logvar)
+        one_by_one = [OPERATIONS[name](a, b) for a, b in zip(mu, logvar, strict=True)]
     for actual, wanted in zip(mapped, zip(*one_by_one, strict=True), strict=True):
         torch.testing.assert_close(actual, torch.stack(wanted))
 
@@ -192,11 +199,11 @@ def test_vmap_of_the_reference(name):
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_fake_tensors(name, fused):
-    expected = several(OPERATIONS[name](MU, MU))
+    expected = OPERATIONS[name](MU, MU)
     with FakeTensorMode(allow_non_fake_inputs=True):
         leaves = [torch.randn(ROWS, requires_grad=True) for _ in range(2)]
-        outputs = several(OPERATIONS[name](*leaves))
-        real = several(OPERATIONS[name](MU, MU))  # in the mode, of tensors made outside of it
+        outputs = OPERATIONS[name](*leaves)
+        real = OPERATIONS[name](MU, MU)  # in the mode, of tensors made outside of it
         scalar(lambda *outputs: outputs)(*outputs).backward()
     for fake, other, wanted in zip(outputs, real, expected, strict=True):
         assert fake.shape == other.shape == wanted.shape and fake.stride() == wanted.stride()
@@ -207,12 +214,10 @@ def test_fake_tensors(name, fused):
 def test_zero_tensors(name, fused):
     """Zeros that torch knows of without storing them."""
     zeros = torch._efficientzerotensor(ROWS)
-    for actual, wanted in zip(
-        several(OPERATIONS[name](zeros, MU)), several(OPERATIONS[name](torch.zeros(ROWS), MU)), strict=True
-    ):
+    for actual, wanted in zip(OPERATIONS[name](zeros, MU), OPERATIONS[name](torch.zeros(ROWS), MU), strict=True):
         torch.testing.assert_close(actual, wanted)
     leaves = [MU.clone().requires_grad_(), MU.clone().requires_grad_()]
-    outputs = several(OPERATIONS[name](*leaves))
+    outputs = OPERATIONS[name](*leaves)
     gradients = torch.autograd.grad(outputs, leaves, [torch._efficientzerotensor(o.shape) for o in outputs])
     assert all((gradient == 0).all() for gradient in gradients)
 
@@ -221,9 +226,9 @@ def test_zero_tensors(name, fused):
 def test_subclasses_anywhere(name, fused):
     """In the second argument only, and in the upstream gradients only."""
     pair = TwoTensor(MU, MU.clone())
-    assert all(isinstance(output, TwoTensor) for output in several(OPERATIONS[name](MU, pair)))
+    assert all(isinstance(output, TwoTensor) for output in OPERATIONS[name](MU, pair))
     leaves = [MU.clone().requires_grad_(), MU.clone().requires_grad_()]
-    outputs = several(OPERATIONS[name](*leaves))
+    outputs = OPERATIONS[name](*leaves)
     upstream = [TwoTensor(torch.ones_like(o), torch.ones_like(o)) for o in outputs]
     gradients = torch.autograd.grad(outputs, leaves, upstream, retain_graph=True)
     for gradient, wanted in zip(

@@ -22,15 +22,14 @@ class Exact(NamedTuple):
     first: list[Tensor]
     second: list[Tensor]
 
-    def bound(self, k: int, roundings: int) -> Tensor:
-        """How far so many relative errors of 2^-24 may move result k. Its final rounding, 1 ulp, comes on top.
+    def scale(self, k: int, roundings: int) -> Tensor:
+        """How far result k moves per relative error, if there are so many of 2^-24.
 
-        To first order one of them moves it by at most |f| + sum_i |x_i df/dx_i|: in a stable computation an
-        intermediate error does no more than an error of the result and of the inputs. The second order is added,
-        because the first vanishes for a square near 0.
+        To first order |f| + sum_i |x_i df/dx_i|: in a stable computation an intermediate error does no more than an
+        error of the result and of the inputs. The second order is added, because the first vanishes for a square near
+        0. An infinity is not moved.
         """
-        relative = roundings * 2.0**-24
-        return relative * self.first[k] + relative**2 * self.second[k]
+        return self.first[k] + roundings * 2.0**-24 * self.second[k]
 
 
 def exact(likelihood: Likelihood, tensors: Sequence[Tensor]) -> Exact:
@@ -44,15 +43,20 @@ def exact(likelihood: Likelihood, tensors: Sequence[Tensor]) -> Exact:
         )
     slopes = derivatives(value, inputs)
     results = [value, *slopes[: len(tensors) if likelihood.target_has_slope else -1]]
+    sizes = [torch.where(x.isinf(), 0.0, x.detach().abs()) for x in inputs]
     first, second = [], []
     for result in results:
         moved = derivatives(result, inputs)
-        first.append(result.detach().abs() + sum((x * d).detach().abs() for x, d in zip(inputs, moved, strict=True)))
-        bent = [torch.zeros_like(result)]
-        for x, slope in zip(inputs, moved, strict=True):
-            bent += [(x * y * d).detach().abs() for y, d in zip(inputs, derivatives(slope, inputs), strict=True)]
+        first.append(result.detach().abs() + _weighted(sizes, moved))
+        bent = [x * _weighted(sizes, derivatives(slope, inputs)) for x, slope in zip(sizes, moved, strict=True)]
         second.append(torch.stack(bent).sum(0) / 2)
     return Exact([result.detach() for result in results], first, second)
+
+
+def _weighted(sizes: Sequence[Tensor], slopes: Sequence[Tensor]) -> Tensor:
+    # A slope at an infinity, of size 0 here, may be infinite or NaN.
+    terms = [torch.where(size == 0, 0.0, size * d.detach().abs()) for size, d in zip(sizes, slopes, strict=True)]
+    return torch.stack(terms).sum(0)
 
 
 def derivatives(result: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -163,7 +167,8 @@ def _differences(
     for k, (name, result) in enumerate(zip(_names(likelihood), found, strict=False)):
         wide = expected.results[k]
         rounded = wide.float().double()  # some are infinite in float32
-        allowed = ulp(wide) + expected.bound(k, likelihood.roundings[k])
+        roundings = likelihood.roundings[k]
+        allowed = ulp(wide) + roundings * 2.0**-24 * expected.scale(k, roundings)
         same = (result == rounded) | (result.isnan() & rounded.isnan())
         ratio = torch.where(same, 0.0, (result - wide).abs() / allowed).nan_to_num(nan=float("inf"))
         if ratio.max() > 1:

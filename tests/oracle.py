@@ -1,0 +1,170 @@
+"""What float64 says of a call of any operation in the list, the condition scale of each number, and its roundings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import fastvae
+import fastvae.functional as F
+from bounds import assert_within
+from fastvae.likelihoods.checking import exact
+from fastvae.operations import Operation
+from fastvae.reference.precision import reduce_event
+
+
+class Exact(NamedTuple):
+    value: Tensor
+    scale: Tensor
+    roundings: float | Tensor
+
+
+def in_float64(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach().cpu()
+    return value.double() / 255 if value.dtype is torch.uint8 else value.double()
+
+
+def levels(n: int) -> int:
+    """Roundings of a sum of n terms: one per level of a tree, and three for how its parts are put together."""
+    return math.ceil(math.log2(max(n, 1))) + 3
+
+
+def oracle(
+    operation: Operation, tensors: tuple[Tensor, ...], upstream: Mapping[str, Tensor], **options: Any
+) -> dict[str, Exact]:
+    """Of each output, and of the gradient in each argument of `operation.gradients` ("mu_grad")."""
+    options = {name: in_float64(value) for name, value in {**operation.options, **options}.items()}
+    given = {name: in_float64(tensor) for name, tensor in zip(operation.arguments, tensors, strict=True)}
+    for name, tensor in given.items():
+        tensor.requires_grad_(name in operation.gradients)
+    with fastvae.use_backend("reference"):
+        outputs = dict(zip(operation.outputs, operation(F, *given.values(), **options), strict=True))
+    values = {name: output.detach() for name, output in outputs.items()}
+    if upstream:
+        wanted = [given[name] for name in operation.gradients]
+        grads = {name: in_float64(grad) for name, grad in upstream.items()}
+        gradients = torch.autograd.grad(
+            [outputs[name] for name in grads], wanted, list(grads.values()), materialize_grads=True
+        )
+        values |= {f"{name}_grad": grad for name, grad in zip(operation.gradients, gradients, strict=True)}
+    else:  # the gradients of the loss are among the outputs
+        grads = {"loss": torch.as_tensor(options.get("grad_scale") or 1.0, dtype=torch.float64)}
+    given = {name: tensor.detach() for name, tensor in given.items()}
+    of_family = _of_likelihood if operation.likelihood else _of_posterior
+    scales = of_family(operation, given, grads, options)
+    return {name: Exact(value, *scales[name]) for name, value in values.items()}
+
+
+def check_results(actual: Mapping[str, Tensor], expected: Mapping[str, Exact]) -> None:
+    for name, value in actual.items():
+        assert_within(value, *expected[name], name)
+
+
+# ---------------------------------------------------------------------------------------------------------- likelihoods
+
+
+def _of_likelihood(
+    operation: Operation, given: dict[str, Tensor], grads: dict[str, Tensor], options: dict[str, Any]
+) -> dict[str, tuple[Tensor, float]]:
+    likelihood, target, k = operation.likelihood, given["target"], operation.roundings
+    names = [*likelihood.parameters, "target"]
+    condition = exact(likelihood, [given[name] for name in names])
+    value, *slopes = (condition.scale(i, roundings) for i, roundings in enumerate(likelihood.roundings))
+    batch = max(1, target.shape[0])
+    absolute = {name: grad.abs() for name, grad in grads.items()}
+    scales: dict[str, tuple[Tensor, float]] = {}
+    if "kl" in operation.arguments:
+        weight, beta = (abs(float(options.get(n, d))) for n, d in (("reconstruction_weight", likelihood.reconstruction_weight), ("beta", 1.0)))
+        reconstruction, kl = weight * value.sum() / batch, given["kl"].abs().sum() / batch
+        elements, zero = target.numel(), torch.zeros(())
+        scales["loss"] = reconstruction + beta * kl, k["loss"] + levels(max(elements, batch))
+        scales["reconstruction"] = reconstruction, k["reconstruction"] + levels(elements)
+        scales["kl"] = kl, k["kl"] + levels(batch)
+        of_loss, of_terms, of_kl = (absolute.get(name, zero) for name in ("loss", "reconstruction", "kl"))
+        term_weight = weight * (of_loss + of_terms) / batch
+        scales["kl_grad"] = ((beta * of_loss + of_kl) / batch).expand(given["kl"].shape), k["kl_grad"]
+    else:
+        reduction = options.get("reduction", "batchmean")
+        summed = target.numel() // (batch if reduction == "none" else 1)
+        scales["loss"] = reduce_event(value, reduction), k["loss"] + levels(summed)
+        term_weight = _weight_of_terms(target, reduction, absolute["loss"])
+    for name, slope in zip(names, slopes, strict=False):  # the target may have none
+        scales[f"{name}_grad"] = term_weight * slope, k[f"{name}_grad"]
+    return scales
+
+
+def _weight_of_terms(like: Tensor, reduction: str, upstream: Tensor) -> Tensor:
+    """What one term weighs in the sum of the reduction's results times their upstream gradients."""
+    terms = torch.ones_like(like).requires_grad_()
+    reduced = terms.mean(0) if reduction == "per_dimension" else reduce_event(terms, reduction)
+    return torch.autograd.grad(reduced, terms, upstream)[0]
+
+
+# ------------------------------------------------------------------------------------------------------------ posterior
+
+
+def _of_posterior(
+    operation: Operation, given: dict[str, Tensor], grads: dict[str, Tensor], options: dict[str, Any]
+) -> dict[str, tuple[Tensor, float | Tensor]]:
+    """The scale is the sum of the absolute terms of what is computed; an exponential counts 1 + |argument| times."""
+    dim, k = options.get("dim", 1), operation.roundings
+    mu, x = given["moments"].chunk(2, dim) if "moments" in given else (given["mu"], given["logvar"])
+    eps = given.get("eps", options.get("eps", torch.zeros(mu.shape, dtype=torch.float64)))
+    # Beyond 1e3 an exponential is 0 or infinite in every dtype, and 0 times an infinite condition would be NaN.
+    size = x.abs().clamp(max=1e3)
+    std, exponential = torch.exp(x / 2) * (1 + size / 2), torch.exp(x) * (1 + size)
+    # The kernels' series below 1/2 does not cancel; the differences beyond it do.
+    series, small = torch.expm1(x) - x, x.abs() < 0.5
+    divergence = 0.5 * (mu.square() + torch.where(small, series, exponential + 1 + x.abs()))
+    slope = torch.where(small, x.abs() + series, exponential + 1)
+
+    reduction, free_bits = options.get("reduction", "batchmean"), options.get("free_bits", 0.0)
+    scales: dict[str, tuple[Tensor, float | Tensor]] = {"z": (mu.abs() + std * eps.abs(), k["z"])}
+    if free_bits or reduction == "per_dimension":
+        of_sum = 0 if reduction == "per_dimension" else levels(mu[:1].numel())
+        means = divergence.mean(0)
+        scales["kl"] = means.sum() if of_sum else means, k["kl"] + _roundings_of_means(operation, given) + of_sum
+    else:
+        summed = mu.numel() // (max(1, len(mu)) if reduction == "none" else 1)
+        scales["kl"] = reduce_event(divergence, reduction), k["kl"] + levels(summed)
+
+    mu_scale, logvar_scale = torch.zeros_like(mu), torch.zeros_like(mu)
+    if "z" in grads:
+        mu_scale += grads["z"].abs()
+        logvar_scale += 0.5 * grads["z"].abs() * std * eps.abs()
+    if "kl" in grads:
+        upstream = grads["kl"].abs()
+        if free_bits:
+            means = (0.5 * (mu.square() + torch.expm1(x) - x)).mean(0)
+            upstream = torch.where(means <= free_bits, 0.0, upstream)
+        weight = _weight_of_terms(mu, "per_dimension" if free_bits else reduction, upstream)
+        mu_scale += (weight * mu).abs()
+        logvar_scale += 0.5 * weight * slope
+    scales["mu_grad"], scales["logvar_grad"] = (mu_scale, k["mu_grad"]), (logvar_scale, k["logvar_grad"])
+    roundings = [torch.full_like(mu, k[name]) for name in ("mu_grad", "logvar_grad")]
+    scales["moments_grad"] = torch.cat((mu_scale, logvar_scale), dim), torch.cat(roundings, dim)
+    return scales
+
+
+def _roundings_of_means(operation: Operation, given: dict[str, Tensor]) -> int:
+    """One per tile of rows that a program goes through, one per level of the sum of a tile, and those of the sum over
+    programs.
+    """
+    from fastvae.kernels.dimensions import cut_columns
+
+    moments = given.get("moments", given.get("mu"))
+    rows = max(1, moments.shape[0])
+    columns = max(1, moments[:1].numel() // (2 if "moments" in given else 1))
+    found = []
+    for itemsize in (2, 4):
+        tiling, blocks = cut_columns(rows, columns, itemsize)
+        steps = -(-rows // (tiling.tile_rows * blocks)) + math.ceil(math.log2(tiling.tile_rows))
+        finishing = -(-blocks * tiling.tile_columns // 4096) + math.ceil(math.log2(4096 // tiling.tile_columns))
+        found.append(steps + (finishing if blocks > 1 else 0) + 2)
+    return max(found)
