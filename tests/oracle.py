@@ -23,11 +23,12 @@ class Exact(NamedTuple):
     roundings: float | Tensor
 
 
-def in_float64(value: Any) -> Any:
+def in_float64(value: Any, unit: bool = False) -> Any:
+    """unit: bytes are fractions of 255."""
     if not isinstance(value, Tensor):
         return value
     value = value.detach().cpu()
-    return value.double() / 255 if value.dtype is torch.uint8 else value.double()
+    return value.double() / 255 if unit and value.dtype is torch.uint8 else value.double()
 
 
 def levels(n: int) -> int:
@@ -40,7 +41,8 @@ def oracle(
 ) -> dict[str, Exact]:
     """Of each output, and of the gradient in each argument of `operation.gradients` ("mu_grad")."""
     options = {name: in_float64(value) for name, value in {**operation.options, **options}.items()}
-    given = {name: in_float64(tensor) for name, tensor in zip(operation.arguments, tensors, strict=True)}
+    unit = operation.target_kind == "unit"
+    given = {name: in_float64(tensor, unit) for name, tensor in zip(operation.arguments, tensors, strict=True)}
     for name, tensor in given.items():
         tensor.requires_grad_(name in operation.gradients)
     with fastvae.use_backend("reference"):
@@ -80,7 +82,10 @@ def _of_likelihood(
     absolute = {name: grad.abs() for name, grad in grads.items()}
     scales: dict[str, tuple[Tensor, float]] = {}
     if "kl" in operation.arguments:
-        weight, beta = (abs(float(options.get(n, d))) for n, d in (("reconstruction_weight", likelihood.reconstruction_weight), ("beta", 1.0)))
+        weight, beta = (
+            abs(float(options.get(n, d)))
+            for n, d in (("reconstruction_weight", likelihood.reconstruction_weight), ("beta", 1.0))
+        )
         reconstruction, kl = weight * value.sum() / batch, given["kl"].abs().sum() / batch
         elements, zero = target.numel(), torch.zeros(())
         scales["loss"] = reconstruction + beta * kl, k["loss"] + levels(max(elements, batch))

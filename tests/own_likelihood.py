@@ -60,15 +60,15 @@ def gaussian(parameters, target, SETTINGS: tl.constexpr, FAST: tl.constexpr):
 class LearnedGaussian(Likelihood):
     """A Gaussian whose variance is learned for each element. Two parameters, and no slope of the target."""
 
-    parameters = ("mean", "logvar")
+    parameters = ("mean", "log_variance")
     target = "unit"
     roundings = (11, 6, 10)
     term = gaussian
 
-    def formula(self, mean: Tensor, logvar: Tensor, target: Tensor) -> Tensor:
-        return 0.5 * ((target - mean).square() * torch.exp(-logvar) + logvar + math.log(2 * math.pi))
+    def formula(self, mean: Tensor, log_variance: Tensor, target: Tensor) -> Tensor:
+        return 0.5 * ((target - mean).square() * torch.exp(-log_variance) + log_variance + math.log(2 * math.pi))
 
-    def mean(self, mean: Tensor, logvar: Tensor) -> Tensor:
+    def mean(self, mean: Tensor, log_variance: Tensor) -> Tensor:
         return mean
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> tuple[Tensor, ...]:

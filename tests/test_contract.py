@@ -141,7 +141,8 @@ def test_target_of_another_dtype(operation, dtype, target_dtype, triton_backend,
 
 
 @each(OF_LIKELIHOOD)
-def test_every_byte_is_read_as_a_fraction_of_255(operation, triton_backend, device) -> None:
+def test_every_byte(operation, triton_backend, device) -> None:
+    """As a fraction of 255, or as a number."""
     tensors = dict(zip(operation.arguments, operation.inputs(Spec((256, 1), device=device)), strict=True))
     tensors["target"] = torch.arange(256, dtype=torch.uint8, device=device)[:, None]
     for options in default_and_each_sample(operation):

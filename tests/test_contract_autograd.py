@@ -208,11 +208,10 @@ def test_func_grad_and_batched_gradients(operation, dtype, triton_backend, devic
 @each(DIFFERENTIABLE)
 def test_vmap_is_refused_in_a_sentence(operation, device) -> None:
     tensors = [torch.stack((t, t)).detach() for t in operation.inputs(Spec((3, 4), device=device))]
+    function = operation.function.replace("sigmoid_mse_loss", "negative_log_likelihood")  # which it calls
     with (
         launching_nothing(),
-        pytest.raises(
-            NotImplementedError, match=rf"{operation.function[:15]}.* does not run under torch\.vmap: .*batch"
-        ),
+        pytest.raises(NotImplementedError, match=rf"{function[:15]}.* does not run under torch\.vmap: .*batch"),
     ):
         torch.vmap(lambda *tensors: operation(F, *tensors), randomness="different")(*tensors)
 
@@ -341,6 +340,8 @@ def test_wrong_arguments_are_refused_before_any_launch(operation, device) -> Non
         for i, (name, tensor) in enumerate(zip(operation.arguments, tensors, strict=True)):
             wrong = WRONG.get(name, wrong_like)(name, first, tensor.clone()) if i else wrong_first(name, tensor)
             for value, error, message in wrong:
+                if operation.target_kind == "number":
+                    message = message.replace("t / 255", "t")
                 with pytest.raises(error) as raised:
                     operation(F, *tensors[:i], value, *tensors[i + 1 :])
                 assert str(raised.value) == message

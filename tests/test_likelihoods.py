@@ -19,7 +19,6 @@ from fastvae.operations import LIKELIHOODS
 from own_likelihood import OWN, LearnedGaussian, SmoothL1
 
 
-
 @pytest.mark.parametrize("likelihood", [*LIKELIHOODS, *OWN, SmoothL1(eps=1.0)], ids=str)
 def test_terms_are_their_formulas(likelihood, device) -> None:
     for seed in range(2):
@@ -175,9 +174,11 @@ def test_a_class_that_is_no_description(attributes, complaint) -> None:
 def test_the_number_of_parameters() -> None:
     mean, target = torch.zeros(2, 3), torch.zeros(2, 3)
     for given in (mean, (mean,), (mean, mean, mean)):
-        with pytest.raises(ValueError, match=r"parameters must be the 2 tensors \(mean, logvar\) of LearnedGaussian"):
+        with pytest.raises(
+            ValueError, match=r"parameters must be the 2 tensors \(mean, log_variance\) of LearnedGaussian"
+        ):
             F.negative_log_likelihood(given, target, LearnedGaussian())
-    with pytest.raises(ValueError, match=r"logvar must have the shape of mean, \[2, 3\], got \[2, 4\]"):
+    with pytest.raises(ValueError, match=r"log_variance must have the shape of mean, \[2, 3\], got \[2, 4\]"):
         F.elbo_loss((mean, torch.zeros(2, 4)), target, torch.zeros(2), likelihood=LearnedGaussian())
     with pytest.raises(TypeError, match=r"likelihood must be a fastvae\.likelihoods\.Likelihood, got 'bernoulli'"):
         F.negative_log_likelihood(mean, target, "bernoulli")

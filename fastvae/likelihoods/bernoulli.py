@@ -42,9 +42,9 @@ class Bernoulli(Likelihood):
 
     def formula(self, logits: Tensor, target: Tensor) -> Tensor:
         positive = torch.relu(logits)
-        # x - 2 max(x, 0) is -|x|, but torch gives it the slope 1 at x = 0, and -|x| the slope 0. So the slope of the
-        # whole is 1/2 - t there.
-        tail = torch.nn.functional.softplus(torch.sub(logits, positive, alpha=2), threshold=40)
+        # min(x, 0) - max(x, 0) is -|x|, but torch gives it the slope 1 at x = 0, and -|x| the slope 0. So the slope of
+        # the whole is 1/2 - t there.
+        tail = torch.nn.functional.softplus(logits.clamp(max=0) - positive, threshold=40)
         return positive - logits * target + tail
 
     def slopes(self, logits: Tensor, target: Tensor) -> tuple[Tensor]:
