@@ -199,6 +199,23 @@ def test_gradients_come_as_the_parameters_do(backend, device) -> None:
         assert isinstance(in_tuple, tuple) and torch.equal(in_tuple[0], alone)
 
 
+@pytest.mark.parametrize("operation", ["loss", "bound"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_target_requires_grad_whose_slope_the_term_does_not_return(operation, compiled, device) -> None:
+    def values(mean, logvar, target, kl):
+        if operation == "loss":
+            return F.negative_log_likelihood((mean, logvar), target, LearnedGaussian(), reduction="sum")
+        return F.elbo_loss((mean, logvar), target, kl, likelihood=LearnedGaussian()).loss
+
+    inputs = [torch.rand(2, 3, device=device, requires_grad=True) for _ in range(3)]
+    kl = torch.rand(2, device=device)
+    expected = torch.autograd.grad(values(*(x.double() for x in inputs), kl), inputs)
+    function = torch.compile(values, fullgraph=True, backend="aot_eager") if compiled else values
+    with fastvae.use_backend("triton"):
+        gradients = torch.autograd.grad(function(*inputs, kl), inputs)
+    torch.testing.assert_close(gradients, expected)
+
+
 def test_the_weight_of_the_reconstruction_is_the_likelihoods() -> None:
     x, t, kl = torch.randn(2, 3), torch.rand(2, 3), torch.rand(2)
     for likelihood, weight in ((SigmoidMSE(), 0.5), (Bernoulli(), 1.0)):

@@ -61,7 +61,8 @@ class Likelihood:
     It is the specification: the path without a GPU, what the term is compared with, and, differentiated by torch, the
     gradients of higher order. Write it in a form that is stable in float32."""
     target_has_slope: ClassVar[bool] = False
-    """Whether the term returns the target's slope too. Without it a target gets no gradient."""
+    """Whether the term returns the target's slope too. Without it, a call whose target requires grad is left to the
+    formula, because no kernel has that gradient."""
     slope_factor: ClassVar[float] = 1.0
     """A constant factor of every slope that the term leaves out, because the launcher multiplies by a number anyway."""
     reconstruction_weight: ClassVar[float] = 1.0
