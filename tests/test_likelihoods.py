@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -52,6 +55,46 @@ def test_a_key_is_the_likelihood(likelihood) -> None:
 def test_no_other_text_is_a_key(key) -> None:
     with pytest.raises(ValueError, match="names no likelihood"):
         from_key(key)
+
+
+@dataclass(frozen=True)
+class WithSettings(SmoothL1):
+    """Settings of every kind that a term can be compiled for, and of others."""
+
+    bounds: Any = (-math.inf, math.inf)
+    name: Any = "inf"
+    nested: Any = ((1,), (), True, None)
+
+
+def test_settings_with_infinities_have_a_key() -> None:
+    likelihood = WithSettings(eps=math.inf)
+    assert "(eps=1e999, bounds=(-1e999, 1e999), name='inf', nested=((1,), (), True, None))" in likelihood.key
+    assert from_key(likelihood.key) == likelihood
+
+
+@pytest.mark.parametrize("value", [[1.0], {}, np.float64(0.1), np.int64(1), torch.tensor(0.1), (0.0, [1])], ids=repr)
+def test_a_setting_of_another_type_is_told(value, device) -> None:
+    x, likelihood = torch.zeros(2, 3, device=device), WithSettings(bounds=value)
+    complaint = r"WithSettings\.bounds must be a number, a text, a boolean, None, or a tuple of them, .* got "
+    with fastvae.use_backend("triton"), pytest.raises(TypeError, match=complaint):
+        F.negative_log_likelihood(x, x, likelihood)
+    with pytest.raises(TypeError, match=complaint):
+        _ = likelihood.key
+
+
+@dataclass(frozen=True)
+class Incomparable(SmoothL1):
+    eps: float = field(default=0.125, compare=False)
+
+
+def test_a_setting_that_equality_leaves_out_is_refused(device) -> None:
+    """A kernel for one value would be taken for another."""
+    x = torch.zeros(2, 3, device=device)
+    with (
+        fastvae.use_backend("triton"),
+        pytest.raises(TypeError, match=r"Incomparable\.eps must not be a field with compare"),
+    ):
+        F.negative_log_likelihood(x, x, Incomparable(1.0))
 
 
 # ------------------------------------------------------------------------------------------------------------- check
@@ -159,6 +202,7 @@ def test_a_wrong_description_is_told(likelihood, complaint) -> None:
         ({"parameters": ()}, r"\.parameters must be a tuple of names, got \(\)"),
         ({"parameters": "mean"}, r"\.parameters must be a tuple of names, got 'mean'"),
         ({"target": "image"}, r"\.target must be one of unit, number, got 'image'"),
+        ({"term": exact}, r"\.term must be decorated with @fastvae\.likelihoods\.Term, got <function exact"),
         ({"roundings": (3, 2)}, r"\.roundings must have 3 numbers, of the value and of 2 slopes, got \(3, 2\)"),
     ],
     ids=str,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -84,6 +85,8 @@ class Likelihood:
             raise TypeError(f"{cls.__name__}.parameters must be a tuple of names, got {cls.parameters!r}")
         if cls.target not in TARGETS:
             raise TypeError(f"{cls.__name__}.target must be one of {', '.join(TARGETS)}, got {cls.target!r}")
+        if not (cls.term is None or isinstance(cls.term, Term)):
+            raise TypeError(f"{cls.__name__}.term must be decorated with @fastvae.likelihoods.Term, got {cls.term!r}")
         slopes = len(cls.parameters) + cls.target_has_slope
         if len(cls.roundings) != 1 + slopes:
             raise TypeError(
@@ -116,15 +119,47 @@ class Likelihood:
 
     @property
     def settings(self) -> tuple[Any, ...]:
-        """The values of the fields, for which the term is compiled."""
-        return tuple(getattr(self, field.name) for field in fields(self))
+        """The values of the fields, for which the term is compiled.
+
+        Raises ``TypeError`` for a value of another type than those above, and for a field that equality leaves out,
+        because what is compiled is kept for equal likelihoods.
+        """
+        values = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not _is_setting(value):
+                raise TypeError(
+                    f"{type(self).__name__}.{field.name} must be a number, a text, a boolean, None, or a tuple of "
+                    f"them, because the term is compiled for it, got {type(value).__name__}: {value!r}"
+                )
+            if not field.compare:
+                raise TypeError(f"{type(self).__name__}.{field.name} must not be a field with compare=False")
+            values.append(value)
+        return tuple(values)
 
     @property
     def key(self) -> str:
         """A text from which `from_key` makes an equal likelihood: registered operations and files take only texts."""
         named = zip(fields(self), self.settings, strict=True)
-        settings = ", ".join(f"{field.name}={value!r}" for field, value in named)
+        settings = ", ".join(f"{field.name}={_literal(value)}" for field, value in named)
         return f"{type(self).__module__}:{type(self).__qualname__}({settings})"
+
+
+def _is_setting(value: Any) -> bool:
+    if type(value) is tuple:
+        return all(_is_setting(part) for part in value)
+    # Not their subclasses, like numpy's float64, whose texts are no literals.
+    return type(value) in (bool, int, float, str, type(None))
+
+
+def _literal(value: Any) -> str:
+    """The text of a setting, as Python reads it: of an infinity a number beyond all floats, because `inf` is a name."""
+    if type(value) is tuple:
+        parts = ", ".join(map(_literal, value))
+        return f"({parts},)" if len(value) == 1 else f"({parts})"
+    if type(value) is float and math.isinf(value):
+        return "1e999" if value > 0 else "-1e999"
+    return repr(value)
 
 
 class NotImported(ValueError):
