@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -50,6 +53,46 @@ def test_a_key_is_the_likelihood(likelihood) -> None:
 def test_no_other_text_is_a_key(key) -> None:
     with pytest.raises(ValueError, match="names no likelihood"):
         from_key(key)
+
+
+@dataclass(frozen=True)
+class WithSettings(SmoothL1):
+    """Settings of every kind that a term can be compiled for, and of others."""
+
+    bounds: Any = (-math.inf, math.inf)
+    name: Any = "inf"
+    nested: Any = ((1,), (), True, None)
+
+
+def test_settings_with_infinities_have_a_key() -> None:
+    likelihood = WithSettings(eps=math.inf)
+    assert "(eps=1e999, bounds=(-1e999, 1e999), name='inf', nested=((1,), (), True, None))" in likelihood.key
+    assert from_key(likelihood.key) == likelihood
+
+
+@pytest.mark.parametrize("value", [[1.0], {}, np.float64(0.1), np.int64(1), torch.tensor(0.1), (0.0, [1])], ids=repr)
+def test_a_setting_of_another_type_is_told(value, device) -> None:
+    x, likelihood = torch.zeros(2, 3, device=device), WithSettings(bounds=value)
+    complaint = r"WithSettings\.bounds must be a number, a text, a boolean, None, or a tuple of them, .* got "
+    with fastvae.use_backend("triton"), pytest.raises(TypeError, match=complaint):
+        F.negative_log_likelihood(x, x, likelihood)
+    with pytest.raises(TypeError, match=complaint):
+        _ = likelihood.key
+
+
+@dataclass(frozen=True)
+class Incomparable(SmoothL1):
+    eps: float = field(default=0.125, compare=False)
+
+
+def test_a_setting_that_equality_leaves_out_is_refused(device) -> None:
+    """A kernel for one value would be taken for another."""
+    x = torch.zeros(2, 3, device=device)
+    with (
+        fastvae.use_backend("triton"),
+        pytest.raises(TypeError, match=r"Incomparable\.eps must not be a field with compare"),
+    ):
+        F.negative_log_likelihood(x, x, Incomparable(1.0))
 
 
 # ------------------------------------------------------------------------------------------------------------- check
@@ -157,6 +200,7 @@ def test_a_wrong_description_is_told(likelihood, complaint) -> None:
         ({"parameters": ()}, r"\.parameters must be a tuple of names, got \(\)"),
         ({"parameters": "mean"}, r"\.parameters must be a tuple of names, got 'mean'"),
         ({"target": "image"}, r"\.target must be one of unit, number, got 'image'"),
+        ({"term": exact}, r"\.term must be decorated with @fastvae\.likelihoods\.Term, got <function exact"),
         ({"roundings": (3, 2)}, r"\.roundings must have 3 numbers, of the value and of 2 slopes, got \(3, 2\)"),
     ],
     ids=str,
@@ -197,6 +241,23 @@ def test_gradients_come_as_the_parameters_do(backend, device) -> None:
         _, (in_tuple, _) = F.elbo_value_and_grad((mean,), target, kl[:, 0], likelihood=Bernoulli())
         _, (alone, _) = F.elbo_value_and_grad(mean, target, kl[:, 0], likelihood=Bernoulli())
         assert isinstance(in_tuple, tuple) and torch.equal(in_tuple[0], alone)
+
+
+@pytest.mark.parametrize("operation", ["loss", "bound"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_target_requires_grad_whose_slope_the_term_does_not_return(operation, compiled, device) -> None:
+    def values(mean, logvar, target, kl):
+        if operation == "loss":
+            return F.negative_log_likelihood((mean, logvar), target, LearnedGaussian(), reduction="sum")
+        return F.elbo_loss((mean, logvar), target, kl, likelihood=LearnedGaussian()).loss
+
+    inputs = [torch.rand(2, 3, device=device, requires_grad=True) for _ in range(3)]
+    kl = torch.rand(2, device=device)
+    expected = torch.autograd.grad(values(*(x.double() for x in inputs), kl), inputs)
+    function = torch.compile(values, fullgraph=True, backend="aot_eager") if compiled else values
+    with fastvae.use_backend("triton"):
+        gradients = torch.autograd.grad(function(*inputs, kl), inputs)
+    torch.testing.assert_close(gradients, expected)
 
 
 def test_the_weight_of_the_reconstruction_is_the_likelihoods() -> None:

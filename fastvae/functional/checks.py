@@ -139,6 +139,11 @@ def check_scalar(name: str, value: float | Tensor, first_name: str, first: Tenso
     return check_number(name, value, "a number or a 0-dimensional tensor")
 
 
+def has_kernels(likelihood: Likelihood, target: Tensor) -> bool:
+    """Whether kernels compute the likelihood and every gradient that is asked for; else its formula does."""
+    return likelihood.term is not None and (likelihood.target_has_slope or not target.requires_grad)
+
+
 def refuse_transforms(name: str) -> None:
     """Of what is already given with its gradient, a transform would find none, and return zeros."""
     if torch._C._are_functorch_transforms_active():

@@ -9,7 +9,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastvae import reference
-from fastvae.functional.checks import check_kl, check_likelihood, check_scalar, refuse_transforms, takes_triton
+from fastvae.functional.checks import (
+    check_kl,
+    check_likelihood,
+    check_scalar,
+    has_kernels,
+    refuse_transforms,
+    takes_triton,
+)
 from fastvae.likelihoods import Likelihood, SigmoidMSE
 from fastvae.reference.elbo import ELBO
 
@@ -26,8 +33,8 @@ def elbo_loss(
     """loss = mean_B(reconstruction_weight * -log p(target | parameters)) + beta * mean_B(kl), in nats.
 
     By default -log p is sum_event (sigmoid(logits) - target)^2 with a weight of one half: that of a Gaussian decoder of
-    unit variance, without its constant. All three results are differentiable in the parameters and kl, and in
-    target where the likelihood has that slope; on the fused path their gradients leave in one launch.
+    unit variance, without its constant. All three results are differentiable in the parameters, target and kl; on the
+    fused path their gradients leave in one launch.
 
     Args:
         parameters, target, likelihood: as in `negative_log_likelihood`.
@@ -45,7 +52,7 @@ def elbo_loss(
         ValueError: shapes or devices that differ, a kl that is not [B], or a weight that requires grad.
     """
     tensors, beta, weight = _checked(parameters, target, kl, likelihood, beta, reconstruction_weight)
-    if likelihood.term is not None and takes_triton(*tensors, kl, inductor_fuses=True):
+    if has_kernels(likelihood, target) and takes_triton(*tensors, kl, inductor_fuses=True):
         from fastvae.autograd import elbo as fused
 
         return ELBO(*fused.elbo_loss(likelihood, tensors, kl, beta, weight))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastvae import reference
-from fastvae.functional.checks import check_likelihood, check_reduction, takes_triton
+from fastvae.functional.checks import check_likelihood, check_reduction, has_kernels, takes_triton
 from fastvae.likelihoods import Likelihood, SigmoidMSE
 
 SIGMOID_MSE = SigmoidMSE()
@@ -14,7 +14,7 @@ SIGMOID_MSE = SigmoidMSE()
 def negative_log_likelihood(
     parameters: Tensor | tuple[Tensor, ...], target: Tensor, likelihood: Likelihood, *, reduction: str = "batchmean"
 ) -> Tensor:
-    """-log p(target | parameters) in nats, summed over each sample's event, differentiable in each parameter.
+    """-log p(target | parameters) in nats, summed over each sample's event, differentiable in parameters and target.
 
     Args:
         parameters: what the decoder returns, [B, ...]: a tensor, or a tuple of tensors of one shape in the order of
@@ -35,7 +35,7 @@ def negative_log_likelihood(
     """
     tensors = check_likelihood(parameters, target, likelihood)
     check_reduction(reduction)
-    if likelihood.term is not None and takes_triton(*tensors, inductor_fuses=True):
+    if has_kernels(likelihood, target) and takes_triton(*tensors, inductor_fuses=True):
         from fastvae.autograd import likelihood as fused
 
         return fused.negative_log_likelihood(likelihood, tensors, reduction)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -63,7 +64,8 @@ class Likelihood:
     It is the specification: it runs where there is no GPU, the term is compared with it, and torch differentiates it
     for gradients of higher order. Write it in a form that is stable in float32."""
     target_has_slope: ClassVar[bool] = False
-    """Whether the term returns the target's slope too. Without it a target gets no gradient."""
+    """Whether the term returns the target's slope too. Without it, a call whose target requires grad is left to the
+    formula, because no kernel has that gradient."""
     slope_factor: ClassVar[float] = 1.0
     """A constant factor that the term leaves out of every slope, because the kernel multiplies slopes anyway."""
     reconstruction_weight: ClassVar[float] = 1.0
@@ -86,6 +88,8 @@ class Likelihood:
             raise TypeError(f"{cls.__name__}.parameters must be a tuple of names, got {cls.parameters!r}")
         if cls.target not in TARGETS:
             raise TypeError(f"{cls.__name__}.target must be one of {', '.join(TARGETS)}, got {cls.target!r}")
+        if not (cls.term is None or isinstance(cls.term, Term)):
+            raise TypeError(f"{cls.__name__}.term must be decorated with @fastvae.likelihoods.Term, got {cls.term!r}")
         slopes = len(cls.parameters) + cls.target_has_slope
         if len(cls.roundings) != 1 + slopes:
             raise TypeError(
@@ -118,15 +122,47 @@ class Likelihood:
 
     @property
     def settings(self) -> tuple[Any, ...]:
-        """The values of the fields, for which the term is compiled."""
-        return tuple(getattr(self, field.name) for field in fields(self))
+        """The values of the fields, for which the term is compiled.
+
+        Raises ``TypeError`` for a value of another type than those above, and for a field that equality leaves out,
+        because what is compiled is kept for equal likelihoods.
+        """
+        values = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not _is_setting(value):
+                raise TypeError(
+                    f"{type(self).__name__}.{field.name} must be a number, a text, a boolean, None, or a tuple of "
+                    f"them, because the term is compiled for it, got {type(value).__name__}: {value!r}"
+                )
+            if not field.compare:
+                raise TypeError(f"{type(self).__name__}.{field.name} must not be a field with compare=False")
+            values.append(value)
+        return tuple(values)
 
     @property
     def key(self) -> str:
         """A text from which `from_key` makes an equal likelihood: registered operations and files hold texts only."""
         named = zip(fields(self), self.settings, strict=True)
-        settings = ", ".join(f"{field.name}={value!r}" for field, value in named)
+        settings = ", ".join(f"{field.name}={_literal(value)}" for field, value in named)
         return f"{type(self).__module__}:{type(self).__qualname__}({settings})"
+
+
+def _is_setting(value: Any) -> bool:
+    if type(value) is tuple:
+        return all(_is_setting(part) for part in value)
+    # Not their subclasses, like numpy's float64, whose texts are no literals.
+    return type(value) in (bool, int, float, str, type(None))
+
+
+def _literal(value: Any) -> str:
+    """The text of a setting, as Python reads it: of an infinity a number beyond all floats, because `inf` is a name."""
+    if type(value) is tuple:
+        parts = ", ".join(map(_literal, value))
+        return f"({parts},)" if len(value) == 1 else f"({parts})"
+    if type(value) is float and math.isinf(value):
+        return "1e999" if value > 0 else "-1e999"
+    return repr(value)
 
 
 class NotImported(ValueError):
