@@ -126,7 +126,7 @@ NCU = """==PROF== Connected to process 7 (/usr/bin/python3.12)
 "0","7","gaussian_forward_kernel","1","7","dram__bytes_read.sum","byte","536870912"
 "0","7","gaussian_forward_kernel","1","7","launch__registers_per_thread","register/thread","40"
 "1","7","void at::native::vectorized_elementwise_kernel<4>","1","7","dram__bytes_read.sum","byte","1"
-"2","7","elbo_forward_kernel","1","7","gpu__time_duration.sum","nsecond","190000"
+"2","7","value_kernel","1","7","gpu__time_duration.sum","nsecond","190000"
 """
 
 
@@ -135,7 +135,7 @@ def test_ncu_output(read):
     assert passed
     assert found["kernels"] == {
         "0 gaussian_forward_kernel": {"bytes read": "536870912 byte", "registers": "40 register/thread"},
-        "2 elbo_forward_kernel": {"nanoseconds": "190000 nsecond"},
+        "2 value_kernel": {"nanoseconds": "190000 nsecond"},
     }
     assert not read.read_counters(NCU, 1)[0]
     assert not read.read_counters("==ERROR== Failed to initialize the profiler: LibraryNotLoaded\n", 0)[0]
