@@ -171,6 +171,12 @@ class Summed(Squared):
         return (target - mean).square().sum()
 
 
+@dataclass(frozen=True)
+class WrongSlopes(Squared):
+    def slopes(self, mean: Tensor, target: Tensor) -> tuple[Tensor]:
+        return (target - mean,)
+
+
 class Undecorated(Squared):
     pass
 
@@ -187,6 +193,7 @@ class DrawsTooFew(Squared):
         (Unstable(), r"the formula is inf in float32 at mean = .*: write it in a form that is stable"),
         (Summed(), r"formula must return a value for each element, \[\d+\], got \[\]"),
         (Undecorated(), r"Undecorated must be decorated with @dataclass\(frozen=True\)"),
+        (WrongSlopes(), r"the slope of mean: at .* slopes\(\) has .*, the formula .* times the bound"),
         (DrawsTooFew(), "draw must return the 1 parameters and the target, got 1 tensors"),
     ],
     ids=lambda it: type(it).__name__ if isinstance(it, Likelihood) else "",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import NamedTuple
 
@@ -89,14 +89,15 @@ def examples(likelihood: Likelihood, generator: torch.Generator) -> tuple[Tensor
 def check(likelihood: Likelihood, *, device: torch.device | str | None = None, seed: int = 0) -> None:
     """Compare the values and slopes of a likelihood's term with its formula, within the bound of its roundings.
 
-    The inputs are those of `Likelihood.draw`, and extreme ones: zeros, 1e-4 to 1e4, NaN. The error names each
-    difference and the inputs at which it is largest. Exact are the formula and its derivatives in float64. An error may
-    be 1 ulp + k * 2^-24 * S, where k is the number in ``roundings``, and S = |f| + sum_i |x_i df/dx_i|, because
-    relative errors of the inputs move the result by so much. The formula itself must be finite in float32 where it is
-    in float64, because the path without a GPU computes it.
+    So are its own `Likelihood.slopes`, where it has them, because the path without a GPU trains by them. The inputs are
+    those of `Likelihood.draw`, and extreme ones: zeros, 1e-4 to 1e4, NaN. The error names each difference and the
+    inputs at which it is largest. Exact are the formula and its derivatives in float64. An error may be 1 ulp + k *
+    2^-24 * S, where k is the number in ``roundings``, and S = |f| + sum_i |x_i df/dx_i|, because relative errors of the
+    inputs move the result by so much. The formula itself must be finite in float32 where it is in float64, because the
+    path without a GPU computes it.
 
     Args:
-        likelihood: with a ``term``; without one only the formula is looked at.
+        likelihood: with a ``term``; without one only the formula and the slopes are looked at.
         device: on which the term runs: by default the GPU, and without one the CPU, where Triton's interpreter must be
             on (set TRITON_INTERPRET=1 before the first import of Triton).
 
@@ -114,6 +115,10 @@ def check(likelihood: Likelihood, *, device: torch.device | str | None = None, s
     inputs = examples(likelihood, torch.Generator().manual_seed(seed))
     expected = exact(likelihood, inputs)
     complaints = list(_unstable(likelihood, inputs, expected))
+    if type(likelihood).slopes is not Likelihood.slopes:
+        # In float64, where only another formula is beyond a bound for float32.
+        own = likelihood.slopes(*[x.double() for x in inputs])
+        complaints += _differences(likelihood, inputs, dict(enumerate(own, 1)), expected, "slopes()")
     if likelihood.term is not None:
         tensors = [x.to(device).unsqueeze(1).requires_grad_() for x in inputs]
         if not likelihood.target_has_slope:
@@ -127,7 +132,7 @@ def check(likelihood: Likelihood, *, device: torch.device | str | None = None, s
             except Exception as error:
                 raise ValueError(f"the term of {likelihood} cannot run: {error}") from error
         found = [x.detach().double().cpu().flatten() for x in (value, *slopes)]
-        complaints += _differences(likelihood, inputs, found, expected)
+        complaints += _differences(likelihood, inputs, dict(enumerate(found)), expected, "the term")
     if complaints:
         raise ValueError("\n".join([f"{likelihood} is not what it should be:", *complaints]))
 
@@ -155,10 +160,10 @@ def _unstable(likelihood: Likelihood, inputs: Sequence[Tensor], expected: Exact)
 
 
 def _differences(
-    likelihood: Likelihood, inputs: Sequence[Tensor], found: Sequence[Tensor], expected: Exact
+    likelihood: Likelihood, inputs: Sequence[Tensor], found: Mapping[int, Tensor], expected: Exact, whose: str
 ) -> list[str]:
     complaints = []
-    for k, (name, result) in enumerate(zip(_names(likelihood), found, strict=False)):
+    for k, result in found.items():
         wide = expected.results[k]
         rounded = wide.float().double()  # what is an infinity in float32
         allowed = ulp(wide) + expected.bound(k, likelihood.roundings[k])
@@ -167,7 +172,8 @@ def _differences(
         if ratio.max() > 1:
             index = int(ratio.argmax())
             complaints.append(
-                f"- the {name}: at {_at(likelihood, inputs, index)} the term has {result[index]:.9g}, the formula "
-                f"{wide[index]:.9g}, {ratio[index]:.3g} times the bound for roundings[{k}] = {likelihood.roundings[k]}"
+                f"- the {_names(likelihood)[k]}: at {_at(likelihood, inputs, index)} {whose} has "
+                f"{result[index]:.9g}, the formula {wide[index]:.9g}, {ratio[index]:.3g} times the bound "
+                f"for roundings[{k}] = {likelihood.roundings[k]}"
             )
     return complaints
