@@ -284,6 +284,13 @@ def test_modules() -> None:
     assert repr(ELBOLoss(SmoothL1())) == "ELBOLoss(SmoothL1(eps=0.125), beta=1.0, reconstruction_weight=1.0)"
 
 
+@pytest.mark.parametrize("module", [ELBOLoss, NegativeLogLikelihood])
+@pytest.mark.parametrize("given", [Bernoulli, 0.5, 0.0, "bernoulli"], ids=str)
+def test_a_module_is_made_with_a_likelihood(module, given) -> None:
+    with pytest.raises(TypeError, match=r"likelihood must be a fastvae\.likelihoods\.Likelihood, got "):
+        module(given)
+
+
 # ---------------------------------------------------------------------------------------------------------- Bernoulli
 
 
