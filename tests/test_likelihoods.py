@@ -137,6 +137,12 @@ class Squared(Likelihood):
         return (target - mean).square()
 
 
+@Term
+def unknown_name(parameters, target, SETTINGS, FAST):
+    error = target - no_such_name  # noqa: F821
+    return error * error, (-2.0 * error, 2.0 * error)
+
+
 def with_term(term: Term) -> Likelihood:
     return dataclass(frozen=True)(type("Squared", (Squared,), {"term": term}))()
 
@@ -146,6 +152,8 @@ def with_term(term: Term) -> Likelihood:
     [
         (too_few, "a term returns a slope for each parameter, and for a target that has one"),
         (another_shape, "a term returns a value of the shape of its target"),
+        # In the words of Python, or, compiled, under the line of the term.
+        (unknown_name, r"(?s)cannot run: (name '|at .*NameError\(')no_such_name'? is not defined"),
         (wrong_value, r"the value: at mean = .*, target = .* the term has .*, the formula .* times the bound"),
         (wrong_slope, r"the slope of mean: at .* times the bound for roundings\[1\] = 2"),
     ],

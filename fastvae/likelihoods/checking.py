@@ -130,11 +130,18 @@ def check(likelihood: Likelihood, *, device: torch.device | str | None = None, s
                 value = F.negative_log_likelihood(tuple(tensors[:-1]), tensors[-1], likelihood, reduction="none")
                 slopes = torch.autograd.grad(value.sum(), needed)
             except Exception as error:
-                raise ValueError(f"the term of {likelihood} cannot run: {error}") from error
+                raise ValueError(f"the term of {likelihood} cannot run: {_origin(error)}") from error
         found = [x.detach().double().cpu().flatten() for x in (value, *slopes)]
         complaints += _differences(likelihood, inputs, dict(enumerate(found)), expected, "the term")
     if complaints:
         raise ValueError("\n".join([f"{likelihood} is not what it should be:", *complaints]))
+
+
+def _origin(error: BaseException) -> BaseException:
+    """What an error is of in the end: Triton's own ones only show the line of each kernel that led there."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _names(likelihood: Likelihood) -> list[str]:
