@@ -135,6 +135,12 @@ class Squared(Likelihood):
         return (target - mean).square()
 
 
+@Term
+def unknown_name(parameters, target, SETTINGS, FAST):
+    error = target - no_such_name  # noqa: F821
+    return error * error, (-2.0 * error, 2.0 * error)
+
+
 def with_term(term: Term) -> Likelihood:
     return dataclass(frozen=True)(type("Squared", (Squared,), {"term": term}))()
 
@@ -144,6 +150,8 @@ def with_term(term: Term) -> Likelihood:
     [
         (too_few, "a term returns a slope for each parameter, and for a target that has one"),
         (another_shape, "a term returns a value of the shape of its target"),
+        # In the words of Python, or, compiled, under the line of the term.
+        (unknown_name, r"(?s)cannot run: (name '|at .*NameError\(')no_such_name'? is not defined"),
         (wrong_value, r"the value: at mean = .*, target = .* the term has .*, the formula .* times the bound"),
         (wrong_slope, r"the slope of mean: at .* times the bound for roundings\[1\] = 2"),
     ],
@@ -169,6 +177,12 @@ class Summed(Squared):
         return (target - mean).square().sum()
 
 
+@dataclass(frozen=True)
+class WrongSlopes(Squared):
+    def slopes(self, mean: Tensor, target: Tensor) -> tuple[Tensor]:
+        return (target - mean,)
+
+
 class Undecorated(Squared):
     pass
 
@@ -185,6 +199,7 @@ class DrawsTooFew(Squared):
         (Unstable(), r"the formula is inf in float32 at mean = .*: write it in a form that is stable"),
         (Summed(), r"formula must return a value for each element, \[\d+\], got \[\]"),
         (Undecorated(), r"Undecorated must be decorated with @dataclass\(frozen=True\)"),
+        (WrongSlopes(), r"the slope of mean: at .* slopes\(\) has .*, the formula .* times the bound"),
         (DrawsTooFew(), "draw must return the 1 parameters and the target, got 1 tensors"),
     ],
     ids=lambda it: type(it).__name__ if isinstance(it, Likelihood) else "",
@@ -275,6 +290,13 @@ def test_modules() -> None:
     assert repr(module) == "NegativeLogLikelihood(Bernoulli(), reduction='none')"
     assert ELBOLoss(Bernoulli())(x, t, kl) == F.elbo_loss(x, t, kl, likelihood=Bernoulli())
     assert repr(ELBOLoss(SmoothL1())) == "ELBOLoss(SmoothL1(eps=0.125), beta=1.0, reconstruction_weight=1.0)"
+
+
+@pytest.mark.parametrize("module", [ELBOLoss, NegativeLogLikelihood])
+@pytest.mark.parametrize("given", [Bernoulli, 0.5, 0.0, "bernoulli"], ids=str)
+def test_a_module_is_made_with_a_likelihood(module, given) -> None:
+    with pytest.raises(TypeError, match=r"likelihood must be a fastvae\.likelihoods\.Likelihood, got "):
+        module(given)
 
 
 # ---------------------------------------------------------------------------------------------------------- Bernoulli

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import NamedTuple
 
@@ -94,14 +94,14 @@ def examples(likelihood: Likelihood, generator: torch.Generator) -> tuple[Tensor
 def check(likelihood: Likelihood, *, device: torch.device | str | None = None, seed: int = 0) -> None:
     """Compare the values and slopes of a likelihood's term with those of its formula in float64.
 
-    A difference may be 1 ulp + k * 2^-24 * S. k is the number in ``roundings``. S = |f| + sum_i |x_i df/dx_i| is what
-    relative errors of the result and of the inputs move. The inputs are those of `Likelihood.draw`, and, if it is not
-    overridden, extreme ones: zeros, 1e-4 to 1e4, NaN. The formula must be finite in float32 where it is in float64,
-    because it runs where there is no GPU. The error that is raised names each difference, and the inputs at which it
-    is largest.
+    So are its own `Likelihood.slopes`, where it has them, because the path without a GPU trains by them. A difference
+    may be 1 ulp + k * 2^-24 * S. k is the number in ``roundings``. S = |f| + sum_i |x_i df/dx_i| is what relative errors
+    of the result and of the inputs move. The inputs are those of `Likelihood.draw`, and, if it is not overridden,
+    extreme ones: zeros, 1e-4 to 1e4, NaN. The formula must be finite in float32 where it is in float64, because it runs
+    where there is no GPU. The error that is raised names each difference, and the inputs at which it is largest.
 
     Args:
-        likelihood: without a ``term``, only its formula is looked at.
+        likelihood: without a ``term``, only its formula and slopes are looked at.
         device: where the term runs, by default on the GPU. Without one it is the CPU, which needs Triton's interpreter
             (set TRITON_INTERPRET=1 before the first import of Triton).
         seed: of the drawn inputs.
@@ -120,6 +120,10 @@ def check(likelihood: Likelihood, *, device: torch.device | str | None = None, s
     inputs = examples(likelihood, torch.Generator().manual_seed(seed))
     expected = exact(likelihood, inputs)
     complaints = list(_unstable(likelihood, inputs, expected))
+    if type(likelihood).slopes is not Likelihood.slopes:
+        # In float64, where only another formula is beyond a bound for float32.
+        own = likelihood.slopes(*[x.double() for x in inputs])
+        complaints += _differences(likelihood, inputs, dict(enumerate(own, 1)), expected, "slopes()")
     if likelihood.term is not None:
         tensors = [x.to(device).unsqueeze(1).requires_grad_() for x in inputs]
         if not likelihood.target_has_slope:
@@ -131,11 +135,18 @@ def check(likelihood: Likelihood, *, device: torch.device | str | None = None, s
                 value = F.negative_log_likelihood(tuple(tensors[:-1]), tensors[-1], likelihood, reduction="none")
                 slopes = torch.autograd.grad(value.sum(), needed)
             except Exception as error:
-                raise ValueError(f"the term of {likelihood} cannot run: {error}") from error
+                raise ValueError(f"the term of {likelihood} cannot run: {_origin(error)}") from error
         found = [x.detach().double().cpu().flatten() for x in (value, *slopes)]
-        complaints += _differences(likelihood, inputs, found, expected)
+        complaints += _differences(likelihood, inputs, dict(enumerate(found)), expected, "the term")
     if complaints:
         raise ValueError("\n".join([f"{likelihood} is not what it should be:", *complaints]))
+
+
+def _origin(error: BaseException) -> BaseException:
+    """What an error is of in the end: Triton's own ones only show the line of each kernel that led there."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _names(likelihood: Likelihood) -> list[str]:
@@ -161,10 +172,10 @@ def _unstable(likelihood: Likelihood, inputs: Sequence[Tensor], expected: Exact)
 
 
 def _differences(
-    likelihood: Likelihood, inputs: Sequence[Tensor], found: Sequence[Tensor], expected: Exact
+    likelihood: Likelihood, inputs: Sequence[Tensor], found: Mapping[int, Tensor], expected: Exact, whose: str
 ) -> list[str]:
     complaints = []
-    for k, (name, result) in enumerate(zip(_names(likelihood), found, strict=False)):
+    for k, result in found.items():
         wide = expected.results[k]
         rounded = wide.float().double()  # some are infinite in float32
         roundings = likelihood.roundings[k]
@@ -174,7 +185,8 @@ def _differences(
         if ratio.max() > 1:
             index = int(ratio.argmax())
             complaints.append(
-                f"- the {name}: at {_at(likelihood, inputs, index)} the term has {result[index]:.9g}, the formula "
-                f"{wide[index]:.9g}, {ratio[index]:.3g} times the bound for roundings[{k}] = {likelihood.roundings[k]}"
+                f"- the {_names(likelihood)[k]}: at {_at(likelihood, inputs, index)} {whose} has "
+                f"{result[index]:.9g}, the formula {wide[index]:.9g}, {ratio[index]:.3g} times the bound "
+                f"for roundings[{k}] = {likelihood.roundings[k]}"
             )
     return complaints

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 import fastvae.functional as F
 from fastvae.functional import ELBO
+from fastvae.functional.checks import check_is_likelihood
 from fastvae.likelihoods import Likelihood, SigmoidMSE
 
 
@@ -24,7 +25,8 @@ class ELBOLoss(nn.Module):
         reconstruction_weight: float | Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.likelihood = likelihood or SigmoidMSE()
+        self.likelihood = SigmoidMSE() if likelihood is None else likelihood
+        check_is_likelihood(self.likelihood)
         self.beta = beta
         own = self.likelihood.reconstruction_weight
         self.reconstruction_weight = own if reconstruction_weight is None else reconstruction_weight

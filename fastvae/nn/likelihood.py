@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 import fastvae.functional as F
+from fastvae.functional.checks import check_is_likelihood
 from fastvae.likelihoods import Likelihood
 
 
@@ -13,6 +14,7 @@ class NegativeLogLikelihood(nn.Module):
 
     def __init__(self, likelihood: Likelihood, *, reduction: str = "batchmean") -> None:
         super().__init__()
+        check_is_likelihood(likelihood)
         self.likelihood = likelihood
         self.reduction = reduction
 
