@@ -218,7 +218,7 @@ def test_a_wrong_description_is_told(likelihood, complaint) -> None:
         ({"term": exact}, r"\.term must be decorated with @fastvae\.likelihoods\.Term, got <function exact"),
         ({"roundings": (3, 2)}, r"\.roundings must have 3 numbers, of the value and of 2 slopes, got \(3, 2\)"),
     ],
-    ids=str,
+    ids=lambda it: next(iter(it)) if isinstance(it, dict) else "",
 )
 def test_a_class_that_is_no_description(attributes, complaint) -> None:
     with pytest.raises(TypeError, match=complaint):

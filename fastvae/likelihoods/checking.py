@@ -95,10 +95,11 @@ def check(likelihood: Likelihood, *, device: torch.device | str | None = None, s
     """Compare the values and slopes of a likelihood's term with those of its formula in float64.
 
     So are its own `Likelihood.slopes`, where it has them, because the path without a GPU trains by them. A difference
-    may be 1 ulp + k * 2^-24 * S. k is the number in ``roundings``. S = |f| + sum_i |x_i df/dx_i| is what relative errors
-    of the result and of the inputs move. The inputs are those of `Likelihood.draw`, and, if it is not overridden,
-    extreme ones: zeros, 1e-4 to 1e4, NaN. The formula must be finite in float32 where it is in float64, because it runs
-    where there is no GPU. The error that is raised names each difference, and the inputs at which it is largest.
+    may be 1 ulp + k * 2^-24 * S. k is the number in ``roundings``. S = |f| + sum_i |x_i df/dx_i| is what relative
+    errors of the result and of the inputs move. The inputs are those of `Likelihood.draw`, and, if it is not
+    overridden, extreme ones: zeros, 1e-4 to 1e4, NaN. The formula must be finite in float32 where it is in float64,
+    because it runs where there is no GPU. The error that is raised names each difference, and the inputs at which it is
+    largest.
 
     Args:
         likelihood: without a ``term``, only its formula and slopes are looked at.
