@@ -237,9 +237,9 @@ def _of_likelihood(operation: Operation, direction: str, long: Spec) -> Iterator
         else:
             specs["float32 target"] = replace(long, target_dtype=torch.float32)
     for size, spec in specs.items():
-        if size == "odd" and direction == "forward" and "kl" not in operation.arguments:
-            options = {"reduction": "mean"}  # with a sum for each sample, rows start at any address
-        yield size, Configuration(operation, direction, spec, options)
+        # With a sum for each sample, rows of an odd size start at any address.
+        as_one_row = size == "odd" and "reduction" in options
+        yield size, Configuration(operation, direction, spec, {"reduction": "mean"} if as_one_row else options)
 
 
 def launches() -> Iterator[tuple[str, Launch]]:
