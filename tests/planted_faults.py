@@ -183,7 +183,7 @@ def finds(fault: Fault, folder: Path) -> str | None:
         sys.path[:0] = [str(folder)]
         output = io.StringIO()
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            arguments = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", f"tests/{fault.test_file}"]
+            arguments = ["-q", "-x", "--slow", "-p", "no:cacheprovider", f"tests/{fault.test_file}"]
             status = pytest.main([*arguments, "-k", fault.tests])
         import fastvae.kernels
 

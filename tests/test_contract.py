@@ -26,6 +26,7 @@ import fastvae.functional as F
 from conftest import Launches, plan_anew
 from fastvae.kernels import INTERPRETED, tiles
 from fastvae.kernels import launch as launching
+from fastvae.likelihoods import SigmoidMSE
 from fastvae.operations import Operation, Spec, kernel_names, operations
 from layouts import LAYOUTS, assert_strides_of, memory, same_bits
 from oracle import check_results, oracle
@@ -38,7 +39,14 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def each(operations: Any = EVERY) -> Any:
-    return pytest.mark.parametrize("operation", operations, ids=lambda operation: operation.name)
+    """Of the likelihoods but the first, only the loss is tried without --slow: the bound has the same two kernels."""
+
+    def is_slow(operation: Operation) -> bool:
+        first = operation.likelihood in (None, SigmoidMSE())
+        return not first and (operation.function != "negative_log_likelihood" or "target" in operation.gradients)
+
+    marked = [pytest.param(it, marks=pytest.mark.slow if is_slow(it) else (), id=it.name) for it in operations]
+    return pytest.mark.parametrize("operation", marked)
 
 
 def reductions(operation: Operation) -> list[dict[str, str]]:
