@@ -158,19 +158,9 @@ def value_kernel(
             if tl.program_id(0) == 0:
                 place = tl.arange(0, TAIL)
                 last_value, last_slopes = evaluate(
-                    parameter_ptrs,
-                    target_ptr,
-                    columns,
-                    place,
-                    columns,
-                    place,
-                    place < tail,
-                    TERM,
-                    SETTINGS,
-                    SLOPES,
-                    UNIT,
-                    FAST,
-                )
+                    parameter_ptrs, target_ptr, columns, place, columns, place, place < tail,
+                    TERM, SETTINGS, SLOPES, UNIT, FAST,
+                )  # fmt: skip
                 total += tl.sum(tl.where(place < tail, last_value, 0.0))
                 if len(WANTED) > 0:
                     store_gradients(gradient_ptrs, last_slopes, factor, columns, place, place < tail, WANTED)
@@ -242,17 +232,7 @@ def gradient_kernel(
             if tl.program_id(0) == 0:
                 place = tl.arange(0, TAIL)
                 _value, last_slopes = evaluate(
-                    parameter_ptrs,
-                    target_ptr,
-                    columns,
-                    place,
-                    columns,
-                    place,
-                    place < tail,
-                    TERM,
-                    SETTINGS,
-                    SLOPES,
-                    UNIT,
-                    FAST,
-                )
+                    parameter_ptrs, target_ptr, columns, place, columns, place, place < tail,
+                    TERM, SETTINGS, SLOPES, UNIT, FAST,
+                )  # fmt: skip
                 store_gradients(gradient_ptrs, last_slopes, factor, columns, place, place < tail, WANTED)

@@ -10,12 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastvae.likelihoods.checking import ulp
 
-def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The distance to the next number of `dtype` at `values` (float64)."""
-    info = torch.finfo(dtype)
-    exponent = torch.frexp(values.abs().clamp(min=info.tiny)).exponent - 1
-    return torch.ldexp(torch.full_like(values, info.eps), exponent)
+__all__ = ["assert_within", "ulp"]
 
 
 def assert_within(actual: Tensor, expected: Tensor, scale: Tensor | float, roundings: float, what: str = "") -> None:

@@ -27,6 +27,7 @@ from fastvae.kernels import launch as launching
 from fastvae.kernels import likelihood as kernels
 from fastvae.nn import SigmoidMSELoss
 from fastvae.reference import likelihood as reference
+from layouts import LAYOUTS, assert_strides_of, memory
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "batchmean", "sum", "mean")
@@ -35,37 +36,6 @@ EVENT_4D = (3, 4, 5)
 
 
 # ------------------------------------------------------------------------------------------------------------ inputs
-
-
-def poison(x: Tensor) -> Tensor:
-    """What lies in the gaps of a sliced tensor: whoever reads it gets a wrong result."""
-    return torch.full_like(x, 255 if x.dtype is torch.uint8 else math.nan)
-
-
-def channels_last(x: Tensor) -> Tensor:
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return x.contiguous(memory_format=formats.get(x.ndim, torch.contiguous_format))
-
-
-def overlapping(x: Tensor) -> Tensor:
-    """Rows that begin one element after each other, as a sliding window has them."""
-    if x.numel() == 0:
-        return x
-    needed = x[0].numel() + x.shape[0] - 1
-    return x.flatten()[:needed].clone().as_strided(x.shape, (1, *x.contiguous().stride()[1:]))
-
-
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda x: x.contiguous(),
-    "channels_last": channels_last,
-    "sliced_batch": lambda x: torch.stack([x, poison(x)], 1).flatten(0, 1)[::2],
-    "sliced_inner": lambda x: torch.cat([x, poison(x)], -1)[..., : x.shape[-1]],
-    "transposed": lambda x: x.transpose(1, -1).contiguous().transpose(1, -1),
-    "batch_innermost": lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0),
-    "expanded_batch": lambda x: x[:1].expand_as(x),
-    "expanded_inner": lambda x: x[..., :1].expand_as(x),
-    "overlapping": overlapping,
-}
 
 
 def draw(shape: tuple[int, ...], seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -135,19 +105,6 @@ def oracle(logits: Tensor, target: Tensor, reduction: str, loss_grad: Tensor) ->
     loss_scale = reference.reduce_event(error**2, reduction)
     error_grad = 2 * g.abs() / weight * error
     return Oracle(loss.detach(), loss_scale, logits_grad, error_grad * slope, target_grad, error_grad)
-
-
-def memory(tensor: Tensor) -> Tensor:
-    """Every byte of the tensor's storage, the gaps between its elements too."""
-    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
-
-
-def assert_strides_of(tensor: Tensor, gradient: Tensor) -> None:
-    """The gradient has the strides that torch gives to what is made like `tensor`: its own, if it is dense."""
-    overlaps = memory(tensor).numel() < tensor.numel() * tensor.itemsize
-    if tensor.numel() and not overlaps:
-        strides = zip(gradient.stride(), torch.empty_like(tensor).stride(), tensor.shape, strict=True)
-        assert all(own == like for own, like, length in strides if length > 1), gradient.stride()
 
 
 def check(logits: Tensor, target: Tensor, reduction: str = "batchmean", loss_grad: Tensor | None = None) -> None:
