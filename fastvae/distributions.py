@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal, constraints, kl_divergence, register_kl
 
 import fastvae.functional as F
-from fastvae.functional.gaussian import check_halves, check_packed
+from fastvae.functional.checks import check_halves, check_packed
 from fastvae.reference.precision import in_float32
 
 

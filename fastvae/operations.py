@@ -158,8 +158,8 @@ def _of_posterior() -> list[Operation]:
     halves, packed = ("mu", "logvar"), ("moments",)
     reductions = (*REDUCTIONS, "per_dimension")
     of_dimensions = {
-        "forward": "dimensions.dimensions_forward_kernel",
-        "backward": "dimensions.dimensions_backward_kernel",
+        "forward": "posterior.dimensions_forward_kernel",
+        "backward": "posterior.dimensions_backward_kernel",
     }
     sample = Operation(
         name="gaussian_sample",
@@ -170,7 +170,7 @@ def _of_posterior() -> list[Operation]:
         roots=1,
         forward="mu + logvar -> z",
         backward="logvar + z_grad -> mu_grad + logvar_grad",
-        kernels={"forward": "gaussian.gaussian_forward_kernel", "backward": "gaussian.gaussian_backward_kernel"},
+        kernels={"forward": "posterior.gaussian_forward_kernel", "backward": "posterior.gaussian_backward_kernel"},
         roundings={"z": 6, "kl": 10, "mu_grad": 4, "logvar_grad": 10},  # mu_grad: 3, and one for the upstream factor
         launches={"forward": 1, "backward": 1},
         draws_noise=True,

@@ -2,21 +2,13 @@
 of the event by element, with the sample of the posterior beside it, and the gradients of both.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .launch import Plan, launch, make_plan, ticket
-from .layout import remembered, with_strides
-from .moments import Layout, Moments, cut_moments, moments_tile
-from .noise import NO_RNG, Rng, noise_arguments, noise_tile, run_length, starts_on_quad
+from .moments import moments_tile
+from .noise import noise_tile
 from .numerics import exp, exp_half, expm1, expm1_minus, to_float32
-from .tiles import UNSPECIALIZED, Tiling, drew_last_ticket, power_of_2, program_tile, tile_offsets
-
-# What the last program adds up alone: 128 numbers per thread. Not measured on a GPU.
-_MOST_PARTIAL_SUMS = 16384
+from .tiles import UNSPECIALIZED, drew_last_ticket, program_tile, tile_offsets
 
 
 @triton.jit(do_not_specialize=(*UNSPECIALIZED, "blocks"), do_not_specialize_on_alignment=("seed_ptr", "offset_ptr"))
@@ -170,124 +162,3 @@ def dimensions_backward_kernel(
             (0.5 * logvar_grad).to(logvar_grad_ptr.dtype.element_ty),
             mask=inside,
         )
-
-
-def cut_columns(rows: int, columns: int, itemsize: int) -> tuple[Tiling, int]:
-    """Tiles for sums over rows, and the blocks that share the tiles of the same columns.
-
-    A tile has two vectors of 16 bytes per thread and tensor, and rows of one or two cache lines of 128 bytes where
-    there are so many columns. No figure here was measured on a GPU.
-    """
-    width = min(max(4, power_of_2(columns)), 64)
-    height = min(2 * 128 * 16 // itemsize // width, power_of_2(rows))
-    tiling = Tiling(rows, columns, height, width, 4)
-    most = max(1, _MOST_PARTIAL_SUMS // (tiling.chunks * width))
-    return tiling, min(-(-rows // height), most)
-
-
-@remembered
-def plan_forward(layout: Layout, itemsize: int, on_quad: bool) -> tuple[Plan, int]:
-    """And the number of blocks."""
-    tiling, blocks = cut_columns(layout.batch, layout.event, itemsize)
-    plan = make_plan(
-        tiling.chunks * blocks,
-        tiling.num_warps,
-        tiling.rows,
-        tiling.columns,
-        layout.row_stride,
-        tiling.chunks,
-        blocks,
-        0.5 / layout.batch,
-        INNER=layout.inner,
-        RUN=run_length(tiling, itemsize, on_quad),
-        ROWS=tiling.tile_rows,
-        COLUMNS=tiling.tile_columns,
-        BLOCK=4096 // tiling.tile_columns if blocks > 1 else 1,
-    )
-    return plan, blocks
-
-
-def dimensions_forward(
-    moments: Moments, z: Tensor | None, kl: Tensor, free_bits: float, eps: Tensor | None, rng: Rng
-) -> None:
-    """Fill kl, of an event's shape and dense in z's order, and z if it is given."""
-    mu, logvar, layout = moments
-    if layout.batch * layout.event == 0:
-        kl.fill_(float("nan"))  # a mean over nothing
-        return
-    drawn = z is not None and eps is None
-    noise = noise_arguments(rng, mu.device, layout.event) if drawn else NO_RNG
-    plan, blocks = plan_forward(layout, mu.element_size(), starts_on_quad(noise[-1]))
-    launch(
-        dimensions_forward_kernel,
-        plan,
-        mu.device,
-        mu,
-        logvar,
-        None if eps is None else with_strides(eps, layout.strides),
-        z,
-        kl,
-        kl.new_empty(blocks, layout.event) if blocks > 1 else None,
-        ticket(mu.device) if blocks > 1 else None,
-        *noise,
-        free_bits,
-    )
-
-
-@remembered
-def plan_backward(layout: Layout, itemsize: int, grad_row_stride: int, per_column: bool, on_quad: bool) -> Plan:
-    tiling = cut_moments(layout, True, itemsize)
-    return make_plan(
-        tiling.programs,
-        tiling.num_warps,
-        tiling.rows,
-        tiling.columns,
-        layout.row_stride,
-        grad_row_stride,
-        tiling.chunks,
-        1.0 / layout.batch,
-        INNER=layout.inner,
-        FLAT=tiling.rows == 1,
-        RUN=run_length(tiling, itemsize, on_quad),
-        PER_COLUMN=per_column,
-        ROWS=tiling.tile_rows,
-        COLUMNS=tiling.tile_columns,
-    )
-
-
-def dimensions_backward(
-    moments: Moments,
-    z_grad: Tensor | None,
-    kl_grad: Tensor,
-    kl: Tensor | None,
-    free_bits: float,
-    eps: Tensor | None,
-    rng: Rng,
-    mu_grad: Tensor | None,
-    logvar_grad: Tensor | None,
-    grad_row_stride: int,
-) -> None:
-    """Fill the gradients that are given, of a batch that is not empty; kl, what forward wrote, where there are free
-    bits.
-    """
-    mu, logvar, layout = moments
-    kl_grad = kl_grad.resolve_neg()
-    one_number = all(stride == 0 for stride in kl_grad.stride())
-    drawn = z_grad is not None and eps is None
-    noise = noise_arguments(rng, mu.device, layout.event) if drawn else NO_RNG
-    on_quad = starts_on_quad(noise[-1])
-    launch(
-        dimensions_backward_kernel,
-        plan_backward(layout, mu.element_size(), grad_row_stride, not one_number, on_quad),
-        mu.device,
-        mu,
-        logvar,
-        None if eps is None else with_strides(eps, layout.strides),
-        None if z_grad is None else with_strides(z_grad, layout.strides),
-        kl_grad if one_number else with_strides(kl_grad, layout.strides[1:]),
-        None if kl is None else with_strides(kl, layout.strides[1:]),
-        mu_grad,
-        logvar_grad,
-        *noise,
-        free_bits,
-    )

@@ -29,10 +29,13 @@ from triton.compiler import CompiledKernel
 
 import compiled_forms  # puts benchmarks/ on the path
 import fastvae.functional as F
-from fastvae.kernels import gaussian
 from fastvae.kernels import launch as launching
+from fastvae.kernels.posterior import gaussian
+from fastvae.reference.gaussian import Posterior
 from launches import MODULES
 from stand_in import stand_in
+
+SAMPLE = Posterior(draws=True, diverges=False)
 
 
 class Compiled(CompiledKernel):
@@ -64,18 +67,18 @@ def calls() -> Iterator[Callable[[], Any]]:
     for by, dtype in product((0, 1, 2, 4, 8), (torch.float32, torch.bfloat16)):
         mu, logvar = (unaligned(6, 8, dtype=dtype, by=b) for b in (by, 0))
         for first, second in ((mu, logvar), (logvar, mu)):
-            yield partial(gaussian.gaussian_sample, first, second, None, None, None, 1, 4, 0)
+            yield partial(gaussian, SAMPLE, first, second, None, None, None, 1, 4, 0)
             yield partial(F.elbo_loss, first, second, unaligned(6, dtype=torch.float32, by=by))
     for mu in (torch.empty(4, 1), torch.empty(4, 3)[:, :1]):  # rows at a distance of 1, which is compiled in, and of 3
-        yield partial(gaussian.gaussian_kl, mu, mu, "none", 0.0)
+        yield partial(F.gaussian_kl, mu, mu, reduction="none")
     mu = torch.empty(6, 8)
     for seed, offset, before in product(
         (0, 1, 16, 2**31, 2**63 - 1, -1, -(2**63)), (0, 1, 4, 16, 2**40), (0, 1, 2, 16, 2**31, 2**40)
     ):
-        yield partial(gaussian.gaussian_sample, mu, mu, None, None, None, seed, offset, before)
+        yield partial(gaussian, SAMPLE, mu, mu, None, None, None, seed, offset, before)
     pointer = torch.empty(2, dtype=torch.int64)
     for seed_tensor, offset_tensor in ((pointer[:1], pointer[1:]), (pointer[1:], pointer[:1])):
-        yield partial(gaussian.gaussian_sample, mu, mu, None, seed_tensor, offset_tensor, 0, 0, 0)
+        yield partial(gaussian, SAMPLE, mu, mu, None, seed_tensor, offset_tensor, 0, 0, 0)
 
 
 def same(first: Any, second: Any) -> bool:
@@ -120,7 +123,7 @@ def driver_is_given_the_same() -> bool:
     moments = torch.empty(6, 8)
     with stand_in(lambda *arguments: given.append(arguments)):
         for _ in range(2):
-            gaussian.gaussian_sample_kl(moments, None, 1, "none", 0.0, None, None, None, 1, 4, 0)
+            gaussian(Posterior(True, True), moments, None, None, None, None, 1, 4, 0)
     first, second = given
     # The metadata for profilers and z and kl are new objects each time.
     return len(first) == len(second) and all(
@@ -138,7 +141,7 @@ def counts() -> list[int]:
     found = []
     with stand_in():
         for _ in range(2):
-            gaussian.gaussian_kl(torch.empty(3, 5), torch.empty(3, 5), "sum", 0.0)
+            F.gaussian_kl(torch.empty(3, 5), torch.empty(3, 5), reduction="sum")
             found.append(conftest["Launches"].count)
     return found
 

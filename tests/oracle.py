@@ -161,7 +161,7 @@ def _roundings_of_means(operation: Operation, given: dict[str, Tensor]) -> int:
     """One per tile of rows that a program goes through, one per level of the sum of a tile, and those of the sum over
     programs.
     """
-    from fastvae.kernels.dimensions import cut_columns
+    from fastvae.kernels.posterior import cut_columns
 
     moments = given.get("moments", given.get("mu"))
     rows = max(1, moments.shape[0])

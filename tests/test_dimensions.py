@@ -13,9 +13,9 @@ import fastvae.functional as F
 from bounds import assert_within
 from conftest import Launches, plan_anew
 from fastvae import nn, reference
-from fastvae.kernels import dimensions
+from fastvae.kernels import posterior
 from fastvae.kernels import launch as launching
-from fastvae.kernels.dimensions import cut_columns
+from fastvae.kernels.posterior import cut_columns
 from test_gaussian import DTYPES, PACKED, UPSTREAM, Copies, lies_like, no_launch, same_bits  # noqa: F401 - a fixture
 
 # Tiles of float32: 64 columns of 16 rows, or fewer columns of more rows; of half precision, twice as many rows.
@@ -37,7 +37,7 @@ SHAPES = {
 def most_partial_sums(monkeypatch) -> Callable[[int], None]:
     """Sets how many there may be, so that small problems are cut as large ones are."""
     plan_anew(monkeypatch)
-    return lambda count: monkeypatch.setattr(dimensions, "_MOST_PARTIAL_SUMS", count)
+    return lambda count: monkeypatch.setattr(posterior, "_MOST_PARTIAL_SUMS", count)
 
 
 def exact(

@@ -21,7 +21,7 @@ import fastvae.functional as F
 from bounds import assert_within
 from conftest import Launches, plan_anew
 from fastvae import nn, reference
-from fastvae.kernels import INTERPRETED, gaussian, moments
+from fastvae.kernels import INTERPRETED, gaussian, posterior
 from fastvae.kernels import launch as launching
 from fastvae.kernels.tiles import Tiling, sum_blocks, sum_groups_in_order
 from fastvae.reference.precision import reduce_event
@@ -169,7 +169,7 @@ def no_launch(monkeypatch) -> Iterator[None]:
     def launch(*arguments):
         raise AssertionError("a kernel was launched")
 
-    monkeypatch.setattr(gaussian, "launch", launch)
+    monkeypatch.setattr(posterior, "launch", launch)
     before = Launches.count
     with fastvae.use_backend("triton"):
         yield
@@ -236,7 +236,7 @@ def test_rms_error_is_at_most_twice_the_references(operation, dtype, device, tri
     """Over 32 seeds, one in each row, for each output; the reference computes in float32 and rounds once."""
     if INTERPRETED:  # one program for all, because the interpreter pays for programs
         plan_anew(monkeypatch)
-        monkeypatch.setattr(moments, "cut", lambda rows, columns, itemsize: Tiling(rows, columns, rows, columns, 4))
+        monkeypatch.setattr(posterior, "cut", lambda rows, columns, itemsize: Tiling(rows, columns, rows, columns, 4))
     problems = []
     for seed in range(32):
         torch.manual_seed(seed)
@@ -625,7 +625,7 @@ def test_every_tile_gives_the_same(shape, reduction, device, triton_backend, mon
         def cut(all_rows: int, all_columns: int, itemsize: int, rows: int = rows, columns: int = columns) -> Tiling:
             return Tiling(all_rows, all_columns, rows if all_columns <= columns else 1, columns, 4)
 
-        monkeypatch.setattr(moments, "cut", cut)
+        monkeypatch.setattr(posterior, "cut", cut)
         actual = fused(problem, reduction, generator=seed.manual_seed(3))
         check(actual, expected)
         assert same_bits(actual["z"], first["z"])

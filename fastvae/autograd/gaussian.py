@@ -7,7 +7,7 @@ is stored.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,114 +15,51 @@ from torch import Tensor
 
 from fastvae import random
 from fastvae.autograd.registration import apply, is_differentiated, is_traced, refuse_vmap, register
-from fastvae.kernels import gaussian as kernels
-from fastvae.kernels.layout import Strides, empty_gradients, in_order_of
+from fastvae.kernels import posterior as kernels
+from fastvae.kernels.layout import empty_gradients, in_order_of
+from fastvae.reference.gaussian import Posterior
 from fastvae.reference.precision import in_float32
 
-_RNG = "Tensor? seed_tensor, Tensor? offset_tensor, int seed, int offset, SymInt batch_offset"
 _operations = torch.ops.fastvae
 
-
-def _fake_sample(mu: Tensor, logvar: Tensor, *noise: Any) -> Tensor:
-    return kernels.allocate_z(kernels.read_moments(mu, logvar, 1))
-
-
-def _fake_kl(mu: Tensor, logvar: Tensor, reduction: str, free_bits: float) -> Tensor:
-    return kernels.allocate_kl(kernels.read_moments(mu, logvar, 1), reduction)
+# A registered operation takes the fields of a Posterior one by one.
+_POSTERIOR = "bool draws, bool diverges, int dim, str reduction, float free_bits"
+_NOISE = "Tensor? eps, Tensor? seed_tensor, Tensor? offset_tensor, int seed, int offset, SymInt batch_offset"
+_FIELDS = len(Posterior._fields)
 
 
-def _fake_sample_kl(
-    mu: Tensor, logvar: Tensor | None, dim: int, reduction: str, free_bits: float, *noise: Any
-) -> tuple[Tensor, Tensor]:
-    moments = kernels.read_moments(mu, logvar, dim)
-    return kernels.allocate_z(moments), kernels.allocate_kl(moments, reduction)
+def _with_fields(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of a Posterior and others, as one of the fields and others."""
+    return lambda *arguments: function(Posterior(*arguments[:_FIELDS]), *arguments[_FIELDS:])
+
+
+def _fake(posterior: Posterior, mu: Tensor, logvar: Tensor | None, *noise: Any) -> list[Tensor]:
+    return kernels.allocate(posterior, kernels.read_moments(mu, logvar, posterior.dim))
 
 
 def _fake_backward(
-    mu: Tensor,
-    logvar: Tensor | None,
-    strides: Sequence[int],
-    dim: int,
-    reduction: str,
-    free_bits: float,
-    z_grad: Tensor | None,
-    kl_grad: Tensor | None,
-    kl: Tensor | None,
-    needs_mu: bool,
-    needs_logvar: bool,
-    *noise: Any,
+    posterior: Posterior, mu: Tensor, logvar: Tensor | None, strides: Sequence[int], needed: Sequence[bool], *_: Any
 ) -> list[Tensor]:
-    if logvar is None:
-        return empty_gradients(mu)
-    return empty_gradients(*[tensor for tensor, needed in ((mu, needs_mu), (logvar, needs_logvar)) if needed])
-
-
-def _backward(mu: Tensor, logvar: Tensor | None, strides: Sequence[int], *others: Any) -> list[Tensor]:
-    """strides: those that mu had in forward."""
-    return kernels.gaussian_backward(in_order_of(mu, tuple(strides)), logvar, *others)
+    return empty_gradients(*kernels.needed_of(mu, logvar, needed))
 
 
 register(
-    f"gaussian_sample(Tensor mu, Tensor logvar, Tensor? eps, {_RNG}) -> Tensor", kernels.gaussian_sample, _fake_sample
+    f"gaussian({_POSTERIOR}, Tensor mu, Tensor? logvar, {_NOISE}) -> Tensor[]",
+    _with_fields(kernels.gaussian),
+    _with_fields(_fake),
 )
 register(
-    "gaussian_kl(Tensor mu, Tensor logvar, str reduction, float free_bits) -> Tensor", kernels.gaussian_kl, _fake_kl
+    f"gaussian_backward({_POSTERIOR}, Tensor mu, Tensor? logvar, SymInt[] strides, bool[] needed, Tensor? z_grad, "
+    f"Tensor? kl_grad, Tensor? kl, {_NOISE}) -> Tensor[]",
+    _with_fields(kernels.gaussian_backward),
+    _with_fields(_fake_backward),
 )
-register(
-    "gaussian_sample_kl(Tensor mu, Tensor? logvar, int dim, str reduction, float free_bits, Tensor? eps, "
-    f"{_RNG}) -> (Tensor, Tensor)",
-    kernels.gaussian_sample_kl,
-    _fake_sample_kl,
-)
-register(
-    "gaussian_backward(Tensor mu, Tensor? logvar, SymInt[] strides, int dim, str reduction, float free_bits, "
-    f"Tensor? z_grad, Tensor? kl_grad, Tensor? kl, bool needs_mu, bool needs_logvar, Tensor? eps, {_RNG}) -> Tensor[]",
-    _backward,
-    _fake_backward,
-)
-
-
-def _save(
-    ctx: Any,
-    kl: Tensor | None,
-    mu: Tensor,
-    logvar: Tensor | None,
-    dim: int,
-    reduction: str,
-    free_bits: float,
-    eps: Tensor | None,
-    *rng: Any,
-) -> None:
-    seed_tensor, offset_tensor, *ctx.numbers = rng
-    ctx.save_for_backward(mu, logvar, eps, seed_tensor, offset_tensor, kl if free_bits else None)
-    ctx.options = mu.stride(), dim, reduction, free_bits
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(ctx: Any, z_grad: Tensor | None, kl_grad: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of (mu, logvar), or of (moments, None)."""
-    if z_grad is None and kl_grad is None:
-        return None, None
-    mu, logvar, eps, seed_tensor, offset_tensor, kl = ctx.saved_tensors
-    rng = seed_tensor, offset_tensor, *ctx.numbers
-    tensors = mu, logvar, z_grad, kl_grad, kl, eps, seed_tensor, offset_tensor
-    if is_differentiated(*tensors):
-        return _differentiable_gradients(mu, logvar, *ctx.options, z_grad, kl_grad, kl, eps, *rng)
-    needs_mu, needs_logvar = ctx.needs_input_grad[:2]
-    launcher = _operations.gaussian_backward if is_traced(*tensors) else _backward
-    gradients = launcher(mu, logvar, *ctx.options, z_grad, kl_grad, kl, needs_mu, needs_logvar, eps, *rng)
-    if logvar is None:
-        return gradients[0], None
-    return gradients[0] if needs_mu else None, gradients[-1] if needs_logvar else None
 
 
 def _differentiable_gradients(
+    posterior: Posterior,
     mu: Tensor,
     logvar: Tensor | None,
-    strides: Strides,
-    dim: int,
-    reduction: str,
-    free_bits: float,
     z_grad: Tensor | None,
     kl_grad: Tensor | None,
     kl: Tensor | None,
@@ -130,9 +67,8 @@ def _differentiable_gradients(
     *rng: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The formulas of the backward kernels in plain PyTorch, around the same noise."""
-    mu = in_order_of(mu, strides)
-    layout = kernels.read_moments(mu, logvar, dim).layout
-    wide_mu, wide_logvar = map(in_float32, mu.chunk(2, dim) if logvar is None else (mu, logvar))
+    layout = kernels.read_moments(mu, logvar, posterior.dim).layout
+    wide_mu, wide_logvar = map(in_float32, mu.chunk(2, posterior.dim) if logvar is None else (mu, logvar))
     mu_grad = torch.zeros_like(wide_mu)
     logvar_grad = torch.zeros_like(wide_mu)
     if z_grad is not None:
@@ -140,137 +76,96 @@ def _differentiable_gradients(
             # mu = logvar = 0 makes z the noise itself. Through the registered operation, because the tensors may be
             # those of a torch.func transform, also of one that has ended.
             zero = wide_mu.new_empty_strided(layout.shape, layout.strides).zero_()
-            eps = _operations.gaussian_sample(zero, zero, None, *rng)
+            (eps,) = _operations.gaussian(*Posterior(True, False), zero, zero, None, *rng)
         wide_grad = in_float32(z_grad)
         mu_grad = mu_grad + wide_grad
         logvar_grad = logvar_grad + 0.5 * wide_grad * torch.exp(0.5 * wide_logvar) * in_float32(eps)
     if kl_grad is not None:
-        scale = in_float32(kl_grad) * kernels.reduction_scale(reduction, layout.batch, layout.event)
+        scale = in_float32(kl_grad) * kernels.reduction_scale(posterior.reduction, layout.batch, layout.event)
         if kl is not None:
-            scale = torch.where(kl.detach() <= free_bits, 0.0, scale)
-        if reduction == "none":
+            scale = torch.where(kl.detach() <= posterior.free_bits, 0.0, scale)
+        if posterior.reduction == "none":
             scale = scale.view(-1, *[1] * (wide_mu.ndim - 1))
         mu_grad = mu_grad + scale * wide_mu
         logvar_grad = logvar_grad + 0.5 * scale * torch.expm1(wide_logvar)
     if logvar is None:
-        return torch.cat((mu_grad, logvar_grad), dim).to(mu.dtype), None
+        return torch.cat((mu_grad, logvar_grad), posterior.dim).to(mu.dtype), None
     return mu_grad.to(mu.dtype), logvar_grad.to(mu.dtype)
 
 
-class GaussianSample(torch.autograd.Function):
-    """z of (mu, logvar, eps, *rng)."""
-
-    # The parameters one by one: torch.compile counts them to tell this form from forward(ctx, ...).
-    @staticmethod
-    def forward(
-        mu: Tensor,
-        logvar: Tensor,
-        eps: Tensor | None,
-        seed_tensor: Tensor | None,
-        offset_tensor: Tensor | None,
-        seed: int,
-        offset: int,
-        batch_offset: int,
-    ) -> Tensor:
-        operations = _operations if is_traced(mu, logvar, eps, seed_tensor, offset_tensor) else kernels
-        return operations.gaussian_sample(mu, logvar, eps, seed_tensor, offset_tensor, seed, offset, batch_offset)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        mu, logvar, eps, *rng = inputs
-        _save(ctx, None, mu, logvar, 1, "none", 0.0, eps, *rng)
-
-    @staticmethod
-    def backward(ctx: Any, z_grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, z_grad, None), None, None, None, None, None, None
-
-    vmap = refuse_vmap("gaussian_sample")
-
-
-class GaussianKL(torch.autograd.Function):
-    """kl of (mu, logvar, reduction, free_bits)."""
-
-    @staticmethod
-    def forward(mu: Tensor, logvar: Tensor, reduction: str, free_bits: float) -> Tensor:
-        return (_operations if is_traced(mu, logvar) else kernels).gaussian_kl(mu, logvar, reduction, free_bits)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        mu, logvar, reduction, free_bits = inputs
-        _save(ctx, output, mu, logvar, 1, reduction, free_bits, None, *kernels.NO_RNG)
-
-    @staticmethod
-    def backward(ctx: Any, kl_grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, None, kl_grad), None, None
-
-    vmap = refuse_vmap("gaussian_kl")
-
-
-class GaussianSampleKL(torch.autograd.Function):
-    """(z, kl) of (mu, logvar, dim, reduction, free_bits, eps, *rng); with logvar None, mu holds both, halves along
-    dim.
+class Gaussian(torch.autograd.Function):
+    """z and kl, those that the posterior asks for, of (posterior, mu, logvar, eps, *rng). With logvar None, mu holds
+    both, halves along posterior.dim.
     """
 
+    # The arguments one by one: torch.compile counts them to tell this form from forward(ctx, ...).
     @staticmethod
     def forward(
+        posterior: Posterior,
         mu: Tensor,
         logvar: Tensor | None,
-        dim: int,
-        reduction: str,
-        free_bits: float,
         eps: Tensor | None,
         seed_tensor: Tensor | None,
         offset_tensor: Tensor | None,
         seed: int,
         offset: int,
         batch_offset: int,
-    ) -> tuple[Tensor, Tensor]:
-        operations = _operations if is_traced(mu, logvar, eps, seed_tensor, offset_tensor) else kernels
-        return operations.gaussian_sample_kl(
-            mu, logvar, dim, reduction, free_bits, eps, seed_tensor, offset_tensor, seed, offset, batch_offset
-        )
+    ) -> tuple[Tensor, ...]:
+        others = mu, logvar, eps, seed_tensor, offset_tensor, seed, offset, batch_offset
+        if is_traced(mu, logvar, eps, seed_tensor, offset_tensor):
+            return tuple(_operations.gaussian(*posterior, *others))
+        return tuple(kernels.gaussian(posterior, *others))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _save(ctx, output[1], *inputs)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.posterior, mu, logvar, eps, seed_tensor, offset_tensor, *ctx.numbers = inputs
+        ctx.strides = mu.stride()
+        kl = output[-1] if ctx.posterior.free_bits else None
+        ctx.save_for_backward(mu, logvar, eps, seed_tensor, offset_tensor, kl)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, z_grad: Tensor | None, kl_grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, z_grad, kl_grad), None, None, None, None, None, None, None, None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        posterior = ctx.posterior
+        z_grad = grads[0] if posterior.draws else None
+        kl_grad = grads[-1] if posterior.diverges else None
+        mu_grad = logvar_grad = None
+        mu, logvar, eps, seed_tensor, offset_tensor, kl = ctx.saved_tensors
+        noise = eps, seed_tensor, offset_tensor, *ctx.numbers
+        tensors = mu, logvar, z_grad, kl_grad, kl, eps, seed_tensor, offset_tensor
+        needed = ctx.needs_input_grad[1:3]
+        if z_grad is None and kl_grad is None:
+            pass
+        elif is_differentiated(*tensors):
+            mu = in_order_of(mu, ctx.strides)
+            mu_grad, logvar_grad = _differentiable_gradients(posterior, mu, logvar, z_grad, kl_grad, kl, *noise)
+        else:
+            others = mu, logvar, ctx.strides, needed, z_grad, kl_grad, kl, *noise
+            if is_traced(*tensors):
+                found = _operations.gaussian_backward(*posterior, *others)
+            else:
+                found = kernels.gaussian_backward(posterior, *others)
+            mu_grad = found[0] if needed[0] else None
+            logvar_grad = found[-1] if needed[1] else None
+        return None, mu_grad, logvar_grad, None, None, None, None, None, None
 
-    vmap = refuse_vmap("gaussian_sample_kl(_packed)")
+    vmap = refuse_vmap("gaussian_sample, gaussian_kl or gaussian_sample_kl")
 
 
-def _noise(
-    tensor: Tensor, eps: Tensor | None, generator: torch.Generator | None, batch_offset: int | None
-) -> tuple[Any, ...]:
-    return kernels.NO_RNG if eps is not None else (*random.reserve(tensor.device, generator), batch_offset or 0)
-
-
-def gaussian_sample(
-    mu: Tensor, logvar: Tensor, eps: Tensor | None, generator: torch.Generator | None, batch_offset: int | None
-) -> Tensor:
-    return apply(GaussianSample, mu, logvar, eps, *_noise(mu, eps, generator, batch_offset))
-
-
-def gaussian_kl(mu: Tensor, logvar: Tensor, reduction: str, free_bits: float) -> Tensor:
-    if free_bits and reduction == "batchmean":
-        return apply(GaussianKL, mu, logvar, "per_dimension", free_bits).sum()
-    return apply(GaussianKL, mu, logvar, reduction, free_bits)
-
-
-def gaussian_sample_kl(
+def gaussian(
+    posterior: Posterior,
     mu: Tensor,
     logvar: Tensor | None,
-    dim: int,
-    reduction: str,
-    free_bits: float,
-    eps: Tensor | None,
-    generator: torch.Generator | None,
-    batch_offset: int | None,
-) -> tuple[Tensor, Tensor]:
-    noise = _noise(mu, eps, generator, batch_offset)
-    if free_bits and reduction == "batchmean":
-        z, kl = apply(GaussianSampleKL, mu, logvar, dim, "per_dimension", free_bits, eps, *noise)
-        return z, kl.sum()
-    return apply(GaussianSampleKL, mu, logvar, dim, reduction, free_bits, eps, *noise)
+    eps: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    batch_offset: int | None = None,
+) -> tuple[Tensor, ...]:
+    """z and kl, those that the posterior asks for."""
+    rng = kernels.NO_RNG
+    if posterior.draws and eps is None:
+        rng = (*random.reserve(mu.device, generator), batch_offset or 0)
+    if posterior.free_bits and posterior.reduction == "batchmean":
+        *z, kl = apply(Gaussian, posterior._replace(reduction="per_dimension"), mu, logvar, eps, *rng)
+        return *z, kl.sum()
+    results: tuple[Tensor, ...] = apply(Gaussian, posterior, mu, logvar, eps, *rng)
+    return results

@@ -5,6 +5,7 @@ before any launch.
 from __future__ import annotations
 
 import numbers
+from math import prod
 
 import torch
 from torch import Tensor
@@ -51,6 +52,80 @@ def check_like(name: str, tensor: Tensor, first_name: str, first: Tensor) -> Non
 def check_device(name: str, tensor: Tensor, first_name: str, first: Tensor) -> None:
     if tensor.device != first.device:
         raise ValueError(f"{name} must be on the device of {first_name}, {first.device}, got {tensor.device}")
+
+
+def check_halves(mu: Tensor, logvar: Tensor) -> None:
+    check_batch("mu", mu)
+    check_like("logvar", logvar, "mu", mu)
+    if logvar.dtype != mu.dtype:
+        raise TypeError(f"logvar must have the dtype of mu, {mu.dtype}, got {logvar.dtype}")
+
+
+def check_packed(moments: Tensor, dim: int) -> tuple[int, torch.Size]:
+    """The dimension of moments = [mu | logvar] that is split, counted from the front, and the shape of one half."""
+    check_batch("moments", moments)
+    dim = check_integer("dim", dim)
+    if not -moments.ndim <= dim < moments.ndim or dim % moments.ndim == 0:
+        raise ValueError(
+            f"dim must name a dimension of moments other than the batch, 1 to {moments.ndim - 1}, got {dim}"
+        )
+    dim %= moments.ndim
+    if moments.shape[dim] % 2:
+        raise ValueError(f"moments must have an even size along dim {dim}, got {list(moments.shape)}")
+    half = list(moments.shape)
+    half[dim] //= 2
+    return dim, torch.Size(half)
+
+
+def check_divergence(reduction: str, free_bits: float) -> float:
+    """Returns free_bits as a Python number."""
+    check_reduction(reduction, ("per_dimension",))
+    free_bits = check_number("free_bits", free_bits)
+    if not 0.0 <= free_bits <= torch.finfo(torch.float32).max:
+        raise ValueError(f"free_bits must be finite in float32 and not negative, got {free_bits}")
+    if free_bits and reduction not in ("batchmean", "per_dimension"):
+        raise ValueError(
+            f'free_bits is of a batch mean: reduction must be "batchmean" or "per_dimension", got {reduction!r}'
+        )
+    return free_bits
+
+
+def check_noise(
+    shape: torch.Size,
+    name: str,
+    like: Tensor,
+    eps: Tensor | None,
+    generator: torch.Generator | None,
+    batch_offset: int | None,
+) -> int | None:
+    """Returns batch_offset as a Python integer."""
+    if batch_offset is not None:
+        batch_offset = check_integer("batch_offset", batch_offset)
+        if batch_offset < 0:
+            raise ValueError(f"batch_offset must not be negative, got {batch_offset}")
+        if (batch_offset + shape[0]) * prod(shape[1:]) >= 2**63:
+            raise ValueError(
+                f"batch_offset must leave the elements of the whole batch below 2^63, got {batch_offset} samples of "
+                f"{prod(shape[1:])} elements before this part"
+            )
+        if eps is not None:
+            raise ValueError("eps and batch_offset were both given: eps is the noise itself, so nothing would be drawn")
+    if generator is not None:
+        if not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+        if eps is not None:
+            raise ValueError("eps and generator were both given: eps is the noise itself, so nothing would be drawn")
+        if generator.device != like.device:
+            raise ValueError(f"generator must be of the tensor's device, {like.device}, got {generator.device}")
+    if eps is not None:
+        if not isinstance(eps, Tensor) or eps.dtype not in FLOATING:
+            raise TypeError(f"eps must be a floating-point tensor, got {getattr(eps, 'dtype', type(eps).__name__)}")
+        if eps.shape != shape:
+            raise ValueError(f"eps must have the shape of z, {list(shape)}, got {list(eps.shape)}")
+        check_device("eps", eps, name, like)
+        if eps.requires_grad:
+            raise ValueError("eps must not require grad: it is noise, not a parameter; pass eps.detach()")
+    return batch_offset
 
 
 def check_is_likelihood(likelihood: object) -> None:

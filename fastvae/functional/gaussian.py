@@ -15,22 +15,12 @@ Source: Kingma and Welling, "Auto-Encoding Variational Bayes", 2013, section 2.4
 
 from __future__ import annotations
 
-from math import prod
-
 import torch
 from torch import Tensor
 
 from fastvae import reference
-from fastvae.functional.checks import (
-    FLOATING,
-    check_batch,
-    check_device,
-    check_integer,
-    check_like,
-    check_number,
-    check_reduction,
-    takes_triton,
-)
+from fastvae.functional.checks import check_divergence, check_halves, check_noise, check_packed, takes_triton
+from fastvae.reference.gaussian import Posterior
 
 
 def gaussian_sample(
@@ -60,11 +50,11 @@ def gaussian_sample(
             counts more than 2^63 elements, or eps together with generator or batch_offset.
     """
     check_halves(mu, logvar)
-    batch_offset = _check_noise(mu.shape, "mu", mu, eps, generator, batch_offset)
+    batch_offset = check_noise(mu.shape, "mu", mu, eps, generator, batch_offset)
     if takes_triton(mu, eps):
         from fastvae.autograd import gaussian as fused
 
-        return fused.gaussian_sample(mu, logvar, eps, generator, batch_offset)
+        return fused.gaussian(Posterior(True, False), mu, logvar, eps, generator, batch_offset)[0]
     return reference.gaussian.gaussian_sample(mu, logvar, eps=eps, generator=generator, batch_offset=batch_offset)
 
 
@@ -91,11 +81,11 @@ def gaussian_kl(mu: Tensor, logvar: Tensor, *, reduction: str = "batchmean", fre
         appendix C.
     """
     check_halves(mu, logvar)
-    free_bits = _check_reduction(reduction, free_bits)
+    free_bits = check_divergence(reduction, free_bits)
     if takes_triton(mu):
         from fastvae.autograd import gaussian as fused
 
-        return fused.gaussian_kl(mu, logvar, reduction, free_bits)
+        return fused.gaussian(Posterior(False, True, 1, reduction, free_bits), mu, logvar)[0]
     return reference.gaussian.gaussian_kl(mu, logvar, reduction=reduction, free_bits=free_bits)
 
 
@@ -115,12 +105,14 @@ def gaussian_sample_kl(
     says otherwise.
     """
     check_halves(mu, logvar)
-    batch_offset = _check_noise(mu.shape, "mu", mu, eps, generator, batch_offset)
-    free_bits = _check_reduction(reduction, free_bits)
+    batch_offset = check_noise(mu.shape, "mu", mu, eps, generator, batch_offset)
+    free_bits = check_divergence(reduction, free_bits)
     if takes_triton(mu, eps):
         from fastvae.autograd import gaussian as fused
 
-        return fused.gaussian_sample_kl(mu, logvar, 1, reduction, free_bits, eps, generator, batch_offset)
+        posterior = Posterior(True, True, 1, reduction, free_bits)
+        z, kl = fused.gaussian(posterior, mu, logvar, eps, generator, batch_offset)
+        return z, kl
     return reference.gaussian.gaussian_sample_kl(
         mu,
         logvar,
@@ -160,12 +152,14 @@ def gaussian_sample_kl_packed(
             `gaussian_sample_kl`.
     """
     dim, half = check_packed(moments, dim)
-    batch_offset = _check_noise(half, "moments", moments, eps, generator, batch_offset)
-    free_bits = _check_reduction(reduction, free_bits)
+    batch_offset = check_noise(half, "moments", moments, eps, generator, batch_offset)
+    free_bits = check_divergence(reduction, free_bits)
     if takes_triton(moments, eps):
         from fastvae.autograd import gaussian as fused
 
-        return fused.gaussian_sample_kl(moments, None, dim, reduction, free_bits, eps, generator, batch_offset)
+        posterior = Posterior(True, True, dim, reduction, free_bits)
+        z, kl = fused.gaussian(posterior, moments, None, eps, generator, batch_offset)
+        return z, kl
     return reference.gaussian.gaussian_sample_kl_packed(
         moments,
         dim=dim,
@@ -175,76 +169,3 @@ def gaussian_sample_kl_packed(
         reduction=reduction,
         free_bits=free_bits,
     )
-
-
-def check_halves(mu: Tensor, logvar: Tensor) -> None:
-    check_batch("mu", mu)
-    check_like("logvar", logvar, "mu", mu)
-    if logvar.dtype != mu.dtype:
-        raise TypeError(f"logvar must have the dtype of mu, {mu.dtype}, got {logvar.dtype}")
-
-
-def check_packed(moments: Tensor, dim: int) -> tuple[int, torch.Size]:
-    """The dimension of moments = [mu | logvar] that is split, counted from the front, and the shape of one half."""
-    check_batch("moments", moments)
-    dim = check_integer("dim", dim)
-    if not -moments.ndim <= dim < moments.ndim or dim % moments.ndim == 0:
-        raise ValueError(
-            f"dim must name a dimension of moments other than the batch, 1 to {moments.ndim - 1}, got {dim}"
-        )
-    dim %= moments.ndim
-    if moments.shape[dim] % 2:
-        raise ValueError(f"moments must have an even size along dim {dim}, got {list(moments.shape)}")
-    half = list(moments.shape)
-    half[dim] //= 2
-    return dim, torch.Size(half)
-
-
-def _check_reduction(reduction: str, free_bits: float) -> float:
-    check_reduction(reduction, ("per_dimension",))
-    free_bits = check_number("free_bits", free_bits)
-    if not 0.0 <= free_bits <= torch.finfo(torch.float32).max:
-        raise ValueError(f"free_bits must be finite in float32 and not negative, got {free_bits}")
-    if free_bits and reduction not in ("batchmean", "per_dimension"):
-        raise ValueError(
-            f'free_bits is of a batch mean: reduction must be "batchmean" or "per_dimension", got {reduction!r}'
-        )
-    return free_bits
-
-
-def _check_noise(
-    shape: torch.Size,
-    name: str,
-    like: Tensor,
-    eps: Tensor | None,
-    generator: torch.Generator | None,
-    batch_offset: int | None,
-) -> int | None:
-    """Returns batch_offset as a Python integer."""
-    if batch_offset is not None:
-        batch_offset = check_integer("batch_offset", batch_offset)
-        if batch_offset < 0:
-            raise ValueError(f"batch_offset must not be negative, got {batch_offset}")
-        if (batch_offset + shape[0]) * prod(shape[1:]) >= 2**63:
-            raise ValueError(
-                f"batch_offset must leave the elements of the whole batch below 2^63, got {batch_offset} samples of "
-                f"{prod(shape[1:])} elements before this part"
-            )
-        if eps is not None:
-            raise ValueError("eps and batch_offset were both given: eps is the noise itself, so nothing would be drawn")
-    if generator is not None:
-        if not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
-        if eps is not None:
-            raise ValueError("eps and generator were both given: eps is the noise itself, so nothing would be drawn")
-        if generator.device != like.device:
-            raise ValueError(f"generator must be of the tensor's device, {like.device}, got {generator.device}")
-    if eps is not None:
-        if not isinstance(eps, Tensor) or eps.dtype not in FLOATING:
-            raise TypeError(f"eps must be a floating-point tensor, got {getattr(eps, 'dtype', type(eps).__name__)}")
-        if eps.shape != shape:
-            raise ValueError(f"eps must have the shape of z, {list(shape)}, got {list(eps.shape)}")
-        check_device("eps", eps, name, like)
-        if eps.requires_grad:
-            raise ValueError("eps must not require grad: it is noise, not a parameter; pass eps.detach()")
-    return batch_offset

@@ -7,11 +7,27 @@ divergence).
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from fastvae.reference.noise import addressed_noise
 from fastvae.reference.precision import in_float32, reduce_event
+
+
+class Posterior(NamedTuple):
+    """What a call asks of a posterior. It is checked once, and goes through all layers as one value."""
+
+    draws: bool  # a sample z
+    diverges: bool  # the divergence kl
+    dim: int = 1  # along which packed moments are split
+    reduction: str = "none"  # of kl
+    free_bits: float = 0.0
+
+    @property
+    def per_dimension(self) -> bool:
+        return self.reduction == "per_dimension"
 
 
 def gaussian_sample(
@@ -50,38 +66,13 @@ def gaussian_kl(mu: Tensor, logvar: Tensor, *, reduction: str = "batchmean", fre
 
 
 def gaussian_sample_kl(
-    mu: Tensor,
-    logvar: Tensor,
-    *,
-    eps: Tensor | None = None,
-    generator: torch.Generator | None = None,
-    batch_offset: int | None = None,
-    reduction: str = "none",
-    free_bits: float = 0.0,
+    mu: Tensor, logvar: Tensor, *, reduction: str = "none", free_bits: float = 0.0, **noise: Any
 ) -> tuple[Tensor, Tensor]:
-    """gaussian_sample and gaussian_kl of the same posterior."""
-    z = gaussian_sample(mu, logvar, eps=eps, generator=generator, batch_offset=batch_offset)
-    return z, gaussian_kl(mu, logvar, reduction=reduction, free_bits=free_bits)
+    """gaussian_sample and gaussian_kl of the same posterior; noise: eps, generator and batch_offset."""
+    return gaussian_sample(mu, logvar, **noise), gaussian_kl(mu, logvar, reduction=reduction, free_bits=free_bits)
 
 
-def gaussian_sample_kl_packed(
-    moments: Tensor,
-    *,
-    dim: int = 1,
-    eps: Tensor | None = None,
-    generator: torch.Generator | None = None,
-    batch_offset: int | None = None,
-    reduction: str = "none",
-    free_bits: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+def gaussian_sample_kl_packed(moments: Tensor, *, dim: int = 1, **options: Any) -> tuple[Tensor, Tensor]:
     """gaussian_sample_kl of moments = [mu | logvar], the two halves along dim."""
     mu, logvar = moments.chunk(2, dim)
-    return gaussian_sample_kl(
-        mu,
-        logvar,
-        eps=eps,
-        generator=generator,
-        batch_offset=batch_offset,
-        reduction=reduction,
-        free_bits=free_bits,
-    )
+    return gaussian_sample_kl(mu, logvar, **options)
