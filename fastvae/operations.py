@@ -283,6 +283,7 @@ def of_likelihood(likelihood: Likelihood) -> list[Operation]:
         loss,
         name=f"elbo_loss{suffix}",
         function="elbo_loss",
+        kernels={direction: kernel.replace("likelihood.", "elbo.") for direction, kernel in loss.kernels.items()},
         arguments=(*parameters, "target", "kl"),
         gradients=(*parameters, "kl"),
         outputs=("loss", "reconstruction", "kl"),

@@ -7,7 +7,7 @@ tensors of one call must agree in that order. Anything else is copied once, by o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, wraps
 from math import prod
 from typing import ParamSpec, TypeVar
@@ -68,7 +68,7 @@ def dense_strides(tensor: Tensor) -> Strides:
 def _dense_strides(shape: torch.Size, strides: Strides, contiguous: bool) -> Strides:
     if contiguous:
         # Not stride(0), which says nothing where the batch is 1.
-        return (prod(shape[1:]), *strides[1:])
+        return (prod(shape[1:]), *strides[1:]) if shape else ()
     dense = [0] * len(shape)
     size = 1
     for d in sorted(range(1, len(shape)), key=lambda d: (-strides[d], d), reverse=True):
@@ -96,6 +96,22 @@ def with_strides(tensor: Tensor, strides: Strides) -> Tensor:
     if has_strides(tensor, strides) and not tensor.is_neg():
         return tensor
     return tensor.new_empty_strided(tensor.shape, strides).copy_(tensor)
+
+
+def read_together(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors with dense rows and equal strides: as they are where they lie so, else copies. Only the samples of
+    the target may lie at a distance of their own, because parameters often are parts of one larger tensor.
+    """
+    *parameters, target = tensors
+    first = parameters[0] = with_dense_rows(parameters[0])
+    for parameter in parameters[1:]:  # a loop, because this is asked at each call
+        if not has_strides(parameter, first.stride()) or parameter.is_neg():
+            strides = dense_strides(first)
+            parameters = [with_strides(parameter, strides) for parameter in parameters]
+            break
+    if not has_strides(target, (target.stride(0), *first.stride()[1:])) or target.is_neg():
+        target = with_strides(target, dense_strides(first))
+    return [*parameters, target]
 
 
 def in_order_of(tensor: Tensor, strides: Strides) -> Tensor:

@@ -13,8 +13,8 @@ import fastvae.functional as F
 from bounds import assert_within
 from conftest import Launches, plan_anew
 from fastvae import nn, reference
-from fastvae.kernels import posterior
 from fastvae.kernels import launch as launching
+from fastvae.kernels import posterior
 from fastvae.kernels.posterior import cut_columns
 from test_gaussian import DTYPES, PACKED, UPSTREAM, Copies, lies_like, no_launch, same_bits  # noqa: F401 - a fixture
 

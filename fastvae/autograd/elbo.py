@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastvae.autograd.likelihood import differentiable_gradients
 from fastvae.autograd.registration import apply, is_differentiated, is_traced, refuse_vmap, register
-from fastvae.kernels import likelihood as kernels
+from fastvae.kernels import elbo as kernels
 from fastvae.kernels.layout import empty_gradients
 from fastvae.likelihoods.likelihood import Likelihood, from_key
 

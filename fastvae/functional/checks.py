@@ -136,7 +136,7 @@ def check_is_likelihood(likelihood: object) -> None:
 def check_likelihood(
     parameters: Tensor | tuple[Tensor, ...], target: Tensor, likelihood: Likelihood
 ) -> tuple[Tensor, ...]:
-    """A likelihood, its parameters of one shape and device, and a target of the same; returns them all in a tuple."""
+    """A likelihood, its parameters on one device, the first of the target's shape; returns them all in a tuple."""
     check_is_likelihood(likelihood)
     names = likelihood.parameters
     given = parameters if isinstance(parameters, tuple) else (parameters,)
@@ -147,15 +147,31 @@ def check_likelihood(
         )
     first = given[0]
     check_batch(names[0], first)
-    if len(names) > 1:
-        for name, tensor in zip(names[1:], given[1:], strict=True):
-            check_batch(name, tensor)
-            check_like(name, tensor, names[0], first)
+    for name, tensor in zip(names[1:], given[1:], strict=True):
+        check_smaller(name, tensor, names[0], first)
     check_like("target", target, names[0], first)
     if target.dtype is not torch.uint8 and target.dtype not in FLOATING:
         read = "t / 255" if likelihood.target == "unit" else "t"
         raise TypeError(f"target must be uint8 (read as {read}) or floating point, got {target.dtype}")
     return (*given, target)
+
+
+def check_smaller(name: str, tensor: Tensor, first_name: str, first: Tensor) -> None:
+    """A floating-point tensor of the shape of the first, or one that is broadcast to it."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+    check_dense(name, tensor)
+    check_device(name, tensor, first_name, first)
+    if tensor.shape == first.shape:
+        return
+    each = zip(tensor.shape[::-1], first.shape[::-1], strict=False)
+    if tensor.ndim > first.ndim or any(size not in (1, of_first) for size, of_first in each):
+        raise ValueError(
+            f"{name} must have the shape of {first_name}, {list(first.shape)}, or one that is broadcast to it, such as "
+            f"{[1] * (first.ndim - 1)}, got {list(tensor.shape)}"
+        )
 
 
 def check_kl(kl: Tensor, first_name: str, first: Tensor) -> None:
