@@ -77,6 +77,8 @@ def check_likelihood(
             check_batch(name, tensor)
             check_like(name, tensor, names[0], first)
     check_like("target", target, names[0], first)
+    if target.dtype is torch.uint8 and not likelihood.reads_bytes:
+        raise TypeError(f"target must be floating point for {likelihood}, got torch.uint8, which is read as t / 255")
     if target.dtype is not torch.uint8 and target.dtype not in FLOATING:
         read = "t / 255" if likelihood.target == "unit" else "t"
         raise TypeError(f"target must be uint8 (read as {read}) or floating point, got {target.dtype}")

@@ -2,7 +2,19 @@
 
 from fastvae.likelihoods.bernoulli import Bernoulli
 from fastvae.likelihoods.checking import check
+from fastvae.likelihoods.gaussian import Gaussian
+from fastvae.likelihoods.laplace import Laplace
 from fastvae.likelihoods.likelihood import Likelihood, NotImported, Term, from_key
 from fastvae.likelihoods.sigmoid_mse import SigmoidMSE
 
-__all__ = ["Bernoulli", "Likelihood", "NotImported", "SigmoidMSE", "Term", "check", "from_key"]
+__all__ = [
+    "Bernoulli",
+    "Gaussian",
+    "Laplace",
+    "Likelihood",
+    "NotImported",
+    "SigmoidMSE",
+    "Term",
+    "check",
+    "from_key",
+]
