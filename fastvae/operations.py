@@ -16,13 +16,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvae.likelihoods import Bernoulli, Gaussian, Laplace, Likelihood, SigmoidMSE
+from fastvae.likelihoods import (
+    Bernoulli,
+    ContinuousBernoulli,
+    DiscretizedLogistic,
+    Gaussian,
+    Laplace,
+    Likelihood,
+    SigmoidMSE,
+)
 
 Call = Callable[..., Any]
 REDUCTIONS = ("none", "batchmean", "sum", "mean")
 
 
-LIKELIHOODS = (SigmoidMSE(), Bernoulli(), Gaussian(), Laplace())
+LIKELIHOODS = (
+    SigmoidMSE(),
+    Bernoulli(),
+    ContinuousBernoulli(),
+    Gaussian(),
+    Laplace(),
+    DiscretizedLogistic(),
+)
 # A gradient has so many roundings more than its slope, because the kernel multiplies it by a factor: a product of up to
 # four numbers.
 FACTOR = 5
