@@ -47,7 +47,7 @@ def term(parameters, target, SETTINGS: tl.constexpr, FAST: tl.constexpr):
     rest = tl.fma(-tail, inverse, numerics.reciprocal(size, FAST))
 
     centred = tl.where(near, 0.5, tl.where(x > 0, 1.0, 0.0)) - target
-    even = tl.where(near, square * p, -tl.log(size * inverse))
+    even = tl.where(near, square * p, -numerics.log(size * inverse, FAST))
     odd = tl.where(near, x * q, tl.where(x > 0, -rest, rest))
     return tl.fma(x, centred, even), (centred + odd, -x)
 
