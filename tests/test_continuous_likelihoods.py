@@ -270,7 +270,7 @@ def test_the_masses_of_all_bins_are_1_together(bins, backend, device) -> None:
             if bins == 256:
                 as_bytes = torch.arange(256, device=device, dtype=torch.uint8)
                 same, *_ = values_and_slopes(DiscretizedLogistic(), *given, as_bytes)
-                torch.testing.assert_close(same, values, rtol=1e-4, atol=1e-6)
+                torch.testing.assert_close(same, values, rtol=1e-5, atol=4 * allowed)
 
 
 def of_vdvae(mean: Tensor, log_scale: Tensor, target: Tensor) -> Tensor:
