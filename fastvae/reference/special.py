@@ -175,7 +175,7 @@ def _value(t: Tensor, d: Tensor, shared: _Shared) -> Tensor:
     table = shared.table
     value = torch.log(shared.upper).sub_(1).mul_(t)
     value = torch.addcmul(value, shared.log_ratio, d + (table.steps - 0.5))
-    value = torch.addcmul(value, shared.step, _divided_difference(table.value, shared.a, shared.b), value=-1)
+    value = torch.addcmul(value, shared.step, divided_difference(table.value, shared.a, shared.b), value=-1)
     product = shared.shift  # less 1
     for k in range(1, table.steps):
         factor = t / (d + k)
@@ -185,7 +185,7 @@ def _value(t: Tensor, d: Tensor, shared: _Shared) -> Tensor:
 
 def _slope(t: Tensor, d: Tensor, shared: _Shared) -> Tensor:
     table = shared.table
-    divided = _divided_difference(table.slope, shared.a, shared.b)
+    divided = divided_difference(table.slope, shared.a, shared.b)
     slope = torch.addcmul(shared.log_ratio, shared.step, divided, value=-1)
     slope = torch.addcdiv(slope, shared.shift, shared.y)
     for k in range(1, table.steps):
@@ -196,14 +196,14 @@ def _slope(t: Tensor, d: Tensor, shared: _Shared) -> Tensor:
 def _trigamma_difference(t: Tensor, d: Tensor, shared: _Shared) -> Tensor:
     """psi'(t + d) - psi'(d): `_slope` differentiated by d, where q(a) gives -a^2 q'(a)."""
     derivative = (0.0, *[k * c for k, c in enumerate(shared.table.slope, 1)])
-    trigamma = shared.step * (_divided_difference(derivative, shared.a, shared.b) - 1)
+    trigamma = shared.step * (divided_difference(derivative, shared.a, shared.b) - 1)
     for k in range(shared.table.steps):
         lower, upper = 1 / (d + k), 1 / (shared.y + k)
         trigamma = trigamma - t * lower * upper * (lower + upper)
     return trigamma
 
 
-def _divided_difference(coefficients: Sequence[float], a: Tensor, b: Tensor) -> Tensor:
+def divided_difference(coefficients: Sequence[float], a: Tensor, b: Tensor) -> Tensor:
     """(p(a) - p(b)) / (a - b) of the polynomial p with these coefficients from the first power on.
 
     Horner's rule gives p(a), and applied to its own steps, but at b, the quotient. Where `a` is smaller than `b`, as

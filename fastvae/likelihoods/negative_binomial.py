@@ -1,0 +1,76 @@
+"""The negative binomial likelihood of counts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastvae.likelihoods.likelihood import Likelihood, Term
+from fastvae.reference import counts as reference
+from fastvae.reference.special import log_factorial
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+    from fastvae.kernels import counts, special
+
+
+@Term
+def term(parameters, target, SETTINGS: tl.constexpr, FAST: tl.constexpr):
+    """`counts.negative_binomial`, and without its constant, less log t!."""
+    value, slopes = counts.negative_binomial(parameters[0], parameters[1], target, SETTINGS[0], FAST)
+    if not SETTINGS[1]:
+        value -= special.log_factorial(target, FAST)
+    return value, slopes
+
+
+@dataclass(frozen=True)
+class NegativeBinomial(Likelihood):
+    """-log(Gamma(t + d) / (Gamma(d) t!) (d / (d + mean))^d (mean / (d + mean))^t) for each count t.
+
+    d is the dispersion (the inverse of what some call so): the variance is mean + mean^2 / d, so a large d is
+    `Poisson`. Both parameters are positive, and the mean may be 0. The dispersion may be smaller than the target, such
+    as one for each gene, [G]. ``eps`` is added where scVI's `log_nb_positive` adds it. ``constant=False`` leaves log t!
+    out. Choose it for counts that vary more than their mean, such as RNA molecules in cells. Negative numbers are not
+    refused on the device: their value is NaN or meaningless.
+    """
+
+    eps: float = 1e-8
+    constant: bool = True
+
+    parameters = ("mean", "dispersion")
+    target = "count"
+    roundings = (16, 6, 36)
+    heavy = True
+    term = term
+
+    def __post_init__(self) -> None:
+        check_eps(self.eps)
+        super().__post_init__()
+
+    def formula(self, mean: Tensor, dispersion: Tensor, target: Tensor) -> Tensor:
+        value = reference.negative_binomial(mean, dispersion, target, self.eps)
+        return value if self.constant else value - log_factorial(target)
+
+    def slopes(self, mean: Tensor, dispersion: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        by_dispersion = reference.slope_by_dispersion(mean, dispersion, target, self.eps)
+        return reference.slope_by_mean(mean, dispersion, target, self.eps), by_dispersion
+
+    def mean(self, mean: Tensor, *_: Tensor) -> Tensor:
+        return mean
+
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
+        mean, dispersion = (torch.randn(shape, generator=generator).mul(2).exp() for _ in range(2))
+        rate = dispersion.sqrt() * torch.randn(shape, generator=generator) / dispersion.clamp(min=1) + 1
+        return mean, dispersion, torch.poisson(mean * rate.clamp(min=0, max=9), generator)
+
+
+def check_eps(eps: object) -> None:
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise TypeError(f"eps must be a number, got {eps!r}")
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps must be finite and not negative, got {eps}")
