@@ -361,6 +361,8 @@ def _row(operation: Operation) -> list[str]:
         of_uint8 = both_directions(lambda d: sum(operation.bytes_per_element(d, target_dtype=torch.uint8)))
         moved += f"; {of_uint8.removesuffix(' in all')} with a uint8 target"
     given = list(operation.arguments)
+    if operation.likelihood and (count := len(operation.likelihood.parameters)) > 1:
+        given[:count] = [f"({', '.join(given[:count])})"]
     if operation.function == "negative_log_likelihood":
         assert operation.likelihood is not None
         given.append(in_short(operation.likelihood))

@@ -38,7 +38,7 @@ def softplus(x, FAST: tl.constexpr):
 def log1mexp(x, FAST: tl.constexpr):
     """(log(1 - e^-x), 1 / (e^x - 1)) for x > 0: the logarithm of a probability, and its slope s.
 
-    1 - e^-x = 1 / (1 + s), so the logarithm is -log1p(s), which cancels nowhere. s is e^-x / (1 - e^-x), so that nothing
+    1 - e^-x = 1 / (1 + s), so the logarithm is -log1p(s), which cancels nowhere. s is e^-x / (1 - e^-x), so nothing
     overflows for large x.
     """
     e = numerics.exp(-x, FAST)

@@ -41,7 +41,8 @@ class Fault(NamedTuple):
 
 
 NLL = "negative_log_likelihood_Bernoulli"
-AUTOGRAD = "test_contract_autograd.py"
+VALUES = "test_values_and_gradients and negative_log_likelihood"
+AUTOGRAD, CONTINUOUS = "test_contract_autograd.py", "test_continuous_likelihoods.py"
 FAULTS = (
     # Likelihoods
     Fault(
@@ -109,6 +110,62 @@ FAULTS = (
     Fault(
         "a coefficient is off by 1e-4", "kernels/numerics.py", "0.3332996368408203", "0.3333996368408203",
         f"test_values_and_gradients and {NLL} and float32",
+    ),
+    Fault(
+        "a variance has the slope of its root", "fastvae/likelihoods/gaussian.py",
+        "tl.fma(-0.5, squared, 0.5), scaled)", "tl.fma(-1.0, squared, 1.0), scaled)",
+        f"{VALUES}_Gaussian and float32",
+    ),
+    Fault(
+        "a mean is not behind its sigmoid", "fastvae/likelihoods/gaussian.py",
+        "    if SETTINGS[0]:\n        slope *= derivative\n    return tl.fma(0.5,", "    return tl.fma(0.5,",
+        "test_terms_of_other_settings and sigmoid", CONTINUOUS,
+    ),
+    Fault(
+        "a fixed variance counts twice", "fastvae/likelihoods/gaussian.py",
+        "tl.fma(error * error, SETTINGS[2],", "tl.fma(error * error, 2.0 * SETTINGS[2],",
+        "test_terms_of_other_settings and std", CONTINUOUS,
+    ),
+    Fault(
+        "the slope of an absolute value at 0", "fastvae/likelihoods/laplace.py",
+        "tl.where(error > 0, 1.0, tl.where(error < 0, -1.0, 0.0)) * inverse",
+        "tl.where(error > 0, 1.0, -1.0) * inverse",
+        "test_extreme_values and negative_log_likelihood_Laplace and float32",
+    ),
+    Fault(
+        "a fixed scale has another constant", "fastvae/likelihoods/laplace.py",
+        "tl.fma(tl.abs(error), SETTINGS[1], SETTINGS[0])", "tl.fma(tl.abs(error), SETTINGS[1], 0.6931471805599453)",
+        "test_terms_of_other_settings and Laplace", CONTINUOUS,
+    ),
+    Fault(
+        "a series is taken too far", "fastvae/likelihoods/continuous_bernoulli.py",
+        "near = tl.abs(x) < 1.5", "near = tl.abs(x) < 2.5",
+        f"{VALUES}_ContinuousBernoulli and float32",
+    ),
+    Fault(
+        "the slope of another tail", "fastvae/likelihoods/continuous_bernoulli.py",
+        "tl.where(x > 0, -rest, rest))", "-rest)",
+        f"{VALUES}_ContinuousBernoulli and float32",
+    ),
+    Fault(
+        "a mean on the other side of an end", "fastvae/likelihoods/discretized_logistic.py",
+        "beyond = (lowest & (d < 0)) | (highest & (d > 0))", "beyond = (lowest & (d > 0)) | (highest & (d < 0))",
+        f"{VALUES}_DiscretizedLogistic and float32",
+    ),
+    Fault(
+        "the ends are closed", "fastvae/likelihoods/discretized_logistic.py",
+        "at_an_end = lowest | highest", "at_an_end = lowest & highest",
+        f"{VALUES}_DiscretizedLogistic and float32",
+    ),
+    Fault(
+        "wide bins by the series of narrow ones", "fastvae/likelihoods/discretized_logistic.py",
+        "narrow = w >= 0.6931471805599453", "narrow = w >= 2.0",
+        f"{VALUES}_DiscretizedLogistic and float32",
+    ),
+    Fault(
+        "a clamped scale has a slope", "fastvae/likelihoods/discretized_logistic.py",
+        "tl.where(parameters[1] >= SETTINGS[2], by_scale, 0.0)", "by_scale",
+        "test_terms_of_other_settings and Discretized", CONTINUOUS,
     ),
     Fault(
         "a target that lies otherwise is not copied", "kernels/likelihood.py",

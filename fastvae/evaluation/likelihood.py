@@ -79,7 +79,8 @@ def log_likelihood(model: VAE, images: Tensor, *, samples: int = 100, seed: int 
 def bits_per_dimension(nats: float, dimensions: int) -> float:
     """-nats / (D log 2): a bound or log-likelihood of images of D values, in bits for each value.
 
-    Of a density of pixels in [0, 1] it is no code length of bytes: that would be 8 bits more.
+    Of a density of pixels in [0, 1] it is no code length of bytes: that would be 8 bits more. Of probabilities of the
+    256 bytes, as `DiscretizedLogistic` has them, it is the code length.
     """
     return -nats / (dimensions * math.log(2))
 

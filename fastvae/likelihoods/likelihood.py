@@ -22,7 +22,8 @@ class Term:
     """Decorates the Triton function of a likelihood.
 
     `triton.jit` is applied when a kernel first takes the function, so defining a likelihood imports no Triton. Then
-    `triton.language` is put into the function's module as ``tl``, and `fastvae.kernels.numerics` as ``numerics``.
+    `triton.language` is put into the function's module as ``tl``, and of `fastvae.kernels` the modules ``numerics`` and
+    ``special``.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -33,9 +34,9 @@ class Term:
         import triton
         import triton.language as tl
 
-        from fastvae.kernels import numerics
+        from fastvae.kernels import numerics, special
 
-        self.function.__globals__.update(tl=tl, numerics=numerics)
+        self.function.__globals__.update(tl=tl, numerics=numerics, special=special)
         return triton.jit(self.function)
 
 

@@ -79,7 +79,7 @@ def gamma_difference(t: Tensor, d: Tensor) -> Tensor:
     """log Gamma(t + d) - log Gamma(d) for t >= 0 and d > 0, which may broadcast."""
     t, d = _together(t, d)
     if _needs_gradient(t, d):
-        return _GammaDifferences.apply(t, d)[0]  # type: ignore[no-untyped-call]
+        return _differentiable(t, d)[0]
     return _value(t, d, _shared(t, d))
 
 
@@ -87,7 +87,7 @@ def digamma_difference(t: Tensor, d: Tensor) -> Tensor:
     """psi(t + d) - psi(d), the derivative of `gamma_difference` by d."""
     t, d = _together(t, d)
     if _needs_gradient(t, d):
-        return _GammaDifferences.apply(t, d)[1]  # type: ignore[no-untyped-call]
+        return _differentiable(t, d)[1]
     return _slope(t, d, _shared(t, d))
 
 
@@ -141,6 +141,11 @@ class _GammaDifferences(torch.autograd.Function):
         return _summed(t_grads, t), _summed(d_grads, d)
 
 
+def _differentiable(t: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    differences: tuple[Tensor, Tensor] = _GammaDifferences.apply(t, d)  # type: ignore[no-untyped-call]
+    return differences
+
+
 def _summed(grads: list[Tensor], like: Tensor) -> Tensor | None:
     return sum(grads[1:], grads[0]).sum_to_size(like.shape) if grads else None
 
@@ -167,8 +172,7 @@ def _shared(t: Tensor, d: Tensor) -> _Shared:
     upper = y + table.offset
     b = 1 / upper
     ratio = t * a
-    step = ratio * b
-    return _Shared(table, y, a, upper, b, ratio.log1p_(), step, t / d)
+    return _Shared(table, y, a, upper, b, torch.log1p(ratio), ratio * b, t / d)
 
 
 def _value(t: Tensor, d: Tensor, shared: _Shared) -> Tensor:
