@@ -23,7 +23,9 @@ from fastvae.likelihoods import (
     Gaussian,
     Laplace,
     Likelihood,
+    NegativeBinomial,
     SigmoidMSE,
+    ZeroInflatedNegativeBinomial,
 )
 
 Call = Callable[..., Any]
@@ -37,6 +39,8 @@ LIKELIHOODS = (
     Gaussian(),
     Laplace(),
     DiscretizedLogistic(),
+    NegativeBinomial(),
+    ZeroInflatedNegativeBinomial(),
 )
 # A gradient has so many roundings more than its slope, because the kernel multiplies it by a factor: a product of up to
 # four numbers.

@@ -76,8 +76,6 @@ def negative_binomial(mean, dispersion, t, EPS: tl.constexpr, FAST: tl.constexpr
     slope_of_whole = tl.where(
         near, bent + b * tl.fma(part, (s - m + c) * by_total, tl.fma(c, odds, -m * by_d)), tl.fma(part, by_total, far)
     )
-    slope = tl.where(
-        near, tl.fma(x, (m - t) * by_total, bent) + c * t * by_e * b, tl.fma(t - odds * d, by_total, far)
-    )
+    slope = tl.where(near, tl.fma(x, (m - t) * by_total, bent) + c * t * by_e * b, tl.fma(t - odds * d, by_total, far))
     slope = tl.where(whole, slope_of_whole, slope - t * by_d * reciprocal(y, FAST))
     return value, (d * (m - t) * by_total * by_m, tl.fma(step, inner, slope))

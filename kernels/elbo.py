@@ -78,7 +78,7 @@ def elbo_forward(
         return elbo_forward(likelihood, expanded, kl, weights, [False] * len(tensors), kl_grad)[0], zeros_of(inputs)
     gradients = written_gradients(tensors, needed)
     *parameters, target = tensors = read_together(tensors)
-    plan = plan_elbo(likelihood, rows_of(tensors), kl.stride(0), tuple(needed))
+    plan = plan_elbo(likelihood, rows_of(tensors, likelihood.heavy), kl.stride(0), tuple(needed))
     several = plan.programs > 1
     launch(
         value_kernel,
@@ -171,7 +171,7 @@ def elbo_backward(
     *parameters, target = together = read_together(tensors) if gradients else tensors
     launch(
         gradient_kernel,
-        plan_elbo_backward(likelihood, rows_of(together), tuple(needed)),
+        plan_elbo_backward(likelihood, rows_of(together, likelihood.heavy), tuple(needed)),
         target.device,
         tuple(parameters),
         target,

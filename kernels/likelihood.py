@@ -54,7 +54,7 @@ def negative_log_likelihood(likelihood: Likelihood, tensors: Sequence[Tensor], r
         broadcast(likelihood, tensors, reduction, [False] * len(tensors), values=(loss, None, None))
         return loss
     *parameters, target = tensors = read_together(tensors)
-    plan, partials = plan_loss(likelihood, rows_of(tensors), reduction)
+    plan, partials = plan_loss(likelihood, rows_of(tensors, likelihood.heavy), reduction)
     launch(
         value_kernel,
         plan,
@@ -109,7 +109,9 @@ def negative_log_likelihood_backward(
         loss_grad_stride = loss_grad.stride(0) if reduction == "none" else 0
         launch(
             gradient_kernel,
-            plan_loss_backward(likelihood, rows_of(together), reduction, loss_grad_stride, tuple(needed)),
+            plan_loss_backward(
+                likelihood, rows_of(together, likelihood.heavy), reduction, loss_grad_stride, tuple(needed)
+            ),
             target.device,
             tuple(parameters),
             target,

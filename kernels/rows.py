@@ -24,6 +24,7 @@ class Rows(NamedTuple):
     target_stride: int
     itemsize: int  # of the first parameter
     widest: int  # the largest itemsize
+    heavy: bool  # `Likelihood.heavy`
 
     def tiles(self, per_row: bool) -> tuple[Tiling, dict[str, Any], list[int]]:
         """The cut, and what follows from it for both kernels: constants, and the arguments rows, column_units,
@@ -35,13 +36,13 @@ class Rows(NamedTuple):
         if rows == 1 or (stride == target_stride == columns and not per_row):
             rows, columns, stride, target_stride = 1, rows * columns, 0, 0
         alignment = gcd(16, columns, stride, target_stride)
-        tiling = cut(rows, columns, self.itemsize)
+        tiling = cut(rows, columns, self.itemsize, self.heavy)
         # Masked loads are whole vectors only if 16 divides the size, so the rest becomes a tail. A tensor that is small
         # enough for one program has none.
-        if rows == 1 and alignment < 16 and cut(1, columns - columns % 16, self.itemsize).programs > 1:
+        if rows == 1 and alignment < 16 and cut(1, columns - columns % 16, self.itemsize, self.heavy).programs > 1:
             alignment, tail = 16, columns % 16
             columns -= tail
-            tiling = cut(rows, columns, self.itemsize)
+            tiling = cut(rows, columns, self.itemsize, self.heavy)
         constants = {
             "FLAT": rows == 1,
             "PER_ROW": per_row and rows > 1,
@@ -55,13 +56,13 @@ class Rows(NamedTuple):
         return tiling, constants, [rows, *units, tiling.chunks, tail]
 
 
-def rows_of(tensors: Sequence[Tensor]) -> Rows:
+def rows_of(tensors: Sequence[Tensor], heavy: bool) -> Rows:
     first = tensors[0]
     batch, itemsize = first.shape[0], first.element_size()
     widest = itemsize
     for tensor in tensors[1:]:
         widest = max(widest, tensor.element_size())
-    return Rows(batch, first.numel() // batch, first.stride(0), tensors[-1].stride(0), itemsize, widest)
+    return Rows(batch, first.numel() // batch, first.stride(0), tensors[-1].stride(0), itemsize, widest, heavy)
 
 
 def constants_of(likelihood: Likelihood) -> dict[str, Any]:

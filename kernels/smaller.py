@@ -112,7 +112,7 @@ def plan_broadcast(
     (kinds, rows_per_sample, groups, columns), batch, strides, itemsize, widest = problem
     rows = batch * rows_per_sample
     # Two vectors of 16 bytes per thread and tensor with 4 warps, as in `tiles.cut`.
-    size = 2 * 128 * 16 // itemsize
+    size = 4 * 128 if likelihood.heavy else 2 * 128 * 16 // itemsize
     # Rows of one or two cache lines where columns are summed, else as long as a tile.
     width = min(max(4, power_of_2(columns)), 64 if "column" in kinds else size)
     height = min(size // width, power_of_2(rows))

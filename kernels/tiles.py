@@ -32,8 +32,8 @@ class Tiling:
 
 
 @lru_cache(maxsize=4096)
-def cut(rows: int, columns: int, itemsize: int) -> Tiling:
-    """Cut a problem whose bulk tensors have elements of `itemsize` bytes.
+def cut(rows: int, columns: int, itemsize: int, heavy: bool = False) -> Tiling:
+    """Cut a problem whose bulk tensors have elements of `itemsize` bytes; `heavy` as in `Likelihood.heavy`.
 
     Tiles are powers of two that depend on the problem only, never on the card, so that partial sums are of the same
     elements everywhere. In which order a program adds its tile is the compiler's choice: sums are equal in every bit
@@ -43,10 +43,12 @@ def cut(rows: int, columns: int, itemsize: int) -> Tiling:
     """
     # Two vectors of 16 bytes per thread and tensor with 4 warps: enough loads in flight, and small problems still
     # spread over the card.
-    size = 2 * 128 * 16 // itemsize
+    size = 4 * 128 if heavy else 2 * 128 * 16 // itemsize
     if columns <= size:
         width = max(4, power_of_2(columns))
         return Tiling(rows, columns, min(size // width, power_of_2(rows)), width, 4)
+    if heavy:
+        return Tiling(rows, columns, 1, 2 * size, 8)
     # 4096 elements keep the partial sums of long reductions few: 64 million elements leave 16 thousand of them, 64 KiB.
     if columns <= 4096 or rows * columns >= 1 << 22:
         return Tiling(rows, columns, 1, 4096, 8)

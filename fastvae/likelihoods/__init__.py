@@ -7,7 +7,9 @@ from fastvae.likelihoods.discretized_logistic import DiscretizedLogistic
 from fastvae.likelihoods.gaussian import Gaussian
 from fastvae.likelihoods.laplace import Laplace
 from fastvae.likelihoods.likelihood import Likelihood, NotImported, Term, from_key
+from fastvae.likelihoods.negative_binomial import NegativeBinomial
 from fastvae.likelihoods.sigmoid_mse import SigmoidMSE
+from fastvae.likelihoods.zero_inflated import ZeroInflatedNegativeBinomial
 
 __all__ = [
     "Bernoulli",
@@ -16,9 +18,11 @@ __all__ = [
     "Gaussian",
     "Laplace",
     "Likelihood",
+    "NegativeBinomial",
     "NotImported",
     "SigmoidMSE",
     "Term",
+    "ZeroInflatedNegativeBinomial",
     "check",
     "from_key",
 ]

@@ -34,9 +34,9 @@ class Term:
         import triton
         import triton.language as tl
 
-        from fastvae.kernels import numerics, special
+        from fastvae.kernels import counts, numerics, special
 
-        self.function.__globals__.update(tl=tl, numerics=numerics, special=special)
+        self.function.__globals__.update(tl=tl, numerics=numerics, special=special, counts=counts)
         return triton.jit(self.function)
 
 
@@ -78,6 +78,9 @@ class Likelihood:
     omitted: ClassVar[float] = 0.0
     """Nats per element that the formula leaves out of the negative log-likelihood, which `fastvae.evaluation.elbo` and
     `log_likelihood` add: -log p(target | parameters) = reconstruction_weight * value + omitted, for each element."""
+    heavy: ClassVar[bool] = False
+    """Whether the term takes hundreds of instructions. A thread then has 4 elements at a time instead of 16, because
+    with more its numbers would not fit into its registers."""
     term: ClassVar[Term | None] = None
     """``@Term def term(parameters, target, SETTINGS: tl.constexpr, FAST: tl.constexpr)``: (value, slopes) of a tile, in
     float32. ``parameters`` is a tuple of tiles, ``SETTINGS`` is `settings`, ``FAST`` is handed

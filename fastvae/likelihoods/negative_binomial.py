@@ -43,7 +43,7 @@ class NegativeBinomial(Likelihood):
     constant: bool = True
 
     parameters = ("mean", "dispersion")
-    target = "count"
+    target = "number"
     roundings = (16, 6, 36)
     heavy = True
     term = term

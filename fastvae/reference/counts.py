@@ -34,8 +34,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvae.reference.special import APPROXIMATIONS, digamma_difference, divided_difference
-from fastvae.reference.special import gamma_difference, log_factorial
+from fastvae.reference.special import (
+    APPROXIMATIONS,
+    digamma_difference,
+    divided_difference,
+    gamma_difference,
+    log_factorial,
+)
 
 # Of r, from the constant part on.
 _LOG_FACTORIAL = (-0.143561377569, 0.116529612751, 0.00631165384254, -0.00280814476002, 0.000313697614544, 0.00010598)

@@ -67,6 +67,8 @@ def elbo_value_and_grad(
         scale = grad_scale / kl.shape[0] if kl.shape[0] else 0.0
         slopes = likelihood.slopes(*in_precision(parameters, target, likelihood))
         each = (parameters,) if isinstance(parameters, Tensor) else parameters
-        gradients = tuple((weight * scale * slope).to(x.dtype) for slope, x in zip(slopes, each, strict=True))
+        gradients = tuple(
+            (weight * scale * slope).sum_to_size(x.shape).to(x.dtype) for slope, x in zip(slopes, each, strict=True)
+        )
         kl_grad = torch.ones(kl.shape, dtype=slopes[0].dtype, device=kl.device) * widened(beta) * scale
         return values, (gradients[0] if isinstance(parameters, Tensor) else gradients, kl_grad.to(kl.dtype))
