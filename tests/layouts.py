@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +25,15 @@ def overlapping(x: Tensor) -> Tensor:
         return x
     needed = x[0].numel() + x.shape[0] - 1
     return x.flatten()[:needed].clone().as_strided(x.shape, (1, *x.contiguous().stride()[1:]))
+
+
+def strided(x: Tensor, order: Sequence[int], steps: Sequence[int], expanded: Sequence[bool]) -> Tensor:
+    """The dimensions lie in memory in `order`, their elements `steps` apart, and those that are `expanded` once."""
+    once = x[tuple(slice(0, 1) if single else slice(None) for single in expanded)]
+    stored = poison(x.new_empty([once.shape[d] * steps[d] for d in order]))
+    view = stored.permute([order.index(d) for d in range(x.ndim)])[tuple(slice(None, None, step) for step in steps)]
+    view.copy_(once)
+    return view.expand(x.shape)
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
