@@ -39,8 +39,8 @@ def strided(x: Tensor, order: Sequence[int], steps: Sequence[int], expanded: Seq
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x.contiguous(),
     "channels_last": channels_last,
-    "sliced_batch": lambda x: torch.stack([x, poison(x)], 1).flatten(0, 1)[::2],
-    "sliced_inner": lambda x: torch.cat([x, poison(x)], -1)[..., : x.shape[-1]],
+    "sliced_batch": lambda x: torch.stack([poison(x), x], 1).flatten(0, 1)[1::2],
+    "sliced_inner": lambda x: torch.cat([poison(x), x], -1)[..., x.shape[-1] :],
     "transposed": lambda x: x.transpose(1, -1).contiguous().transpose(1, -1),
     "batch_innermost": lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0),
     "expanded_batch": lambda x: x[:1].expand_as(x),

@@ -55,7 +55,7 @@ def test_values_and_gradients(operation, dtype, triton_backend, device) -> None:
 
 @pytest.mark.parametrize("target_dtype", [*FLOATS, torch.uint8], ids=str)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@each(OF_LIKELIHOOD)
+@each(OF_LIKELIHOOD, shared=True)
 def test_target_of_another_dtype(operation, dtype, target_dtype, triton_backend, device) -> None:
     check_spec(operation, Spec((3, 17), dtype, target_dtype, device=device))
 
@@ -102,7 +102,7 @@ def test_empty(operation, shape, device) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(3, 5), (2, 4, 3, 2), (1, 6, 1, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 4, 3, 2), (1, 6, 1, 4)], ids=str)
 @each(DOCUMENTED, shared=True)
 def test_layouts(operation, shape, layout, triton_backend, device) -> None:
     """Of all tensors, and of each alone. A dimension of size 1 has any stride."""
@@ -110,7 +110,7 @@ def test_layouts(operation, shape, layout, triton_backend, device) -> None:
     plain = operation.inputs(spec)
     laid_out = [t if t.ndim == 1 else LAYOUTS[layout](t.detach()) for t in plain]
     check(operation, tuple(laid_out), **noise(operation, spec))
-    for i in range(len(plain)) if len(plain) > 1 and shape != (3, 5) else ():
+    for i in range(len(plain)) if len(plain) > 1 else ():
         check(operation, (*plain[:i], laid_out[i], *plain[i + 1 :]), **noise(operation, spec))
 
 
@@ -202,7 +202,7 @@ def test_extreme_values(operation, dtype, triton_backend, device) -> None:
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@each([it for it in EVERY if "kl" in it.arguments])
+@each([it for it in EVERY if "kl" in it.arguments], shared=True)
 def test_extreme_values_of_one_argument(operation, dtype, triton_backend, device) -> None:
     """Of a sum over all samples: a call for each of them, because one would hide behind another."""
     ordinary = operation.inputs(Spec((1, 1), dtype, device=device))
@@ -235,23 +235,25 @@ def squared_errors(operation: Operation, spec: Spec, **options: Any) -> tuple[di
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@each(DOCUMENTED)
+@each([it for it in DOCUMENTED if "kl" not in it.arguments])
 def test_error_is_at_most_twice_that_of_float32_torch(operation, dtype, triton_backend, device) -> None:
-    """The RMS error of everything that comes out: of 32 samples, and of what is one number for all of them over 32
-    seeds.
-    """
+    """The RMS error of everything that comes out, of 32 samples or of dimensions."""
     options = {}
     if operation.reductions:
         options["reduction"] = "none" if "none" in operation.reductions else "per_dimension"
     fused, plain = squared_errors(operation, Spec((32, 48), dtype, device=device), **options)
-    for seed in range(31) if "reconstruction" in fused else ():
-        for total, more in zip(
-            (fused, plain), squared_errors(operation, Spec((3, 5), dtype, device=device, seed=seed)), strict=True
-        ):
-            for name in total:
-                total[name] += more[name]
     for name in fused:
         assert fused[name] <= 4 * plain[name], name
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@each([it for it in DOCUMENTED if "kl" in it.arguments], shared=True)
+def test_error_of_the_bound_is_at_most_twice_that_of_float32_torch(operation, dtype, triton_backend, device) -> None:
+    """Over 32 seeds, because each of its values is one number for all samples."""
+    errors = [squared_errors(operation, Spec((3, 5), dtype, device=device, seed=seed)) for seed in range(32)]
+    for name in errors[0][0]:
+        fused, plain = (sum(of[name] for of in each) for each in zip(*errors, strict=True))
+        assert fused <= 4 * plain, name
 
 
 # ---------------------------------------------------------------------------------------------------------- reductions

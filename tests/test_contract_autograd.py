@@ -270,7 +270,7 @@ def test_what_has_its_gradient_is_not_transformed(operation, device) -> None:
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
 @each(DOCUMENTED, shared=True)
 def test_autocast_changes_nothing(operation, dtype, device) -> None:
-    """Arithmetic in float32 whatever arrives; by the reference too, and its float64."""
+    """Arithmetic in float32 whatever arrives, by the reference too, which leaves float64 as it is."""
     tensors, options = leaves_of(operation, Spec((3, 6), dtype, device=device))
 
     def fused() -> list[Tensor]:
@@ -285,6 +285,8 @@ def test_autocast_changes_nothing(operation, dtype, device) -> None:
             expected = results()
             with torch.autocast(device.type, torch.bfloat16):
                 assert all(map(same_bits, results(), expected))
+    tensors = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+    assert all(wide.to(of.dtype).equal(of) for wide, of in zip(reference(), expected, strict=True))
 
 
 @each(DOCUMENTED, shared=True)
