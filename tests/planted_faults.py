@@ -170,20 +170,20 @@ FAULTS = (
     Fault(
         "an upstream gradient that is missing is 0 times infinity", "kernels/gaussian.py",
         "        kl_grad = None if kl_grad is None else kl_grad.resolve_neg()\n",
-        "        kl_grad = moments.mu.new_zeros((), dtype=torch.float32) if kl_grad is None else kl_grad.resolve_neg()\n",
+        "        kl_grad = torch.zeros((), device=mu.device) if kl_grad is None else kl_grad.resolve_neg()\n",
         "test_extreme_values and gaussian_sample_kl- and float32",
     ),
     Fault(
         "only the loss reaches the parameters", "fastvae/autograd/elbo.py",
         "reaches_terms = loss_grad is not None or reconstruction_grad is not None",
         "reaches_terms = loss_grad is not None",
-        "test_gradients_of_some and elbo_loss-", AUTOGRAD,
+        "test_gradients_of_some and elbo_loss]", AUTOGRAD,
     ),
     Fault(
         "one tensor given twice has one gradient", "fastvae/autograd/likelihood.py",
-        "        each = iter(gradients)\n        return None, None, *[next(each) if need else None for need in needed]\n",
-        "        each = dict(zip(map(id, kernels.needed_of(tensors, needed)), gradients, strict=True))\n"
-        "        return None, None, *[each[id(t)] if need else None for t, need in zip(tensors, needed, strict=True)]\n",
+        "        each = iter(gradients)\n        return None, None, *[next(each) if need else None for need in needed]",
+        "        each = dict(zip(map(id, kernels.needed_of(tensors, needed)), gradients))\n"
+        "        return None, None, *[each[id(t)] if need else None for t, need in zip(tensors, needed)]",
         "test_one_tensor and LearnedGaussian", AUTOGRAD,
     ),
     Fault(
@@ -191,7 +191,7 @@ FAULTS = (
         "    return new_empty([], dtype=torch.float32), new_empty([], dtype=torch.float32), "
         "new_empty([], dtype=torch.float32)\n",
         "    return new_empty([3], dtype=torch.float32).unbind()\n",
-        "test_the_results_may_be_modified and elbo_loss-", AUTOGRAD,
+        "test_the_results_may_be_modified and elbo_loss]", AUTOGRAD,
     ),
     Fault(
         "an upstream gradient is written", "kernels/likelihood.py",
@@ -210,12 +210,12 @@ FAULTS = (
     ),
     Fault(
         "vmap is not refused", "fastvae/autograd/elbo.py", 'refuse_vmap("elbo_loss")', "None",
-        "test_vmap and elbo_loss-", AUTOGRAD,
+        "test_vmap and elbo_loss]", AUTOGRAD,
     ),
     Fault(
         "a transform of what has its gradient", "fastvae/functional/elbo.py",
         '    refuse_transforms("elbo_value_and_grad")\n', "",
-        "test_what_has_its_gradient and not_transformed and elbo_value_and_grad-", AUTOGRAD,
+        "test_what_has_its_gradient and not_transformed and elbo_value_and_grad]", AUTOGRAD,
     ),
     Fault(
         "batched gradients are read as one", "fastvae/autograd/registration.py", " or _is_batched(tensor)", "",
@@ -272,7 +272,8 @@ FAULTS = (
         "test_extreme_values and gaussian_kl_free_bits and float32",
     ),
     Fault(
-        "a maximum hides NaN", "fastvae/likelihoods/bernoulli.py", ", propagate_nan=tl.PropagateNan.ALL", "",
+        "large parameters are cut", "fastvae/likelihoods/bernoulli.py",
+        "    x = parameters[0]\n", "    x = tl.minimum(tl.maximum(parameters[0], -60.0), 60.0)\n",
         f"test_extreme_values and {NLL}- and float32",
     ),
     Fault(
@@ -283,7 +284,7 @@ FAULTS = (
     Fault(
         "a float64 among the tensors is rounded", "fastvae/functional/checks.py",
         "if tensor is not None and tensor.dtype is torch.float64:", "if False:",
-        "test_float64 and gaussian_sample-", AUTOGRAD,
+        "test_float64 and gaussian_sample]", AUTOGRAD,
     ),
     Fault(
         "the reference computes in half precision", "fastvae/reference/precision.py",
@@ -293,12 +294,12 @@ FAULTS = (
     Fault(
         "kl of another device", "fastvae/functional/checks.py",
         '    check_device("kl", kl, first_name, first)\n', "",
-        "test_wrong_arguments and elbo_loss-", AUTOGRAD,
+        "test_wrong_arguments and elbo_loss]", AUTOGRAD,
     ),
     Fault(
         "every call draws the same noise", "fastvae/random.py",
         "device=device, generator=generator)", "device=device, generator=torch.Generator(device).manual_seed(1))",
-        "test_backward_makes_the_noise and gaussian_sample-", AUTOGRAD,
+        "test_backward_makes_the_noise and gaussian_sample]", AUTOGRAD,
     ),
 )  # fmt: skip
 
