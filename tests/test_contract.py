@@ -110,7 +110,7 @@ def test_layouts(operation, shape, layout, triton_backend, device) -> None:
     plain = operation.inputs(spec)
     laid_out = [t if t.ndim == 1 else LAYOUTS[layout](t.detach()) for t in plain]
     check(operation, tuple(laid_out), **noise(operation, spec))
-    for i in range(len(plain)) if len(plain) > 1 else ():
+    for i in range(len(plain)) if len(plain) > 1 and shape == (2, 4, 3, 2) else ():
         check(operation, (*plain[:i], laid_out[i], *plain[i + 1 :]), **noise(operation, spec))
 
 
@@ -299,9 +299,10 @@ def test_repeats_bit_by_bit_and_leaves_the_ticket_at_zero(operation, triton_back
     shared=True,
 )
 def test_an_aborted_launch_does_not_poison_the_next(operation, triton_backend, device, monkeypatch) -> None:
-    use_small_tiles(monkeypatch, 1, 16)
-    # Of the divergence of dimensions the samples are cut.
-    spec = Spec((40, 64) if "dimensions" in operation.kernels["forward"] else (1, 48), device=device)
+    spec = Spec((40, 64), device=device)  # three programs, if it is the divergence of dimensions
+    if "dimensions" not in operation.kernels["forward"]:
+        use_small_tiles(monkeypatch, 1, 16)
+        spec = Spec((1, 48), device=device)
     tensors, options = operation.inputs(spec), noise(operation, spec)
     expected, _ = run(operation, tensors, **options)
     module, name = operation.kernels["forward"].split(".")
