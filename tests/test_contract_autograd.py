@@ -140,7 +140,9 @@ def test_gradients_of_some_of_the_outputs(operation, triton_backend, device) -> 
 
 @each(DRAWING)
 def test_backward_makes_the_noise_of_forward_again(operation, triton_backend, device) -> None:
-    """Gradients, also differentiable ones, are those of the noise that was drawn; the next call draws other noise."""
+    """Gradients, also differentiable ones and those of torch.func, are those of the noise that was drawn; the next call
+    draws other noise.
+    """
     tensors, _ = leaves_of(operation, Spec((3, 4, 5), device=device))
     generator = torch.Generator(device)
     zeros = [torch.zeros_like(tensor).detach() for tensor in tensors]
@@ -154,6 +156,13 @@ def test_backward_makes_the_noise_of_forward_again(operation, triton_backend, de
         results = dict(zip(operation.outputs, roots, strict=True))
         results |= {f"{name}_grad": grad for name, grad in zip(operation.gradients, gradients, strict=True)}
         check_results(results, oracle(operation, tuple(tensors), upstream, eps=drawn))
+
+    def loss(*tensors: Tensor) -> Tensor:
+        roots = roots_of(operation, list(tensors), generator=generator.manual_seed(3))
+        return sum((root * upstream[name]).sum() for name, root in zip(operation.outputs, roots, strict=True))
+
+    transformed = torch.func.grad(loss, argnums=tuple(range(len(tensors))))(*[t.detach() for t in tensors])
+    assert all(map(torch.equal, transformed, gradients))
 
 
 # ----------------------------------------------------------------------------------------- backward that is transformed

@@ -1,4 +1,4 @@
-"""Layouts that are easy to read wrongly: a batch of one, nothing at all, minus signs not yet in memory."""
+"""Calls that are easy to read wrongly: a batch of one, missing gradients, minus signs not yet in memory."""
 
 from __future__ import annotations
 
@@ -43,13 +43,15 @@ def test_halves_of_a_batch_of_one(shape, device, triton_backend):
     check(lambda m, v: F.elbo_loss(m, v, kl).loss, mu, logvar)
 
 
-def test_a_gradient_that_does_not_reach_the_logits(device, triton_backend):
+def test_what_no_upstream_gradient_reaches_has_none(device, triton_backend):
     logits = torch.full((2, 3), torch.nan, device=device, requires_grad=True)
     kl = torch.rand(2, device=device, requires_grad=True)
     out = F.elbo_loss(logits, torch.zeros(2, 3, device=device), kl)
     logits_grad, kl_grad = torch.autograd.grad(out.kl, (logits, kl), allow_unused=True)
     assert logits_grad is None
     torch.testing.assert_close(kl_grad, torch.full_like(kl, 0.5))
+    out = F.elbo_loss(logits, torch.zeros(2, 3, device=device), kl)
+    assert torch.autograd.grad(out.reconstruction, kl, allow_unused=True) == (None,)
 
 
 @pytest.mark.parametrize("output", [0, 1, 2])
