@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,11 +27,20 @@ def overlapping(x: Tensor) -> Tensor:
     return x.flatten()[:needed].clone().as_strided(x.shape, (1, *x.contiguous().stride()[1:]))
 
 
+def strided(x: Tensor, order: Sequence[int], steps: Sequence[int], expanded: Sequence[bool]) -> Tensor:
+    """The dimensions lie in memory in `order`, their elements `steps` apart, and those that are `expanded` once."""
+    once = x[tuple(slice(0, 1) if single else slice(None) for single in expanded)]
+    stored = poison(x.new_empty([once.shape[d] * steps[d] for d in order]))
+    view = stored.permute([order.index(d) for d in range(x.ndim)])[tuple(slice(None, None, step) for step in steps)]
+    view.copy_(once)
+    return view.expand(x.shape)
+
+
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x.contiguous(),
     "channels_last": channels_last,
-    "sliced_batch": lambda x: torch.stack([x, poison(x)], 1).flatten(0, 1)[::2],
-    "sliced_inner": lambda x: torch.cat([x, poison(x)], -1)[..., : x.shape[-1]],
+    "sliced_batch": lambda x: torch.stack([poison(x), x], 1).flatten(0, 1)[1::2],
+    "sliced_inner": lambda x: torch.cat([poison(x), x], -1)[..., x.shape[-1] :],
     "transposed": lambda x: x.transpose(1, -1).contiguous().transpose(1, -1),
     "batch_innermost": lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0),
     "expanded_batch": lambda x: x[:1].expand_as(x),

@@ -223,6 +223,141 @@ FAULTS = (
         "",
         f"test_gradient_penalty and {NLL}", AUTOGRAD,
     ),
+    # Gradients that are missing, given twice, or not to be had
+    Fault(
+        "an upstream gradient that is missing is 0 times infinity", "kernels/gaussian.py",
+        "        kl_grad = None if kl_grad is None else kl_grad.resolve_neg()\n",
+        "        kl_grad = torch.zeros((), device=mu.device) if kl_grad is None else kl_grad.resolve_neg()\n",
+        "test_extreme_values and gaussian_sample_kl- and float32",
+    ),
+    Fault(
+        "only the loss reaches the parameters", "fastvae/autograd/elbo.py",
+        "reaches_terms = loss_grad is not None or reconstruction_grad is not None",
+        "reaches_terms = loss_grad is not None",
+        "test_gradients_of_some and elbo_loss]", AUTOGRAD,
+    ),
+    Fault(
+        "one tensor given twice has one gradient", "fastvae/autograd/likelihood.py",
+        "        each = iter(gradients)\n        return None, None, *[next(each) if need else None for need in needed]",
+        "        each = dict(zip(map(id, kernels.needed_of(tensors, needed)), gradients))\n"
+        "        return None, None, *[each[id(t)] if need else None for t, need in zip(tensors, needed)]",
+        "test_one_tensor and LearnedGaussian", AUTOGRAD,
+    ),
+    Fault(
+        "the results are parts of one tensor", "kernels/likelihood.py",
+        "    return new_empty([], dtype=torch.float32), new_empty([], dtype=torch.float32), "
+        "new_empty([], dtype=torch.float32)\n",
+        "    return new_empty([3], dtype=torch.float32).unbind()\n",
+        "test_the_results_may_be_modified and elbo_loss]", AUTOGRAD,
+    ),
+    Fault(
+        "an upstream gradient is written", "kernels/likelihood.py",
+        "    loss_grad = loss_grad.resolve_neg()\n", "    loss_grad = loss_grad.resolve_neg().clamp_(max=1.0)\n",
+        "test_upstream_gradients_of_any_layout and sigmoid_mse_loss- and transposed",
+    ),
+    Fault(
+        "the gradient of z is taken to lie as z does", "kernels/gaussian.py",
+        "None if z_grad is None else with_strides(z_grad, layout.strides)", "z_grad",
+        "test_upstream_gradients_of_any_layout and gaussian_sample- and transposed",
+    ),
+    Fault(
+        "the gradient of dimensions is taken to lie as they do", "kernels/dimensions.py",
+        "kl_grad if one_number else with_strides(kl_grad, layout.strides[1:])", "kl_grad",
+        "test_upstream_gradients_of_any_layout and gaussian_kl_free_bits and transposed",
+    ),
+    Fault(
+        "vmap is not refused", "fastvae/autograd/elbo.py", 'refuse_vmap("elbo_loss")', "None",
+        "test_vmap and elbo_loss]", AUTOGRAD,
+    ),
+    Fault(
+        "a transform of what has its gradient", "fastvae/functional/elbo.py",
+        '    refuse_transforms("elbo_value_and_grad")\n', "",
+        "test_what_has_its_gradient and not_transformed and elbo_value_and_grad]", AUTOGRAD,
+    ),
+    Fault(
+        "batched gradients are read as one", "fastvae/autograd/registration.py", " or _is_batched(tensor)", "",
+        "test_func_grad_and_batched and sigmoid_mse_loss- and float32", AUTOGRAD,
+    ),
+    # Reductions, tiles and layouts
+    Fault(
+        "a mean is of the batch", "kernels/tiles.py", '"mean": batch * event', '"mean": batch',
+        "test_values_and_gradients and gaussian_kl- and float32",
+    ),
+    Fault(
+        "a partial sum is left out", "kernels/tiles.py", "(index < count)[None, :]", "(index < count - 1)[None, :]",
+        "test_any_tile and gaussian_kl-",
+    ),
+    Fault(
+        "kl is read in one block", "kernels/tiles.py",
+        "    while start < count:\n        index = start + tl.arange(0, BLOCK)\n        # .cg",
+        "    while start < 1:\n        index = start + tl.arange(0, BLOCK)\n        # .cg",
+        "test_sizes and elbo_loss- and 1030",
+    ),
+    Fault(
+        "rows of later programs are taken to have no gaps", "kernels/elementwise.py",
+        "    return first_row * stride + first_column, row * stride + column\n",
+        "    return first_row * (stride // 2) + first_column, row * stride + column\n",
+        "test_any_tile and sigmoid_mse_loss- and 8",
+    ),
+    Fault(
+        "rows of later programs of moments are taken to have no gaps", "kernels/gaussian.py",
+        "    source += first_row * row_stride\n", "    source += first_row * columns\n",
+        "test_any_tile and gaussian_sample-",
+    ),
+    Fault(
+        "packed moments are taken to begin their memory", "kernels/moments.py", "packed.storage_offset() + ", "",
+        "test_layouts and gaussian_sample_kl_packed- and sliced_batch",
+    ),
+    Fault(
+        "the order of packed moments is that of the whole", "kernels/moments.py",
+        "stride // 2 if stride > strides[dim] else stride", "stride",
+        "test_layouts and gaussian_sample_kl_packed- and channels_last",
+    ),
+    Fault(
+        "a mean over nothing is 0", "kernels/tiles.py",
+        'float("nan") if reduction == "mean" or', 'float("nan") if',
+        "test_empty and gaussian_kl-",
+    ),
+    Fault(
+        "nothing is divided by", "kernels/tiles.py", "1.0 / terms if terms else 0.0", "1.0 / terms",
+        "test_empty_twice and gaussian_kl-", AUTOGRAD,
+    ),
+    # Numbers
+    Fault(
+        "free bits hide NaN", "kernels/dimensions.py",
+        "tl.where(kl <= free_bits, free_bits, kl)", "tl.where(kl > free_bits, kl, free_bits)",
+        "test_extreme_values and gaussian_kl_free_bits and float32",
+    ),
+    Fault(
+        "large parameters are cut", "fastvae/likelihoods/bernoulli.py",
+        "    x = parameters[0]\n", "    x = tl.minimum(tl.maximum(parameters[0], -60.0), 60.0)\n",
+        f"test_extreme_values and {NLL}- and float32",
+    ),
+    Fault(
+        "a slope has four times the error of rounding", "fastvae/likelihoods/bernoulli.py",
+        "(y - target, -x)", "(1.00000024 * y - target, -x)",
+        f"test_error_is_at_most_twice and {NLL}- and float32",
+    ),
+    Fault(
+        "a float64 among the tensors is rounded", "fastvae/functional/checks.py",
+        "if tensor is not None and tensor.dtype is torch.float64:", "if False:",
+        "test_float64 and gaussian_sample]", AUTOGRAD,
+    ),
+    Fault(
+        "the reference computes in half precision", "fastvae/reference/precision.py",
+        "return tensor if tensor.dtype is torch.float64 else tensor.float()", "return tensor",
+        "test_autocast and gaussian_sample_kl- and float16", AUTOGRAD,
+    ),
+    Fault(
+        "kl of another device", "fastvae/functional/checks.py",
+        '    check_device("kl", kl, first_name, first)\n', "",
+        "test_wrong_arguments and elbo_loss]", AUTOGRAD,
+    ),
+    Fault(
+        "every call draws the same noise", "fastvae/random.py",
+        "device=device, generator=generator)", "device=device, generator=torch.Generator(device).manual_seed(1))",
+        "test_backward_makes_the_noise and gaussian_sample]", AUTOGRAD,
+    ),
 )  # fmt: skip
 
 

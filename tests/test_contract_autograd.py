@@ -12,10 +12,21 @@ from torch import Tensor
 
 import fastvae
 import fastvae.functional as F
+from contract import (
+    DOCUMENTED,
+    EVERY,
+    FLOATS,
+    check,
+    each,
+    launching_nothing,
+    noise,
+    reductions,
+    run,
+    upstream_of,
+)
 from fastvae.operations import Operation, Spec
 from layouts import memory, same_bits
 from oracle import check_results, in_float64, oracle
-from test_contract import DOCUMENTED, EVERY, FLOATS, check, each, launching_nothing, noise, run, upstream_of
 
 DIFFERENTIABLE = [it for it in EVERY if it.backward]
 DRAWING = [it for it in EVERY if it.draws_noise]
@@ -37,7 +48,7 @@ def needed(tensors: list[Tensor]) -> list[Tensor]:
 # --------------------------------------------------------------------------------------------------------- one backward
 
 
-@each(DIFFERENTIABLE)
+@each(DIFFERENTIABLE, shared=True)
 def test_one_launch_forward_and_one_backward_for_what_is_needed(operation, triton_backend, device) -> None:
     """And what is needed has the same bits, whatever else is."""
     spec = Spec((3, 350), device=device)
@@ -64,7 +75,7 @@ def test_one_launch_forward_and_one_backward_for_what_is_needed(operation, trito
                 assert all(map(same_bits, gradients, kept))
 
 
-@each(DIFFERENTIABLE)
+@each(DIFFERENTIABLE, shared=True)
 def test_backward_twice_gives_the_same_and_writes_nothing(operation, triton_backend, device) -> None:
     """Neither an input nor a result; without grad mode there is no graph."""
     tensors, _ = leaves_of(operation, Spec((3, 20), torch.bfloat16, device=device))
@@ -80,7 +91,18 @@ def test_backward_twice_gives_the_same_and_writes_nothing(operation, triton_back
         assert all(root.grad_fn is None for root in roots_of(operation, tensors))
 
 
-@each([it for it in DIFFERENTIABLE if not it.options.get("free_bits")])
+@each([it for it in DIFFERENTIABLE if len(set(it.gradients) - {"kl"}) > 1], shared=True)
+def test_one_tensor_for_several_arguments(operation, triton_backend, device) -> None:
+    """Its gradient is the sum of theirs."""
+    (x, *others), options = leaves_of(operation, Spec((3, 20), device=device))
+    same = [name for name in operation.gradients if name != "kl"]
+    tensors = [x if name in same else t.detach() for name, t in zip(operation.arguments, (x, *others), strict=True)]
+    results, upstream = run(operation, tuple(tensors), **options)
+    (gradient,) = torch.autograd.grad(operation(F, *tensors, **options), x, list(upstream.values()))
+    assert torch.equal(gradient, sum(results[f"{name}_grad"] for name in same))
+
+
+@each([it for it in DIFFERENTIABLE if not it.options.get("free_bits")], shared=True)
 def test_the_results_may_be_modified_in_place(operation, triton_backend, device) -> None:
     """Not those of free bits, of which backward needs the divergence: there it is an error of torch."""
     tensors, options = leaves_of(operation, Spec((3, 20), device=device))
@@ -95,7 +117,7 @@ def test_the_results_may_be_modified_in_place(operation, triton_backend, device)
     assert all(map(same_bits, gradients, wanted))
 
 
-@each([it for it in DIFFERENTIABLE if len(it.outputs) > 1])
+@each([it for it in DIFFERENTIABLE if len(it.outputs) > 1], shared=True)
 def test_gradients_of_some_of_the_outputs(operation, triton_backend, device) -> None:
     """Every subset; and an argument that no upstream gradient reaches has none."""
     spec = Spec((3, 5), device=device)
@@ -118,7 +140,9 @@ def test_gradients_of_some_of_the_outputs(operation, triton_backend, device) -> 
 
 @each(DRAWING)
 def test_backward_makes_the_noise_of_forward_again(operation, triton_backend, device) -> None:
-    """Gradients, also differentiable ones, are those of the noise that was drawn; the next call draws other noise."""
+    """Gradients, also differentiable ones and those of torch.func, are those of the noise that was drawn; the next call
+    draws other noise.
+    """
     tensors, _ = leaves_of(operation, Spec((3, 4, 5), device=device))
     generator = torch.Generator(device)
     zeros = [torch.zeros_like(tensor).detach() for tensor in tensors]
@@ -132,6 +156,13 @@ def test_backward_makes_the_noise_of_forward_again(operation, triton_backend, de
         results = dict(zip(operation.outputs, roots, strict=True))
         results |= {f"{name}_grad": grad for name, grad in zip(operation.gradients, gradients, strict=True)}
         check_results(results, oracle(operation, tuple(tensors), upstream, eps=drawn))
+
+    def loss(*tensors: Tensor) -> Tensor:
+        roots = roots_of(operation, list(tensors), generator=generator.manual_seed(3))
+        return sum((root * upstream[name]).sum() for name, root in zip(operation.outputs, roots, strict=True))
+
+    transformed = torch.func.grad(loss, argnums=tuple(range(len(tensors))))(*[t.detach() for t in tensors])
+    assert all(map(torch.equal, transformed, gradients))
 
 
 # ----------------------------------------------------------------------------------------- backward that is transformed
@@ -161,7 +192,7 @@ def in_double(call: Given) -> Given:
     return wide, {name: in_float64(value) for name, value in options.items()}
 
 
-@each(DIFFERENTIABLE)
+@each(DIFFERENTIABLE, shared=True)
 def test_gradient_penalty(operation, triton_backend, device) -> None:
     """Double backward: its RMS error, of 32 samples or over 32 seeds, is at most twice that of the reference in
     float32.
@@ -182,8 +213,21 @@ def test_gradient_penalty(operation, triton_backend, device) -> None:
             assert error <= 2 * allowed, f"{reduction}, result {i}"
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0)], ids=str)
+@each(DIFFERENTIABLE, shared=True)
+def test_empty_twice_differentiable(operation, shape, device) -> None:
+    for options in reductions(operation):
+        tensors, eps = leaves_of(operation, Spec(shape, device=device))
+        with fastvae.use_backend("triton"):
+            roots = roots_of(operation, tensors, **options, **eps)
+            gradients = torch.autograd.grad(
+                [root.sum() for root in roots], needed(tensors), create_graph=True, materialize_grads=True
+            )
+        assert [gradient.shape for gradient in gradients] == [tensor.shape for tensor in needed(tensors)]
+
+
 @pytest.mark.parametrize("dtype", FLOATS[:2], ids=str)
-@each(DIFFERENTIABLE)
+@each(DIFFERENTIABLE, shared=True)
 def test_func_grad_and_batched_gradients(operation, dtype, triton_backend, device) -> None:
     """The gradients of torch.func.grad, and of several upstream gradients at once, are those of one by one."""
     tensors, options = leaves_of(operation, Spec((4, 9), dtype, device=device))
@@ -205,7 +249,7 @@ def test_func_grad_and_batched_gradients(operation, dtype, triton_backend, devic
     )
 
 
-@each(DIFFERENTIABLE)
+@each(DIFFERENTIABLE, shared=True)
 def test_vmap_is_refused_in_a_sentence(operation, device) -> None:
     tensors = [torch.stack((t, t)).detach() for t in operation.inputs(Spec((3, 4), device=device))]
     function = operation.function.replace("sigmoid_mse_loss", "negative_log_likelihood")  # which it calls
@@ -216,7 +260,13 @@ def test_vmap_is_refused_in_a_sentence(operation, device) -> None:
         torch.vmap(lambda *tensors: operation(F, *tensors), randomness="different")(*tensors)
 
 
-@each([it for it in EVERY if it.backward is None])
+@each([it for it in EVERY if it.backward is None], shared=True)
+def test_what_has_its_gradient_has_no_graph(operation, triton_backend, device) -> None:
+    tensors = [t.detach().requires_grad_() for t in operation.inputs(Spec((3, 4), device=device))]
+    assert not any(output.requires_grad for output in operation(F, *tensors))
+
+
+@each([it for it in EVERY if it.backward is None], shared=True)
 def test_what_has_its_gradient_is_not_transformed(operation, device) -> None:
     first, *others = operation.inputs(Spec((3, 4), device=device))
     with launching_nothing(), pytest.raises(NotImplementedError, match=f"{operation.function} does not run under"):
@@ -226,18 +276,29 @@ def test_what_has_its_gradient_is_not_transformed(operation, device) -> None:
 # --------------------------------------------------------------------------------------------------------------- dtypes
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@each(DOCUMENTED)
-def test_autocast_changes_nothing(operation, dtype, triton_backend, device) -> None:
-    """Arithmetic in float32 whatever arrives."""
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
+@each(DOCUMENTED, shared=True)
+def test_autocast_changes_nothing(operation, dtype, device) -> None:
+    """Arithmetic in float32 whatever arrives, by the reference too, which leaves float64 as it is."""
     tensors, options = leaves_of(operation, Spec((3, 6), dtype, device=device))
-    expected, _ = run(operation, tuple(tensors), **options)
-    with torch.autocast(device.type, torch.bfloat16):
-        actual, _ = run(operation, tuple(tensors), **options)
-    assert all(same_bits(actual[name], expected[name]) for name in expected)
+
+    def fused() -> list[Tensor]:
+        return list(run(operation, tuple(tensors), **options)[0].values())
+
+    def reference() -> list[Tensor]:  # without gradients, because torch's own of torch.chunk fails under autocast
+        with fastvae.use_backend("reference"):
+            return list(operation(F, *tensors, **options))
+
+    for results in (reference,) if dtype is torch.float64 else (fused, reference):
+        with fastvae.use_backend("triton"):
+            expected = results()
+            with torch.autocast(device.type, torch.bfloat16):
+                assert all(map(same_bits, results(), expected))
+    tensors = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+    assert all(wide.to(of.dtype).equal(of) for wide, of in zip(reference(), expected, strict=True))
 
 
-@each(DOCUMENTED)
+@each(DOCUMENTED, shared=True)
 def test_float64_is_refused_or_computed_by_the_reference(operation, device) -> None:
     """A single float64 among the tensors is enough, so that nothing is rounded unasked."""
     tensors, options = leaves_of(operation, Spec((3, 6), device=device))
@@ -253,6 +314,8 @@ def test_float64_is_refused_or_computed_by_the_reference(operation, device) -> N
             with fastvae.use_backend("auto"):
                 values = dict(zip(operation.outputs, operation(F, *mixed, **options), strict=True))
             assert all(value.dtype is torch.float64 for name, value in values.items() if not name.endswith("_grad"))
+            with fastvae.use_backend("reference"):
+                assert all(map(torch.equal, values.values(), operation(F, *mixed, **options)))
         if options:
             with pytest.raises(RuntimeError, match="float64"):
                 operation(F, *tensors, eps=options["eps"].double())
@@ -306,6 +369,7 @@ def wrong_kl(name: str, first: str, tensor: Tensor) -> list[Wrong]:
         (tensor.long(), TypeError, "kl must be a floating-point tensor, got torch.int64"),
         (tensor.sum(), ValueError, f"{expected} []"),
         (tensor[1:], ValueError, f"{expected} [{len(tensor) - 1}]"),
+        (tensor.to_sparse(), TypeError, "kl must be a dense tensor, got layout torch.sparse_coo"),
         (tensor.to("meta"), ValueError, f"kl must be on the device of {first}, {tensor.device}, got meta"),
     ]
 
@@ -330,7 +394,7 @@ WRONG: dict[str, Callable[[str, str, Tensor], list[Wrong]]] = {
 }  # fmt: skip
 
 
-@each(DOCUMENTED + [it for it in EVERY if "eps" in it.arguments])
+@each(DOCUMENTED + [it for it in EVERY if "eps" in it.arguments], shared=True)
 def test_wrong_arguments_are_refused_before_any_launch(operation, device) -> None:
     """Each argument alone, with the whole message."""
     spec = Spec((4, 6), device=device)

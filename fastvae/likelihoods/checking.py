@@ -27,7 +27,7 @@ class Exact(NamedTuple):
 
         To first order |f| + sum_i |x_i df/dx_i|: in a stable computation an intermediate error does no more than an
         error of the result and of the inputs. The second order is added, because the first vanishes for a square near
-        0. An infinity is not moved.
+        0. Infinities and NaN are not moved.
         """
         return self.first[k] + roundings * 2.0**-24 * self.second[k]
 
@@ -43,7 +43,7 @@ def exact(likelihood: Likelihood, tensors: Sequence[Tensor]) -> Exact:
         )
     slopes = derivatives(value, inputs)
     results = [value, *slopes[: len(tensors) if likelihood.target_has_slope else -1]]
-    sizes = [torch.where(x.isinf(), 0.0, x.detach().abs()) for x in inputs]
+    sizes = [torch.where(x.isfinite(), x.detach().abs(), 0.0) for x in inputs]
     first, second = [], []
     for result in results:
         moved = derivatives(result, inputs)
@@ -54,7 +54,7 @@ def exact(likelihood: Likelihood, tensors: Sequence[Tensor]) -> Exact:
 
 
 def _weighted(sizes: Sequence[Tensor], slopes: Sequence[Tensor]) -> Tensor:
-    # A slope at an infinity, of size 0 here, may be infinite or NaN.
+    # A slope at an infinity or NaN, of size 0 here, may be infinite or NaN.
     terms = [torch.where(size == 0, 0.0, size * d.detach().abs()) for size, d in zip(sizes, slopes, strict=True)]
     return torch.stack(terms).sum(0)
 
