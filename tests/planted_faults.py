@@ -168,17 +168,17 @@ FAULTS = (
         "test_terms_of_other_settings and Discretized", CONTINUOUS,
     ),
     Fault(
-        "a target that lies otherwise is not copied", "kernels/likelihood.py",
+        "a target that lies otherwise is not copied", "kernels/layout.py",
         "    if not has_strides(target, (target.stride(0), *first.stride()[1:])) or target.is_neg():\n",
         "    if target.is_neg():\n",
         f"test_layouts and {NLL} and transposed",
     ),
     Fault(
-        "a minus that is not in memory", "kernels/likelihood.py", " or target.is_neg():", ":",
+        "a minus that is not in memory", "kernels/layout.py", " or target.is_neg():", ":",
         f"test_a_minus and {NLL} and last",
     ),
     Fault(
-        "the mean over an empty batch", "kernels/likelihood.py", 'value.fill_(float("nan"))', "value.fill_(0.0)",
+        "the mean over an empty batch", "kernels/elbo.py", 'value.fill_(float("nan"))', "value.fill_(0.0)",
         "test_empty and elbo_loss_Bernoulli-",
     ),
     # The posterior
@@ -225,9 +225,9 @@ FAULTS = (
     ),
     # Gradients that are missing, given twice, or not to be had
     Fault(
-        "an upstream gradient that is missing is 0 times infinity", "kernels/gaussian.py",
-        "        kl_grad = None if kl_grad is None else kl_grad.resolve_neg()\n",
-        "        kl_grad = torch.zeros((), device=mu.device) if kl_grad is None else kl_grad.resolve_neg()\n",
+        "an upstream gradient that is missing is 0 times infinity", "kernels/posterior.py",
+        "    kl_grad = None if kl_grad is None else kl_grad.resolve_neg()\n",
+        "    kl_grad = torch.zeros((), device=mu.device) if kl_grad is None else kl_grad.resolve_neg()\n",
         "test_extreme_values and gaussian_sample_kl- and float32",
     ),
     Fault(
@@ -244,7 +244,7 @@ FAULTS = (
         "test_one_tensor and LearnedGaussian", AUTOGRAD,
     ),
     Fault(
-        "the results are parts of one tensor", "kernels/likelihood.py",
+        "the results are parts of one tensor", "kernels/elbo.py",
         "    return new_empty([], dtype=torch.float32), new_empty([], dtype=torch.float32), "
         "new_empty([], dtype=torch.float32)\n",
         "    return new_empty([3], dtype=torch.float32).unbind()\n",
@@ -256,13 +256,13 @@ FAULTS = (
         "test_upstream_gradients_of_any_layout and sigmoid_mse_loss- and transposed",
     ),
     Fault(
-        "the gradient of z is taken to lie as z does", "kernels/gaussian.py",
+        "the gradient of z is taken to lie as z does", "kernels/posterior.py",
         "None if z_grad is None else with_strides(z_grad, layout.strides)", "z_grad",
         "test_upstream_gradients_of_any_layout and gaussian_sample- and transposed",
     ),
     Fault(
-        "the gradient of dimensions is taken to lie as they do", "kernels/dimensions.py",
-        "kl_grad if one_number else with_strides(kl_grad, layout.strides[1:])", "kl_grad",
+        "the gradient of dimensions is taken to lie as they do", "kernels/posterior.py",
+        "with_strides(kl_grad, layout.strides[1:]) if per_column else kl_grad", "kl_grad",
         "test_upstream_gradients_of_any_layout and gaussian_kl_free_bits and transposed",
     ),
     Fault(
@@ -305,11 +305,11 @@ FAULTS = (
         "test_any_tile and gaussian_sample-",
     ),
     Fault(
-        "packed moments are taken to begin their memory", "kernels/moments.py", "packed.storage_offset() + ", "",
+        "packed moments are taken to begin their memory", "kernels/posterior.py", "packed.storage_offset() + ", "",
         "test_layouts and gaussian_sample_kl_packed- and sliced_batch",
     ),
     Fault(
-        "the order of packed moments is that of the whole", "kernels/moments.py",
+        "the order of packed moments is that of the whole", "kernels/posterior.py",
         "stride // 2 if stride > strides[dim] else stride", "stride",
         "test_layouts and gaussian_sample_kl_packed- and channels_last",
     ),

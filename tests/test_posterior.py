@@ -17,8 +17,8 @@ from bounds import assert_within
 from conftest import plan_anew
 from contract import EVERY, FLOATS, check, launching_nothing, noise
 from fastvae import nn, reference
-from fastvae.kernels import dimensions
-from fastvae.kernels.dimensions import cut_columns
+from fastvae.kernels import posterior
+from fastvae.kernels.posterior import cut_columns
 from fastvae.operations import REDUCTIONS, Spec, named
 from layouts import same_bits
 
@@ -102,7 +102,7 @@ def test_every_cut_gives_the_same(most, blocks, device, triton_backend, monkeypa
     usual, _ = F.gaussian_sample_kl(*tensors, **options)
     # So that a small problem is cut as a large one is.
     plan_anew(monkeypatch)
-    monkeypatch.setattr(dimensions, "_MOST_PARTIAL_SUMS", most)
+    monkeypatch.setattr(posterior, "_MOST_PARTIAL_SUMS", most)
     assert cut_columns(70, 130, 4)[1] == blocks
     check(SAMPLE_KL, tensors, **options)
     assert same_bits(F.gaussian_sample_kl(*tensors, **options)[0], usual)
