@@ -38,6 +38,7 @@ from contract import (
 )
 from fastvae.kernels import INTERPRETED, tiles
 from fastvae.kernels import launch as launching
+from fastvae.likelihoods import NegativeBinomial, ZeroInflatedNegativeBinomial
 from fastvae.operations import Operation, Spec, kernel_names, operations
 from layouts import LAYOUTS, same_bits, strided
 from oracle import oracle
@@ -174,6 +175,18 @@ EXTREMES = {
     "kl": (1.0, *INFINITIES),
 }
 PARAMETER = (0.0, 1e4, -1e4, *INFINITIES)
+# Their mean and dispersion are positive. Where one of them is infinite, the value is NaN or infinite.
+COUNTS = {
+    "mean": (0.0, 1e-6, 1.0, 1e4, math.nan),
+    "dispersion": (1e-6, 0.5, 1e4, math.nan),
+    "zero_logits": (0.0, 40.0, -40.0, 1e4, -1e4, math.nan),
+    "target": (0.0, 1.0, 7.0, 1e4, math.nan),
+}
+
+
+def extremes(operation: Operation, name: str) -> tuple[float, ...]:
+    counts = isinstance(operation.likelihood, NegativeBinomial | ZeroInflatedNegativeBinomial) and name != "kl"
+    return COUNTS[name] if counts else EXTREMES.get(name, PARAMETER)
 
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # numpy's, of the interpreter
@@ -183,7 +196,7 @@ def test_extreme_values(operation, dtype, triton_backend, device) -> None:
     """Every combination is a sample, or a dimension, of its own."""
     packed = operation.arguments == ("moments",)
     names = ["mu", "logvar"] if packed else operation.arguments
-    pairs = list(itertools.product(*(EXTREMES.get(name, PARAMETER) for name in names)))
+    pairs = list(itertools.product(*(extremes(operation, name) for name in names)))
     columns = list(torch.tensor(pairs, device=device).to(dtype).T[..., None])
     tensors = [torch.cat(columns, 1)] if packed else columns
     options: dict[str, Any] = {}
@@ -207,7 +220,7 @@ def test_extreme_values_of_one_argument(operation, dtype, triton_backend, device
     """Of a sum over all samples: a call for each of them, because one would hide behind another."""
     ordinary = operation.inputs(Spec((1, 1), dtype, device=device))
     for i, (name, tensor) in enumerate(zip(operation.arguments, ordinary, strict=True)):
-        for value in EXTREMES.get(name, PARAMETER):
+        for value in extremes(operation, name):
             changed = torch.full_like(tensor.detach(), value)
             check(operation, (*ordinary[:i], changed, *ordinary[i + 1 :]))
 

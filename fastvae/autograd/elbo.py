@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvae.autograd.likelihood import differentiable_gradients
 from fastvae.autograd.registration import apply, is_differentiated, is_traced, refuse_vmap, register
 from fastvae.kernels import elbo as kernels
 from fastvae.kernels.layout import empty_gradients
 from fastvae.likelihoods.likelihood import Likelihood, from_key
+from fastvae.reference.likelihood import differentiable_gradients
 
 _operations = torch.ops.fastvae
 

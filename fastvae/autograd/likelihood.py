@@ -16,7 +16,7 @@ from fastvae.autograd.registration import apply, is_differentiated, is_traced, r
 from fastvae.kernels import likelihood as kernels
 from fastvae.kernels.layout import empty_gradients, event_size
 from fastvae.likelihoods.likelihood import Likelihood, from_key
-from fastvae.reference.likelihood import in_precision
+from fastvae.reference.likelihood import differentiable_gradients
 
 _operations = torch.ops.fastvae
 
@@ -38,24 +38,6 @@ register(
     lambda key, *others: kernels.negative_log_likelihood_backward(from_key(key), *others),
     _fake_backward,
 )
-
-
-def differentiable_gradients(
-    likelihood: Likelihood, tensors: Sequence[Tensor], needed: Sequence[bool], element_grad: Tensor
-) -> list[Tensor | None]:
-    """The gradients of the tensors in plain PyTorch, given the gradient of each element's value; None where none is
-    needed.
-    """
-
-    def formula(*wanted: Tensor) -> Tensor:
-        each = iter(wanted)
-        *parameters, target = [next(each) if need else x for x, need in zip(tensors, needed, strict=True)]
-        return likelihood.formula(*in_precision(tuple(parameters), target, likelihood))
-
-    transformed: Any = torch.func.vjp(formula, *kernels.needed_of(tensors, needed))
-    value, backward = transformed
-    gradients = iter(backward(element_grad.to(value.dtype).expand(value.shape)))
-    return [next(gradients) if need else None for need in needed]
 
 
 class NegativeLogLikelihood(torch.autograd.Function):

@@ -13,7 +13,7 @@ from torch import Tensor
 import fastvae.functional as F
 from fastvae.evaluation.batches import batches, measuring, seeded_generator
 from fastvae.models import VAE
-from fastvae.reference.likelihood import in_precision
+from fastvae.reference.precision import in_precision
 
 
 class Evaluation(NamedTuple):

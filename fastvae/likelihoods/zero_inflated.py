@@ -86,6 +86,19 @@ class ZeroInflatedNegativeBinomial(Likelihood):
         value = torch.where(zero, of_zero, softplus(l) + n)
         return value if self.constant else value - log_factorial(target)
 
+    def slopes(
+        self, mean: Tensor, dispersion: Tensor, zero_logits: Tensor, target: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        n = dispersion * torch.log1p(mean / (dispersion + self.eps))  # at t = 0
+        not_inflated, nonzero = torch.sigmoid(-zero_logits), target.clamp(0, 1).ceil()
+        share = torch.sigmoid(-zero_logits - n)  # of the negative binomial in the probability of 0
+        of_zero = not_inflated * torch.expm1(-n) * torch.sigmoid(zero_logits + n)
+        by_logits = torch.lerp(of_zero, torch.sigmoid(zero_logits), nonzero)
+        factor = torch.lerp(share, torch.ones_like(share), nonzero)
+        by_mean = reference.slope_by_mean(mean, dispersion, target, self.eps)
+        by_dispersion = reference.slope_by_dispersion(mean, dispersion, target, self.eps)
+        return factor * by_mean, factor * by_dispersion, by_logits
+
     def mean(self, mean: Tensor, dispersion: Tensor, zero_logits: Tensor) -> Tensor:
         return mean * torch.sigmoid(-zero_logits)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import fastvae.functional as F
 from fastvae.functional.checks import check_is_likelihood
 from fastvae.likelihoods import Likelihood, SigmoidMSE
-from fastvae.reference.likelihood import Parameters
+from fastvae.reference.precision import Parameters
 
 
 class VAEOutput(NamedTuple):

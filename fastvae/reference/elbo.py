@@ -13,8 +13,9 @@ from torch import Tensor
 
 from fastvae.likelihoods.likelihood import Likelihood
 from fastvae.likelihoods.sigmoid_mse import SigmoidMSE
-from fastvae.reference.likelihood import Parameters, in_precision, negative_log_likelihood
-from fastvae.reference.precision import in_float32, widened
+from fastvae.reference import blocks
+from fastvae.reference.likelihood import negative_log_likelihood
+from fastvae.reference.precision import Parameters, in_float32, in_precision, widened
 
 
 class ELBO(NamedTuple):
@@ -65,10 +66,15 @@ def elbo_value_and_grad(
         weight = likelihood.reconstruction_weight if reconstruction_weight is None else widened(reconstruction_weight)
         grad_scale = 1.0 if grad_scale is None else widened(grad_scale)
         scale = grad_scale / kl.shape[0] if kl.shape[0] else 0.0
-        slopes = likelihood.slopes(*in_precision(parameters, target, likelihood))
         each = (parameters,) if isinstance(parameters, Tensor) else parameters
-        gradients = tuple(
-            (weight * scale * slope).sum_to_size(x.shape).to(x.dtype) for slope, x in zip(slopes, each, strict=True)
-        )
-        kl_grad = torch.ones(kl.shape, dtype=slopes[0].dtype, device=kl.device) * widened(beta) * scale
+        rows = blocks.rows_of_a_block((*each, target))
+        if rows is not None:
+            found = blocks.gradients(likelihood, (*each, target), [True] * len(each), weight * scale, rows)
+            gradients = tuple(gradient for gradient in found if gradient is not None)
+        else:
+            slopes = likelihood.slopes(*in_precision(parameters, target, likelihood))
+            gradients = tuple(
+                (weight * scale * slope).sum_to_size(x.shape).to(x.dtype) for slope, x in zip(slopes, each, strict=True)
+            )
+        kl_grad = torch.ones(kl.shape, dtype=values.loss.dtype, device=kl.device) * widened(beta) * scale
         return values, (gradients[0] if isinstance(parameters, Tensor) else gradients, kl_grad.to(kl.dtype))

@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastvae.likelihoods.likelihood import Likelihood
+
+Parameters = Tensor | tuple[Tensor, ...]
+
 
 def in_float32(tensor: Tensor) -> Tensor:
     """The tensor in the precision of the arithmetic: float64 stays, everything else becomes float32."""
@@ -14,6 +18,12 @@ def in_float32(tensor: Tensor) -> Tensor:
 def pixels(target: Tensor) -> Tensor:
     """The target of a likelihood in the precision of the arithmetic: bytes become t / 255."""
     return target.float() / 255 if target.dtype is torch.uint8 else in_float32(target)
+
+
+def in_precision(parameters: Parameters, target: Tensor, likelihood: Likelihood) -> list[Tensor]:
+    """The parameters and the target in float32 (float64 stays); a "unit" target of bytes becomes t / 255."""
+    each = (parameters,) if isinstance(parameters, Tensor) else parameters
+    return [*map(in_float32, each), pixels(target) if likelihood.target == "unit" else in_float32(target)]
 
 
 def widened(weight: float | Tensor) -> float | Tensor:

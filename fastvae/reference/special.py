@@ -213,9 +213,19 @@ def divided_difference(coefficients: Sequence[float], a: Tensor, b: Tensor) -> T
     Horner's rule gives p(a), and applied to its own steps, but at b, the quotient. Where `a` is smaller than `b`, as
     for one number per column, half of it costs nothing.
     """
-    constants = [torch.full((), c, dtype=a.dtype, device=a.device) for c in reversed(coefficients)]
-    outer = inner = constants[0]
-    for constant in constants[1:]:
-        outer = torch.addcmul(constant, outer, a)
-        inner = torch.addcmul(outer, inner, b)
+    # Not by addcmul, which on a CPU takes longer than a product and a sum.
+    outer: float | Tensor = coefficients[-1]
+    inner: float | Tensor = coefficients[-1]
+    for coefficient in coefficients[-2::-1]:
+        outer = outer * a + coefficient
+        inner = inner * b + outer
+    assert isinstance(inner, Tensor)
     return inner
+
+
+def polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
+    """With these coefficients from the constant part on."""
+    result = coefficients[-1] * x + coefficients[-2]
+    for coefficient in coefficients[-3::-1]:
+        result = result * x + coefficient
+    return result
