@@ -26,11 +26,11 @@ class Points(NamedTuple):
 BOUNDS = {
     "gamma difference": (4, 10.5, 4),  # 3.6, 9.9, 3.3
     "digamma difference": (6, 11, 6),  # 5.3, 10.1, 4.9
-    "gamma remainder": (7.5, 17, 15),  # 7.0, 15.7, 12.6
-    "digamma remainder": (9, 20, 10),  # 8.3, 18.6, 8.6
+    "gamma remainder": (7.5, 17, 18.5),  # 7.0, 15.7, 17.4
+    "digamma remainder": (9, 20, 11.5),  # 8.3, 18.6, 10.8
     "trigamma difference": (math.nan, math.nan, 10),  # 8.6
     "log factorial": (6, 11.5, 6),  # 5.6, 10.9, 5.0
-    "factorial remainder": (6, 11.5, 6),  # 5.7, 10.6, 5
+    "factorial remainder": (6, 11.5, 6),  # 5.7, 10.6, 5.7
     "log1p": (3, 7, math.nan),  # 2.7, 6.6
     "log1p minus": (5, 20, math.nan),  # 3.5, 15.4 at the points below
     "softplus": (4, 7, 3),  # 3.5, 6.1, 2.0
