@@ -8,21 +8,6 @@ from .numerics import log, reciprocal
 
 
 @triton.jit
-def log1p_minus(x):
-    """log(1 + x) - x for |x| < 1/2, within 4 * 2^-24 of it.
-
-    With s = x / (2 + x), log(1 + x) = 2 atanh(s) = 2 (s + s^3 / 3 + ...), and 2 s - x = -x s. The series of odd powers
-    is minimax of degree 3 in s^2, within 1.5e-7 of 1/3, which is x / 2 times as much of the result.
-    """
-    s = x / (2.0 + x)
-    z = s * s
-    p = tl.fma(z, 0.1342574901, 0.141183099)
-    p = tl.fma(z, p, 0.2000378032)
-    p = tl.fma(z, p, 0.3333332017)
-    return s * tl.fma(2.0 * z, p, -x)
-
-
-@triton.jit
 def negative_binomial(mean, dispersion, t, EPS: tl.constexpr, FAST: tl.constexpr):
     """(value, (slope by the mean, slope by the dispersion)) of -log p(t)."""
     d, c = dispersion, 1.0625
@@ -39,13 +24,15 @@ def negative_binomial(mean, dispersion, t, EPS: tl.constexpr, FAST: tl.constexpr
     # The logarithm of total (d + c) / (e upper) = 1 + x.
     x = tl.fma(d, mean - s, c * mean - EPS * s) * by_e * b
     near = tl.abs(x) < 0.5
-    bent = log1p_minus(x)
+    bent = special.log1p_minus(x, FAST)
     far = log(total * b * ((d + c) * by_e), FAST)
     value = d * tl.where(near, x + bent, far)
 
     # That of total (t + c) / (upper m), times t.
     x_of_t = tl.fma(d, t - m + c, tl.where(whole, m, 0.0)) * b * by_m
-    of_t = tl.where(tl.abs(x_of_t) < 0.5, x_of_t + log1p_minus(x_of_t), log(total * b * ((t + c) * by_m), FAST))
+    of_t = tl.where(
+        tl.abs(x_of_t) < 0.5, x_of_t + special.log1p_minus(x_of_t, FAST), log(total * b * ((t + c) * by_m), FAST)
+    )
     u = reciprocal(t + c, FAST)
     rest = tl.fma(u, 0.000105980075723, 0.000313697614544)
     rest = tl.fma(u, rest, -0.00280814476002)

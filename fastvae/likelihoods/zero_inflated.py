@@ -36,7 +36,7 @@ def term(parameters, target, SETTINGS: tl.constexpr, FAST: tl.constexpr):
     rise = -numerics.expm1(-n, exp_n)
     w = not_inflated * rise
     of_zero = tl.minimum(-logits, n, propagate_nan=tl.PropagateNan.ALL) + numerics.log1p(tail)
-    of_zero = tl.where(w < 0.5, w - counts.log1p_minus(-w), of_zero - numerics.log1p(other_tail))
+    of_zero = tl.where(w < 0.5, w - special.log1p_minus(-w, FAST), of_zero - numerics.log1p(other_tail))
     share = numerics.reciprocal(1.0 + other_tail, FAST)  # of the negative binomial in the probability of 0
     inflated_share = tl.where(logits + n >= 0, share, other_tail * share)
     share = tl.where(logits + n >= 0, other_tail * share, share)

@@ -17,13 +17,6 @@ with polynomials p and q that have no constant part. So
 with 1 + v = prod_k (1 + t / (d + k)), k = 0 ... n - 1. The difference of a polynomial is (a - b) p[a, b] with
 a - b = t a b; Horner's rule, applied to its own steps, evaluates p[a, b]. So every part has the factor t, and no two
 large parts cancel.
-
-A likelihood of counts is a small difference of large parts: log 1000! is 5912, and the negative log-likelihood of a
-count of 1000 about 7. The large parts are those of L(x) = x log x - x, by which it is made by hand, and of the rest by
-the remainders here. With log1p(t / d) = log1p(t a) + log1p(k) and k = c t b / d, L leaves of the above
-
-    (n - 1/2) log1p(t a) - d log1p(k) + t log1p(c / (t + d)) - (p(a) - p(b)) - log(1 + v)
-    -log1p(k) - (q(a) - q(b)) + sum_k t / ((d + k) (t + d + k))
 """
 
 from __future__ import annotations
@@ -69,30 +62,6 @@ APPROXIMATIONS = {
 }
 
 
-# In units of |psi(x) - log x| and psi'(x) - 1 / x, within 0.33 and 1.42 * 2^-24.
-APPROXIMATIONS_OF_REMAINDERS = APPROXIMATIONS | {
-    torch.float32: Approximation(
-        1,
-        1.25,
-        (
-            2.3958316445350647e-01,
-            3.9060235023498535e-02,
-            5.402330309152603e-03,
-            -4.763321776408702e-04,
-            7.743629394099116e-04,
-        ),
-        (
-            -0.75,
-            -2.3958255350589752e-01,
-            -7.812417298555374e-02,
-            -1.6199465841054916e-02,
-            1.9021315965801477e-03,
-            -3.874493297189474e-03,
-        ),
-    ),
-}
-
-
 def softplus(x: Tensor) -> Tensor:
     """log(1 + e^x), whose slope is torch.sigmoid(x)."""
     return torch.nn.functional.softplus(x, threshold=40)  # below it torch would drop e^-x, up to 2e-9
@@ -108,22 +77,18 @@ def log1mexp(x: Tensor) -> Tensor:
 
 def gamma_difference(t: Tensor, d: Tensor) -> Tensor:
     """log Gamma(t + d) - log Gamma(d) for t >= 0 and d > 0, which may broadcast."""
-    return _of_gamma(t, d, False, 0)
+    t, d = _together(t, d)
+    if _needs_gradient(t, d):
+        return _differentiable(t, d)[0]
+    return _value(t, d, _shared(t, d))
 
 
 def digamma_difference(t: Tensor, d: Tensor) -> Tensor:
     """psi(t + d) - psi(d), the derivative of `gamma_difference` by d."""
-    return _of_gamma(t, d, False, 1)
-
-
-def gamma_remainder(t: Tensor, d: Tensor) -> Tensor:
-    """`gamma_difference` less L(t + d) - L(d), with L(x) = x log x - x. It is negative."""
-    return _of_gamma(t, d, True, 0)
-
-
-def digamma_remainder(t: Tensor, d: Tensor) -> Tensor:
-    """`digamma_difference` less log(1 + t / d), the derivative of `gamma_remainder` by d. It is positive."""
-    return _of_gamma(t, d, True, 1)
+    t, d = _together(t, d)
+    if _needs_gradient(t, d):
+        return _differentiable(t, d)[1]
+    return _slope(t, d, _shared(t, d))
 
 
 def log_factorial(t: Tensor) -> Tensor:
@@ -134,20 +99,6 @@ def log_factorial(t: Tensor) -> Tensor:
     (t,) = _together(t)
     y = t + 1
     return torch.lgamma(y).sub_((y - 1).sub_(t).mul_(t.clamp(max=1).sub_(0.5772156649015329)))
-
-
-def factorial_remainder(t: Tensor) -> Tensor:
-    """log t! - (t log t - t): `log_factorial` of a large count without its large part."""
-    (t,) = _together(t)
-    table = APPROXIMATIONS_OF_REMAINDERS[t.dtype]
-    # `gamma_remainder` for d to 0, without the first step of the recurrence, which would be infinite.
-    positive = t.clamp(min=1e-30)
-    a, b = torch.full((), 1 / table.offset, dtype=t.dtype, device=t.device), 1 / (t + table.offset)
-    value = t * torch.log1p(table.offset / positive) + (table.steps - 0.5) * torch.log1p(t * a)
-    value = torch.addcmul(value, t * a * b, divided_difference(table.value, a, b), value=-1)
-    for k in range(1, table.steps):
-        value = value - torch.log1p(t / k)
-    return value
 
 
 def _together(*tensors: Tensor) -> list[Tensor]:
@@ -162,43 +113,37 @@ def _needs_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def _of_gamma(t: Tensor, d: Tensor, remainder: bool, order: int) -> Tensor:
-    t, d = _together(t, d)
-    if _needs_gradient(t, d):
-        both: tuple[Tensor, Tensor] = _GammaDifferences.apply(t, d, remainder)  # type: ignore[no-untyped-call]
-        return both[order]
-    return (_slope if order else _value)(t, d, _shared(t, d, remainder))
-
-
 class _GammaDifferences(torch.autograd.Function):
-    """Both differences or remainders. The second is the derivative of the first by d, and is kept for it."""
+    """Both differences. The second is the derivative of the first by d, and is kept for it."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(t: Tensor, d: Tensor, remainder: bool) -> tuple[Tensor, Tensor]:
-        shared = _shared(t, d, remainder)
+    def forward(t: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+        shared = _shared(t, d)
         return _value(t, d, shared), _slope(t, d, shared)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: tuple[Tensor, Tensor]) -> None:
-        t, d, ctx.remainder = inputs
-        ctx.save_for_backward(t, d, output[1])
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs, output[1])
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         t, d, slope = ctx.saved_tensors
         t_grads, d_grads = [], []
         for order, grad in enumerate(grads):
             if grad is not None and ctx.needs_input_grad[0]:
-                y = t + d
-                leading = (1 / y if order else torch.log(y)) if ctx.remainder else 0.0
-                t_grads.append(grad * (torch.polygamma(order, y) - leading))
+                t_grads.append(grad * torch.polygamma(order, t + d))
             if grad is not None and ctx.needs_input_grad[1]:
                 # As an output of this function the slope is differentiable itself.
-                d_grads.append(grad * (_bend(t, d, _shared(t, d, ctx.remainder)) if order else slope))
-        return _summed(t_grads, t), _summed(d_grads, d), None
+                d_grads.append(grad * (_trigamma_difference(t, d, _shared(t, d)) if order else slope))
+        return _summed(t_grads, t), _summed(d_grads, d)
+
+
+def _differentiable(t: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    differences: tuple[Tensor, Tensor] = _GammaDifferences.apply(t, d)  # type: ignore[no-untyped-call]
+    return differences
 
 
 def _summed(grads: list[Tensor], like: Tensor) -> Tensor | None:
@@ -218,29 +163,22 @@ class _Shared(NamedTuple):
     """a - b."""
     shift: Tensor
     """t / d."""
-    log_shift: Tensor | None
-    """log1p(k) of the remainders."""
 
 
-def _shared(t: Tensor, d: Tensor, remainder: bool) -> _Shared:
-    table = (APPROXIMATIONS_OF_REMAINDERS if remainder else APPROXIMATIONS)[d.dtype]
+def _shared(t: Tensor, d: Tensor) -> _Shared:
+    table = APPROXIMATIONS[d.dtype]
     y = t + d
     a = 1 / (d + table.offset)
     upper = y + table.offset
     b = 1 / upper
-    ratio, shift = t * a, t / d
-    log_shift = torch.log1p(shift * b * table.offset) if remainder else None
-    return _Shared(table, y, a, upper, b, torch.log1p(ratio), ratio * b, shift, log_shift)
+    ratio = t * a
+    return _Shared(table, y, a, upper, b, torch.log1p(ratio), ratio * b, t / d)
 
 
 def _value(t: Tensor, d: Tensor, shared: _Shared) -> Tensor:
     table = shared.table
-    if shared.log_shift is None:
-        value = torch.log(shared.upper).sub_(1).mul_(t)
-        value = torch.addcmul(value, shared.log_ratio, d + (table.steps - 0.5))
-    else:
-        value = torch.log1p(table.offset / shared.y).mul_(t).add_(shared.log_ratio, alpha=table.steps - 0.5)
-        value = torch.addcmul(value, shared.log_shift, d, value=-1)
+    value = torch.log(shared.upper).sub_(1).mul_(t)
+    value = torch.addcmul(value, shared.log_ratio, d + (table.steps - 0.5))
     value = torch.addcmul(value, shared.step, divided_difference(table.value, shared.a, shared.b), value=-1)
     product = shared.shift  # less 1
     for k in range(1, table.steps):
@@ -252,30 +190,21 @@ def _value(t: Tensor, d: Tensor, shared: _Shared) -> Tensor:
 def _slope(t: Tensor, d: Tensor, shared: _Shared) -> Tensor:
     table = shared.table
     divided = divided_difference(table.slope, shared.a, shared.b)
-    leading = shared.log_ratio if shared.log_shift is None else -shared.log_shift
-    slope = torch.addcmul(leading, shared.step, divided, value=-1)
+    slope = torch.addcmul(shared.log_ratio, shared.step, divided, value=-1)
     slope = torch.addcdiv(slope, shared.shift, shared.y)
     for k in range(1, table.steps):
         slope = slope + t / (d + k) / (shared.y + k)
     return slope
 
 
-def _bend(t: Tensor, d: Tensor, shared: _Shared) -> Tensor:
-    """psi'(t + d) - psi'(d), or what 1 / (t + d) - 1 / d leaves of it: `_slope` differentiated by d, where q(a) gives
-    -a^2 q'(a).
-    """
-    table = shared.table
-    derivative = (0.0, *[k * c for k, c in enumerate(table.slope, 1)])
-    divided = divided_difference(derivative, shared.a, shared.b)
-    if shared.log_shift is None:
-        bend = shared.step * (divided - 1)
-    else:
-        # 1 / d - 1 / (t + d) - (a - b)
-        bend = shared.step * (divided + table.offset * (shared.upper + d) / d / shared.y)
-    for k in range(table.steps):
+def _trigamma_difference(t: Tensor, d: Tensor, shared: _Shared) -> Tensor:
+    """psi'(t + d) - psi'(d): `_slope` differentiated by d, where q(a) gives -a^2 q'(a)."""
+    derivative = (0.0, *[k * c for k, c in enumerate(shared.table.slope, 1)])
+    trigamma = shared.step * (divided_difference(derivative, shared.a, shared.b) - 1)
+    for k in range(shared.table.steps):
         lower, upper = 1 / (d + k), 1 / (shared.y + k)
-        bend = bend - t * lower * upper * (lower + upper)
-    return bend
+        trigamma = trigamma - t * lower * upper * (lower + upper)
+    return trigamma
 
 
 def divided_difference(coefficients: Sequence[float], a: Tensor, b: Tensor) -> Tensor:
