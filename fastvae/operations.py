@@ -42,6 +42,8 @@ LIKELIHOODS = (
     NegativeBinomial(),
     ZeroInflatedNegativeBinomial(),
 )
+# Likelihoods of which a parameter is also tried with one number for each column or channel.
+SMALLER = ((NegativeBinomial(), {"dispersion": "column"}), (Gaussian(), {"logvar": "channel"}))
 # A gradient has so many roundings more than its slope, because the kernel multiplies it by a factor: a product of up to
 # four numbers.
 FACTOR = 5
@@ -85,6 +87,7 @@ class Operation:
     likelihood: Likelihood | None = None
     computes: str | None = None  # the text of its row in the documentation; None: it has no row
     measured: bool = True  # by the benchmarks
+    smaller: Mapping[str, str] = field(default_factory=dict)  # parameters with one number per "column" or "channel"
 
     def __call__(self, library: Any, *tensors: Tensor, **options: Any) -> tuple[Tensor, ...]:
         """The outputs. `library` has the function: it is fastvae.functional, or a module with the same names."""
@@ -96,7 +99,8 @@ class Operation:
         drawn: dict[str, Tensor] = {}
         if self.likelihood:
             names = (*self.likelihood.parameters, "target")
-            drawn = dict(zip(names, self.likelihood.draw(spec.shape, generator), strict=True))
+            shape = (max(1, spec.shape[0]), *spec.shape[1:]) if self.smaller else spec.shape
+            drawn = dict(zip(names, self.likelihood.draw(shape, generator), strict=True))
         tensors = []
         for name in self.arguments:
             if name == "moments":
@@ -107,6 +111,11 @@ class Operation:
             else:
                 dtype = spec.target_dtype if name == "target" and spec.target_dtype else spec.dtype
                 values = drawn[name] if name in drawn else _draw(name, spec.shape, generator)
+                if name in self.smaller:
+                    tensor = _one_of_each(self.smaller[name], values).to(spec.device, dtype).contiguous()
+                    tensors.append(tensor.requires_grad_(name in self.gradients))
+                    continue
+                values = values[: spec.shape[0]]
                 if dtype is torch.uint8:
                     values = (255 * values).round() if self.target_kind == "unit" else values.clamp(0, 255)
                 tensor = spec.layout(values.to(spec.device, dtype))
@@ -144,6 +153,13 @@ class Operation:
         return size(read), size(written)
 
 
+def _one_of_each(kind: str, values: Tensor) -> Tensor:
+    """A smaller parameter [columns] or [channels, 1, ...], of numbers drawn for every element."""
+    if kind == "column":
+        return values[(0,) * (values.ndim - 1)]
+    return values[0].flatten(1)[:, 0].view(-1, *[1] * (values.ndim - 2)) if values.ndim > 2 else values[0]
+
+
 def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     normal = torch.randn(shape, generator=generator)
     return 0.7 * normal - 0.5 if name == "logvar" else normal
@@ -161,7 +177,8 @@ def flattened(result: Any) -> tuple[Tensor, ...]:
 
 def operations(extra: Sequence[Likelihood] = ()) -> list[Operation]:
     """Every public operation, and those of likelihoods that are not fastvae's own."""
-    return [*_of_posterior(), *(it for likelihood in (*LIKELIHOODS, *extra) for it in of_likelihood(likelihood))]
+    of_likelihoods = [it for likelihood in (*LIKELIHOODS, *extra) for it in of_likelihood(likelihood)]
+    return [*_of_posterior(), *of_likelihoods, *(it for entry in SMALLER for it in of_smaller(*entry))]
 
 
 def named(operations: Sequence[Operation]) -> dict[str, Operation]:
@@ -338,6 +355,35 @@ def of_likelihood(likelihood: Likelihood) -> list[Operation]:
             )
             for entry in (loss, bound)
         ]
+    return entries
+
+
+def of_smaller(likelihood: Likelihood, smaller: Mapping[str, str]) -> list[Operation]:
+    """The operations of a likelihood with parameters that are smaller than the target."""
+    kinds = "_".join(f"{name}_per_{kind}" for name, kind in smaller.items())
+    shapes = {"column": "[columns]", "channel": "[channels, 1, 1]"}
+    entries = []
+    for entry in of_likelihood(likelihood)[:3]:
+        formulas = {}
+        for direction in entry.directions:
+            moved = [
+                [it for it in names if it.removesuffix("_grad") not in smaller]
+                for names in entry.tensors_moved(direction)
+            ]
+            formulas[direction] = " -> ".join(map(" + ".join, moved))
+        entries.append(
+            replace(
+                entry,
+                name=f"{entry.name}_{kinds}",
+                kernels=dict.fromkeys(entry.directions, "smaller.broadcast_kernel"),
+                forward=formulas["forward"],
+                backward=formulas.get("backward"),
+                smaller=smaller,
+                computes=entry.computes
+                and f"the same with {', '.join(f'{name} {shapes[kind]}' for name, kind in smaller.items())}",
+                measured=entry.name.startswith("negative_log_likelihood"),
+            )
+        )
     return entries
 
 

@@ -74,8 +74,8 @@ def broadcast_kernel(
     [blocks, groups, columns] for a "column", else [programs]. ticket is int32 [1], zero. Units are of ALIGNMENT
     elements.
     A program has one of `chunks` tiles of columns of one group, and every blocks-th tile of rows.
-    Bytes per float32 element: those of `elementwise`, less the parameters that are not of kind "element"; 8 per column
-    of a block, or per program, for each sum.
+    Bytes per float32 element: reads 8 (5 with a uint8 target), writes 0 (4 with gradients); 4 more of each for each
+    further parameter of kind "element", 8 per column of a block, or per program, for each sum, and 8 more per program.
     Launches: 1. Roundings: as in `elementwise`; a sum has one more for each tile of rows of its program and for each
     level of a sum. Deterministic: no floating-point atomics, sums are added in order.
     """

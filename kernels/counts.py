@@ -30,10 +30,8 @@ def negative_binomial(mean, dispersion, t, EPS: tl.constexpr, FAST: tl.constexpr
 
     # That of total (t + c) / (upper m), times t.
     x_of_t = tl.fma(d, t - m + c, tl.where(whole, m, 0.0)) * b * by_m
-    near_t = x_of_t + special.log1p_minus(x_of_t, FAST)
-    of_t = tl.where(tl.abs(x_of_t) < 0.5, near_t, log(total * b * ((t + c) * by_m), FAST))
-        tl.abs(x_of_t) < 0.5, x_of_t + special.log1p_minus(x_of_t, FAST), log(total * b * ((t + c) * by_m), FAST)
-    )
+    near_of_t = x_of_t + special.log1p_minus(x_of_t, FAST)
+    of_t = tl.where(tl.abs(x_of_t) < 0.5, near_of_t, log(total * b * ((t + c) * by_m), FAST))
     u = reciprocal(t + c, FAST)
     rest = tl.fma(u, 0.000105980075723, 0.000313697614544)
     rest = tl.fma(u, rest, -0.00280814476002)

@@ -76,7 +76,7 @@ def _of_likelihood(
 ) -> dict[str, tuple[Tensor, float]]:
     likelihood, target, k = operation.likelihood, given["target"], operation.roundings
     names = [*likelihood.parameters, "target"]
-    condition = exact(likelihood, [given[name] for name in names])
+    condition = exact(likelihood, [given[name].expand(target.shape) for name in names])
     value, *slopes = (condition.scale(i, roundings) for i, roundings in enumerate(likelihood.roundings))
     batch = max(1, target.shape[0])
     absolute = {name: grad.abs() for name, grad in grads.items()}
@@ -100,7 +100,11 @@ def _of_likelihood(
         scales["loss"] = reduce_event(value, reduction), k["loss"] + levels(summed)
         term_weight = _weight_of_terms(target, reduction, absolute["loss"])
     for name, slope in zip(names, slopes, strict=False):  # the target may have none
-        scales[f"{name}_grad"] = term_weight * slope, k[f"{name}_grad"]
+        scale = term_weight * slope
+        summed = scale.numel() // max(1, given[name].numel())
+        # The gradient of a smaller parameter is a sum.
+        roundings = k[f"{name}_grad"] + (levels(summed) if summed > 1 else 0)
+        scales[f"{name}_grad"] = scale.sum_to_size(given[name].shape), roundings
     return scales
 
 
