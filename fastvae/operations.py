@@ -23,6 +23,7 @@ from fastvae.likelihoods import (
     Gaussian,
     Laplace,
     Likelihood,
+    Poisson,
     SigmoidMSE,
 )
 
@@ -37,6 +38,7 @@ LIKELIHOODS = (
     Gaussian(),
     Laplace(),
     DiscretizedLogistic(),
+    Poisson(),
 )
 # A gradient has so many roundings more than its slope, because the kernel multiplies it by a factor: a product of up to
 # four numbers.

@@ -7,6 +7,7 @@ from fastvae.likelihoods.discretized_logistic import DiscretizedLogistic
 from fastvae.likelihoods.gaussian import Gaussian
 from fastvae.likelihoods.laplace import Laplace
 from fastvae.likelihoods.likelihood import Likelihood, NotImported, Term, from_key
+from fastvae.likelihoods.poisson import Poisson
 from fastvae.likelihoods.sigmoid_mse import SigmoidMSE
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Laplace",
     "Likelihood",
     "NotImported",
+    "Poisson",
     "SigmoidMSE",
     "Term",
     "check",
