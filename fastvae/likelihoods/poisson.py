@@ -49,8 +49,8 @@ class Poisson(Likelihood):
     """rate - t log rate + log t! with rate = e^log_rate for each element; t is a count, as a float or uint8.
 
     It is torch's ``poisson_nll_loss``, with all of log t!. ``constant=False`` leaves log t! out: gradients are the
-    same, but the estimates of `fastvae.evaluation` lack it. Choose it for counts whose variance is their mean, as that of
-    photons is; counts of genes vary more. A target that is negative or a fraction is not refused: it gives the
+    same, but the estimates of `fastvae.evaluation` lack it. Choose it for counts whose variance is their mean, as that
+    of photons is; counts of genes vary more. A target that is negative or a fraction is not refused: it gives the
     formula's number, or NaN.
     """
 
