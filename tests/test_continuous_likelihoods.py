@@ -163,7 +163,7 @@ def test_the_slope_of_laplace_at_its_centre_is_0(triton_backend, device) -> None
 
 
 LOGITS = [s * x for s in (1, -1) for x in (0.0, 1e-30, 1e-8, 1e-3, 0.1, 0.4999, 0.5, 0.75, 1.4999, 1.5, 1.5001, 2, 5)]
-LOGITS += [s * x for s in (1, -1) for x in (16.6, 40.0, 88.0, 104.0, 1e4, 1e18, 3e38)]
+LOGITS += [s * x for s in (1, -1) for x in (16.6, 40.0, 88.0, 104.0, 1e4, 1e18, 1e37)]
 
 
 def continuous_bernoulli(x: float, t: float) -> tuple[mpmath.mpf, mpmath.mpf]:
@@ -177,7 +177,7 @@ def continuous_bernoulli(x: float, t: float) -> tuple[mpmath.mpf, mpmath.mpf]:
         return mpmath.log(mpmath.expm1(x) / x) - x * t, 1 / -mpmath.expm1(-x) - 1 / x - t
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # numpy's, of the square of 3e38
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # numpy's, of the square of 1e37
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_continuous_bernoulli_over_the_whole_range(backend, device) -> None:
     """Against 80 digits; also where torch's cuts an interval out, and where 1 - y or y rounds to 1."""
