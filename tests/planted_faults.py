@@ -149,7 +149,7 @@ FAULTS = (
     ),
     Fault(
         "a mean on the other side of an end", "fastvae/likelihoods/discretized_logistic.py",
-        "beyond = (lowest & (d < 0)) | (highest & (d > 0))", "beyond = (lowest & (d > 0)) | (highest & (d < 0))",
+        "beyond = (d > 0) ^ lowest", "beyond = (d > 0) ^ highest",
         f"{VALUES}_DiscretizedLogistic and float32",
     ),
     Fault(
