@@ -31,7 +31,7 @@ SHARDS = 6
 DEVICE_TESTS = (
     "contract", "contract_autograd", "noise", "gaussian", "elbo", "reconstruction", "dimensions", "likelihoods",
     "launches", "layout", "steps", "training", "together", "batch_offset", "distributions", "compile", "latents",
-    "likelihood", "vae", "backend", "parity_training", "transforms",
+    "likelihood", "continuous_likelihoods", "vae", "backend", "parity_training", "transforms",
 )  # fmt: skip
 COUNTED_ELEMENTS = 1 << 26  # 256 MiB per float32 tensor, several times the cache
 CASES = "(packed or value_and_grad) and not bfloat16 and not channels_last"  # six that tell launches and bandwidth

@@ -24,6 +24,7 @@ from fastvae.likelihoods import (
     Laplace,
     Likelihood,
     NegativeBinomial,
+    Poisson,
     SigmoidMSE,
     ZeroInflatedNegativeBinomial,
 )
@@ -39,6 +40,7 @@ LIKELIHOODS = (
     Gaussian(),
     Laplace(),
     DiscretizedLogistic(),
+    Poisson(),
     NegativeBinomial(),
     ZeroInflatedNegativeBinomial(),
 )

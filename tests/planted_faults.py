@@ -149,7 +149,7 @@ FAULTS = (
     ),
     Fault(
         "a mean on the other side of an end", "fastvae/likelihoods/discretized_logistic.py",
-        "beyond = (lowest & (d < 0)) | (highest & (d > 0))", "beyond = (lowest & (d > 0)) | (highest & (d < 0))",
+        "beyond = (d > 0) ^ lowest", "beyond = (d > 0) ^ highest",
         f"{VALUES}_DiscretizedLogistic and float32",
     ),
     Fault(
@@ -166,6 +166,11 @@ FAULTS = (
         "a clamped scale has a slope", "fastvae/likelihoods/discretized_logistic.py",
         "tl.where(parameters[1] >= SETTINGS[2], by_scale, 0.0)", "by_scale",
         "test_terms_of_other_settings and Discretized", CONTINUOUS,
+    ),
+    Fault(
+        "a logarithm of a factorial is cut off", "fastvae/likelihoods/poisson.py",
+        "tl.fma(inverse, series, tl.fma(0.5,", "tl.fma(inverse, 0.08, tl.fma(0.5,",
+        f"{VALUES}_Poisson and float32",
     ),
     Fault(
         "a target that lies otherwise is not copied", "kernels/layout.py",

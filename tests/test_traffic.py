@@ -73,8 +73,12 @@ def test_bytes_and_launches_of_every_operation(operation, dtype, target_dtype, t
         reads, writes = operation.bytes_per_element(direction, dtype, target_dtype)
         assert_moves(traffic, elements, reads, writes)
         docstring = kernel_of(operation, direction).fn.__doc__
-        documented = documented_bytes(docstring, *conditions(operation, direction, target_dtype))
-        assert documented == operation.bytes_per_element(direction, torch.float32, target_dtype), direction
+        read, written = documented_bytes(docstring, *conditions(operation, direction, target_dtype))
+        if operation.likelihood:
+            assert "4 more of each for each further parameter" in " ".join(docstring.split())
+            further = 4 * (len(operation.likelihood.parameters) - 1)
+            read, written = read + further, written + further * (written > 0)
+        assert (read, written) == operation.bytes_per_element(direction, torch.float32, target_dtype), direction
 
 
 def test_every_kernel_is_of_an_operation_in_the_list():

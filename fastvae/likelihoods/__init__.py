@@ -8,6 +8,7 @@ from fastvae.likelihoods.gaussian import Gaussian
 from fastvae.likelihoods.laplace import Laplace
 from fastvae.likelihoods.likelihood import Likelihood, NotImported, Term, from_key
 from fastvae.likelihoods.negative_binomial import NegativeBinomial
+from fastvae.likelihoods.poisson import Poisson
 from fastvae.likelihoods.sigmoid_mse import SigmoidMSE
 from fastvae.likelihoods.zero_inflated import ZeroInflatedNegativeBinomial
 
@@ -20,6 +21,7 @@ __all__ = [
     "Likelihood",
     "NegativeBinomial",
     "NotImported",
+    "Poisson",
     "SigmoidMSE",
     "Term",
     "ZeroInflatedNegativeBinomial",

@@ -41,7 +41,7 @@ def term(parameters, target, SETTINGS: tl.constexpr, FAST: tl.constexpr):
     a, b, w = (size + SETTINGS[0]) * inverse, (size - SETTINGS[0]) * inverse, (2.0 * SETTINGS[0]) * inverse
     lowest, highest = target < 0.5 * SETTINGS[0], target > 1.0 - 0.5 * SETTINGS[0]
     at_an_end = lowest | highest
-    beyond = (lowest & (d < 0)) | (highest & (d > 0))
+    beyond = (d > 0) ^ lowest  # at an end; in other bins whether d is positive
 
     tail_a, tail_b = numerics.exp(-a, FAST), numerics.exp(-tl.abs(b), FAST)
     r_a, r_b = numerics.reciprocal(1.0 + tail_a, FAST), numerics.reciprocal(1.0 + tail_b, FAST)
@@ -63,7 +63,7 @@ def term(parameters, target, SETTINGS: tl.constexpr, FAST: tl.constexpr):
     end = tl.where(beyond, value_b, value_a)
     value = tl.where(at_an_end, end, value_a + value_b + tl.where(narrow, numerics.log1p(ratio), wide))
     by_mean = tl.where(at_an_end, tl.where(beyond, high_b, low_a), inner)
-    by_mean *= tl.where(at_an_end, tl.where(lowest, inverse, -inverse), tl.where(d > 0, -inverse, inverse))
+    by_mean *= tl.where(highest | (beyond & (d > 0)), -inverse, inverse)
     scaled_a, scaled_b = a * low_a, -b * high_b
     end = tl.where(beyond, scaled_b, scaled_a)
     by_scale = tl.where(at_an_end, end, scaled_a + scaled_b + tl.where(narrow, w * ratio, slopes))

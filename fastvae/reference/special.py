@@ -95,10 +95,12 @@ def log_factorial(t: Tensor) -> Tensor:
     """log Gamma(t + 1), log t! of a count, for t >= 0.
 
     It is torch's, and what rounding t + 1 loses, times the slope: less than t - 0.577 for t < 1, where it matters.
+    Beyond 2 it does not, and infinity stays.
     """
     (t,) = _together(t)
-    y = t + 1
-    return torch.lgamma(y).sub_((y - 1).sub_(t).mul_(t.clamp(max=1).sub_(0.5772156649015329)))
+    small = t.clamp(max=2)
+    lost = ((small + 1) - 1).sub_(small)
+    return torch.lgamma(t + 1).sub_(lost.mul_(t.clamp(max=1).sub_(0.5772156649015329)))
 
 
 def _together(*tensors: Tensor) -> list[Tensor]:

@@ -1,0 +1,88 @@
+"""The Poisson likelihood of counts, from the logarithm of the rate."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastvae.likelihoods.likelihood import Likelihood, Term
+from fastvae.reference.special import log_factorial
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+    from fastvae.kernels import numerics, special
+
+
+# log t! = t log t - t + log(2 pi t) / 2 + 1 / (12 t) - 1 / (360 t^3) + ..., from the last part to the first. From t = 6
+# on what follows is less than 1e-13.
+STIRLING = (1 / 156, -691 / 360360, 1 / 1188, -1 / 1680, 1 / 1260, -1 / 360, 1 / 12)
+
+
+@Term
+def term(parameters, target, SETTINGS: tl.constexpr, FAST: tl.constexpr):
+    """e^x - t x + log t!, and its slope e^x - t.
+
+    From t = 6 on the parts would cancel, t log t of them. There it is t (e^d - 1 - d) + (log t! - t log t + t) with d =
+    x - log t, and Stirling's series for the bracket.
+    """
+    x = parameters[0]
+    rate = numerics.exp(x, FAST)
+    if not SETTINGS[0]:
+        return tl.fma(-target, x, rate), (rate - target,)
+    t = tl.maximum(target, 6.0, propagate_nan=tl.PropagateNan.ALL)
+    inverse = numerics.reciprocal(t, FAST)
+    log_t = numerics.log(t, FAST)
+    deviance = t * numerics.expm1_minus(x - log_t, rate * inverse)
+    series = tl.fma(inverse * inverse, -2.777777777777778e-03, 0.08333333333333333)
+    large = deviance + tl.fma(inverse, series, tl.fma(0.5, log_t, 0.9189385332046727))
+    small = tl.fma(-target, x, rate) + special.log_factorial(target, FAST)
+    return tl.where((target >= 6.0) & (target < float("inf")), large, small), (rate - target,)
+
+
+@dataclass(frozen=True)
+class Poisson(Likelihood):
+    """rate - t log rate + log t! with rate = e^log_rate for each element; t is a count, as a float or uint8.
+
+    It is torch's ``poisson_nll_loss``, with all of log t!. ``constant=False`` leaves log t! out: gradients are the
+    same, but the estimates of `fastvae.evaluation` lack it. Choose it for counts whose variance is their mean, as that
+    of photons is; counts of genes vary more. A target that is negative or a fraction is not refused: it gives the
+    formula's number, or NaN.
+    """
+
+    constant: bool = True
+
+    parameters = ("log_rate",)
+    target = "number"
+    roundings = (24, 5)
+    term = term
+
+    def formula(self, log_rate: Tensor, target: Tensor) -> Tensor:
+        if not self.constant:
+            return torch.exp(log_rate) - target * log_rate
+        large = (target >= 6) & (target < math.inf)
+        # Each form is computed from other numbers where it is not taken, so that no infinity reaches a gradient.
+        t, x = torch.where(large, target, 6.0), torch.where(large, log_rate, 0.0)
+        log_t, inverse = torch.log(t), 1 / t
+        series = torch.zeros_like(t)
+        for coefficient in STIRLING:
+            series = series * inverse.square() + coefficient
+        d = x - log_t
+        above = t * (torch.expm1(d) - d) + (0.5 * (log_t + math.log(2 * math.pi)) + inverse * series)
+        t, x = torch.where(large, 0.0, target), torch.where(large, 0.0, log_rate)
+        return torch.where(large, above, torch.exp(x) - t * x + log_factorial(t))
+
+    def slopes(self, log_rate: Tensor, target: Tensor) -> tuple[Tensor]:
+        return (torch.exp(log_rate) - target,)
+
+    def mean(self, log_rate: Tensor) -> Tensor:
+        """The rate."""
+        return torch.exp(log_rate)
+
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
+        log_rate = 1.5 * torch.randn(shape, generator=generator) + 1
+        return log_rate, torch.poisson(log_rate.exp(), generator)
