@@ -81,6 +81,8 @@ def test_launches_of_every_operation(operation, layout, device, triton_backend):
     def dense(tensor):
         return tensor.contiguous(memory_format=LAYOUTS[layout])
 
+    if "column" in operation.smaller.values() and layout == "channels_last":
+        pytest.skip("a number for each column of an image is copied where columns are not innermost")
     shape = (2, 4, 6, 5) if operation.likelihood is None else (2, 3, 40, 40)  # images of several programs
     tensors = operation.inputs(Spec(shape, layout=dense, device=device))
     by_default = operation.options.get("free_bits") or not operation.reductions

@@ -237,7 +237,7 @@ def test_the_number_of_parameters() -> None:
             ValueError, match=r"parameters must be the 2 tensors \(mean, log_variance\) of LearnedGaussian"
         ):
             F.negative_log_likelihood(given, target, LearnedGaussian())
-    with pytest.raises(ValueError, match=r"log_variance must have the shape of mean, \[2, 3\], got \[2, 4\]"):
+    with pytest.raises(ValueError, match=r"log_variance must have the shape of mean, \[2, 3\], or .*, got \[2, 4\]"):
         F.elbo_loss((mean, torch.zeros(2, 4)), target, torch.zeros(2), likelihood=LearnedGaussian())
     with pytest.raises(TypeError, match=r"likelihood must be a fastvae\.likelihoods\.Likelihood, got 'bernoulli'"):
         F.negative_log_likelihood(mean, target, "bernoulli")
