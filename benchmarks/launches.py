@@ -69,7 +69,7 @@ class Launch:
         if "VECTOR" not in self.constants:
             return {128}
         tensors = (*self.arguments["parameter_ptrs"], self.arguments["target_ptr"], *self.arguments["gradient_ptrs"])
-        of_tail = {8 * tensor.itemsize for tensor in tensors if self.constants["HAS_TAIL"]}
+        of_tail = {8 * tensor.itemsize for tensor in tensors if self.constants.get("HAS_TAIL")}
         return {8 * self.constants["VECTOR"] * tensor.itemsize for tensor in tensors} | of_tail
 
     @property
