@@ -348,6 +348,20 @@ def wrong_like(name: str, first: str, tensor: Tensor) -> list[Wrong]:
     ]
 
 
+def wrong_parameter(name: str, first: str, tensor: Tensor) -> list[Wrong]:
+    """Of a likelihood, but not its first."""
+    shape = [len(tensor), 6]
+    broadcast = f"{name} must have the shape of {first}, {shape}, or one that is broadcast to it, such as [1], got"
+    dtypes = f"{name} must be float16, bfloat16, float32 or float64, got"
+    return [
+        *[it for it in wrong_like(name, first, tensor) if it[1] is not ValueError],
+        (tensor[..., 1:], ValueError, f"{broadcast} {[*tensor.shape[:-1], tensor.shape[-1] - 1]}"),
+        (tensor[None, None], ValueError, f"{broadcast} {[1, 1, *tensor.shape]}"),
+        (tensor.int(), TypeError, f"{dtypes} torch.int32"),
+        (tensor.to("meta"), ValueError, f"{name} must be on the device of {first}, {tensor.device}, got meta"),
+    ]
+
+
 def wrong_target(name: str, first: str, tensor: Tensor) -> list[Wrong]:
     expected = "target must be uint8 (read as t / 255) or floating point, got"
     return [
@@ -403,7 +417,7 @@ def test_wrong_arguments_are_refused_before_any_launch(operation, device) -> Non
     with launching_nothing():
         for i, (name, tensor) in enumerate(zip(operation.arguments, tensors, strict=True)):
             own = operation.likelihood and name in operation.likelihood.parameters  # such as a logvar, of any dtype
-            wrong_other = wrong_like if own else WRONG.get(name, wrong_like)
+            wrong_other = wrong_parameter if own else WRONG.get(name, wrong_like)
             wrong = wrong_other(name, first, tensor.clone()) if i else wrong_first(name, tensor)
             for value, error, message in wrong:
                 if operation.target_kind == "number":

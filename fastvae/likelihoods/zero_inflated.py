@@ -78,12 +78,11 @@ class ZeroInflatedNegativeBinomial(Likelihood):
         rise = torch.where(of_count < 0.5, -torch.expm1(-of_count.clamp(max=0.5)), 1 - torch.exp(-of_count))
         w = torch.sigmoid(-l) * rise
         small = w < 0.5
-        # Each form is computed from other numbers where it is not taken, so that no infinity reaches a gradient.
         log_w = -torch.log1p(-torch.where(small, w, 0.0))
-        a, n_of_zero = torch.where(small, 0.0, -l), torch.where(small, 0.0, n)
+        a, n_of_zero = torch.where(small, 0.0, -l), torch.where(small, 0.0, of_count)
         smaller = torch.minimum(a, n_of_zero) + torch.log1p(torch.exp(-a))
         of_zero = torch.where(small, log_w, smaller - torch.log1p(torch.exp(-(a - n_of_zero).abs())))
-        value = torch.where(zero, of_zero, softplus(l) + n)
+        value = torch.where(zero, of_zero, softplus(zero_logits) + n)
         return value if self.constant else value - log_factorial(target)
 
     def slopes(
