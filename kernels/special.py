@@ -76,8 +76,8 @@ def gamma_differences(t, d, FAST: tl.constexpr):
     with polynomials p and q of degree 4 and 5. They are minimax for x >= 0, p' in units of |psi(x)| + x psi'(x) and q'
     in units of psi'(x): with these float32 coefficients within 0.44 and 1.27 * 2^-24. c is chosen for that: at c = 1
     the errors would be 1.5 and 4.9. Recurrence gives Gamma(x) = Gamma(x + 1) / x. Each difference is computed as one:
-    log((t + d + c) / (d + c)) = log1p(t a), and p(a) - p(b) = (a - b) p[a, b] with a - b = t a b, where Horner's rule,
-    applied to its own steps, evaluates p[a, b]. So every part has the factor t, and t = 0 gives 0.
+    log((t + d + c) / (d + c)) = log1p(t a), and p(a) - p(b) = (a - b) p[a, b] with a - b = t a b. So every part has the
+    factor t, and t = 0 gives 0.
     """
     y = t + d
     a = numerics.reciprocal(d + 1.0625, FAST)
@@ -87,16 +87,23 @@ def gamma_differences(t, d, FAST: tl.constexpr):
     log_ratio = log1p(ratio, FAST)
     step = ratio * b
     shift = t * numerics.reciprocal(d, FAST)
+    leading = tl.fma(d + 0.5, log_ratio, t * (numerics.log(upper, FAST) - 1.0))
+    of_value, of_slope = gamma_polynomials(a, b)
+    value = tl.fma(-step, of_value, leading) - log1p(shift, FAST)
+    slope = tl.fma(shift, numerics.reciprocal(y, FAST), tl.fma(-step, of_slope, log_ratio))
+    return value, slope
 
+
+@triton.jit
+def gamma_polynomials(a, b):
+    """(p[a, b], q[a, b]) of the p and q of `gamma_differences`: Horner's rule, applied to its own steps."""
     outer = tl.fma(a, 6.054756813682616e-04, -3.1088190153241158e-03)
     inner = tl.fma(b, 6.054756813682616e-04, outer)
     outer = tl.fma(a, outer, 6.453761365264654e-03)
     inner = tl.fma(b, inner, outer)
     outer = tl.fma(a, outer, 1.1649971455335617e-01)
     inner = tl.fma(b, inner, outer)
-    leading = tl.fma(d + 0.5, log_ratio, t * (numerics.log(upper, FAST) - 1.0))
-    value = tl.fma(-step, inner, leading) - log1p(shift, FAST)
-
+    of_value = inner
     outer = tl.fma(a, -2.5013317354023457e-03, 9.474431164562702e-03)
     inner = tl.fma(b, -2.5013317354023457e-03, outer)
     outer = tl.fma(a, outer, -1.300294604152441e-02)
@@ -105,8 +112,7 @@ def gamma_differences(t, d, FAST: tl.constexpr):
     inner = tl.fma(b, inner, outer)
     outer = tl.fma(a, outer, -5.625019073486328e-01)
     inner = tl.fma(b, inner, outer)
-    slope = tl.fma(shift, numerics.reciprocal(y, FAST), tl.fma(-step, inner, log_ratio))
-    return value, slope
+    return of_value, inner
 
 
 @triton.jit

@@ -141,8 +141,12 @@ def coefficients(function: str) -> list[tuple[int, int, str]]:
 
 FAULTS = [
     (name, place)
-    for name in ("gamma differences", "log factorial", "log1p minus")
-    for place in coefficients(name.replace(" ", "_"))
+    for name, function in (
+        ("gamma differences", "gamma_polynomials"),
+        ("log factorial", "log_factorial"),
+        ("log1p minus", "log1p_minus"),
+    )
+    for place in coefficients(function)
 ]
 
 
