@@ -44,7 +44,7 @@ class NegativeBinomial(Likelihood):
 
     parameters = ("mean", "dispersion")
     target = "number"
-    roundings = (16, 6, 36)
+    roundings = (16, 8, 40)
     heavy = True
     term = term
 

@@ -62,7 +62,7 @@ class ZeroInflatedNegativeBinomial(Likelihood):
 
     parameters = ("mean", "dispersion", "zero_logits")
     target = "number"
-    roundings = (30, 30, 50, 30)
+    roundings = (16, 20, 40, 15)
     heavy = True
     term = term
 
