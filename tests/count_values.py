@@ -91,7 +91,12 @@ def points(inflated: bool, count: int = 300, seed: int = 3) -> Points:
         l = (signs * random(len(t), -3, 2)).float()
         # A quarter where both of its parts have the same probability: the form for 0 changes near there.
         near = -d.double() * torch.log1p(mean.double() / d) + 0.3 * torch.randn(len(t))
-        inputs = mean, d, torch.where(torch.rand(len(t)) < 0.25, near.float(), l), torch.where((t < 1) | (torch.rand(len(t)) < 0.3), 0, t)
+        inputs = (
+            mean,
+            d,
+            torch.where(torch.rand(len(t)) < 0.25, near.float(), l),
+            torch.where((t < 1) | (torch.rand(len(t)) < 0.3), 0, t),
+        )
     torch.set_rng_state(state)
     function = zero_inflated if inflated else negative_binomial
     results, scales = [], []

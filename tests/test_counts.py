@@ -15,6 +15,7 @@ from count_values import EPS, Points, points
 from fastvae.kernels import INTERPRETED, counts, numerics
 from fastvae.likelihoods import Likelihood, NegativeBinomial, ZeroInflatedNegativeBinomial, check
 from fastvae.likelihoods.checking import exact
+from special_values import BOUNDS as OF_SPECIAL
 from special_values import UNIT
 from test_continuous_likelihoods import values_and_slopes
 from test_special import rough_exp, rough_log, rough_reciprocal
@@ -24,7 +25,7 @@ PORTABLE, APPROXIMATE, PYTORCH = range(3)
 # In units of 2^-24 S, of the value and of each slope: of the kernels' portable form, of their fast form if each of
 # NVIDIA's instructions is as far off as its documentation allows, and of plain PyTorch in float32. Beside them is what
 # scans of 42000 points found. S has no part of the target, which is given, but in the slope by the dispersion in plain
-# PyTorch: at a count of 1 and mean << 1 << dispersion that is right to 72 * 2^-24 of t / d^2 only.
+# PyTorch: at a count of 1 and mean << 1 << dispersion that is right to 72 * 2^-24 of t / (2 d^2) only.
 BOUNDS = {
     NegativeBinomial(): ((8, 4, 40), (22, 8, 70), (24, 4, 72)),  # 7.7, 3.4, 37.7; 20.3, 7.8, 65.2; 21.9, 3.4, 69.8
     # 6.9, 4.1, 37.7, 4.0; 20.3, 18.2, 65.2, 13.4; 18.1, 5.0, 69.8, 5.4
@@ -32,6 +33,7 @@ BOUNDS = {
 }
 # The slope by the dispersion for a number between 0 and 1, which is no count, with the part of the target in S: 76.4.
 OF_A_FRACTION = 80
+OF_LOG_FACTORIAL = OF_SPECIAL["log factorial"]
 
 
 def of(likelihood: Likelihood) -> Points:
@@ -93,10 +95,11 @@ def test_terms_with_the_documented_errors_of_fast_instructions(likelihood, trito
     for each in (likelihood, replace(likelihood, constant=False)):
         scales, found = exact(each, at.inputs), computed(each, at, "cpu")
         for k, value in enumerate(found):
-            roundings = each.roundings[k]
-            off = (value.double() - scales.results[k]).abs() - 2.0**-126
-            error = (off / scales.scale(k, roundings))[count].max().item() / UNIT
-            assert error <= roundings, f"{each}, {k}: {error:.3g}"
+            allowed = each.roundings[k] * UNIT * scales.scale(k, each.roundings[k]) + 2.0**-126
+            if k == 0 and not each.constant:  # what it subtracts may be much larger than what is left
+                allowed += OF_LOG_FACTORIAL[APPROXIMATE] * UNIT * torch.lgamma(target.double() + 1).abs()
+            error = ((value.double() - scales.results[k]).abs() / allowed)[count].max()
+            assert error <= 1, f"{each}, {k}: {error:.3g}"
 
 
 @pytest.mark.parametrize("likelihood", BOTH, ids=str)
@@ -120,9 +123,10 @@ def test_plain_pytorch_in_float64(likelihood):
         by_autograd = values_and_slopes(likelihood, *wide)
     own = likelihood.slopes(*wide)
     for k, found in [*enumerate(by_autograd), *enumerate(own, 1)]:
-        # At a mean of 0 and a count of 1, S of the slope by the dispersion is as small as eps.
+        # At a mean of 0 and a count of 1, S of the slope by the dispersion is as small as eps. Of 60 digits of a slope
+        # that is 0 there is 1e-60 left.
         scale = torch.where(mean == 0, with_target.first[k], at.scales[k])
-        assert ((found - at.results[k]).abs() <= 1e-9 * scale + 1e-300).all(), k
+        assert ((found - at.results[k]).abs() <= 1e-9 * scale + 1e-50).all(), k
 
 
 @pytest.mark.parametrize("likelihood", BOTH, ids=str)

@@ -125,7 +125,12 @@ def test_kernels_with_the_documented_errors_of_fast_instructions(name, monkeypat
 # stand twice, once for a and once for b, and one of them is changed; the third is of Stirling's series from 6 on; the
 # fourth is of log1p_minus.
 SEEN = 3e-3
-SEEN_OF = {"6.054756813682616e-04": 3e-2, "-2.5013317354023457e-03": 1e-2, "2.4305555555555555e-03": 0.3, "0.1342574901": 3e-2}
+SEEN_OF = {
+    "6.054756813682616e-04": 3e-2,
+    "-2.5013317354023457e-03": 1e-2,
+    "2.4305555555555555e-03": 0.3,
+    "0.1342574901": 3e-2,
+}
 LITERAL = re.compile(r"(?<![\w.])-?\d+\.\d+(?:e[-+]\d+)?")
 
 

@@ -22,13 +22,14 @@ def rows_of_a_block(tensors: Sequence[Tensor]) -> int | None:
     """The samples of a block. None where the formula runs on the whole batch: the batch is small, the call is traced or
     transformed, or the target requires grad, of which there is no slope.
     """
+    if torch.compiler.is_compiling():  # first, because the number of threads cannot be traced
+        return None
     target = tensors[-1]
     size = _PER_THREAD * torch.get_num_threads()
     if target.numel() < 2 * size or target.device.type != "cpu" or target.requires_grad:
         return None
     if (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
+        torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack()
         or any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors)
