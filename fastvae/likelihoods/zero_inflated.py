@@ -76,8 +76,9 @@ class ZeroInflatedNegativeBinomial(Likelihood):
         of_count = torch.where(zero, n, 0.0)
         # Not by expm1 alone, because torch computes its slope as expm1(x) + 1, which is 0 where e^x is small.
         rise = torch.where(of_count < 0.5, -torch.expm1(-of_count.clamp(max=0.5)), 1 - torch.exp(-of_count))
-        # Not by sigmoid, whose slope torch computes from 1 - sigmoid, which is 0 for l < -17.
-        w = torch.exp(-positive) * rise
+        # Not by sigmoid, whose slope torch computes from 1 - sigmoid, which is 0 for l < -17. A logit that is NaN
+        # reaches no slope of a count above 0 but its own.
+        w = torch.exp(-torch.where(zero, positive, 0.0)) * rise
         small = w < 0.5
         # Each form is computed from other numbers where it is not taken, so that no infinity reaches a gradient.
         log_w = -torch.log1p(-torch.where(small, w, 0.0))
