@@ -9,7 +9,12 @@ from .numerics import log, reciprocal
 
 @triton.jit
 def negative_binomial(mean, dispersion, t, EPS: tl.constexpr, FAST: tl.constexpr):
-    """(value, (slope by the mean, slope by the dispersion)) of -log p(t)."""
+    """(value, (slope by the mean, slope by the dispersion)) of -log p(t).
+
+    Errors, as in `special`, for counts up to 1e6, means up to 1e6 and dispersions from 1e-6 to 1e8, of S without a part
+    of t, which is given: 8, 4 and 40; 22, 8 and 70. t may be any number from 1 on. Between 0 and 1, where no count is,
+    the value is off by 8 and 22 of 1 + S, and the slope by the dispersion by 80 of S with the part of t.
+    """
     d, c = dispersion, 1.0625
     m, e = mean + EPS, d + EPS
     whole = t >= 1.0
@@ -38,25 +43,12 @@ def negative_binomial(mean, dispersion, t, EPS: tl.constexpr, FAST: tl.constexpr
     rest = tl.fma(u, rest, 0.00631165384254)
     rest = tl.fma(u, rest, 0.116529612751)
     rest = tl.fma(u, rest, tl.where(whole, -1.143561377569, -0.143561377569))
-    outer = tl.fma(a, 6.054756813682616e-04, -3.1088190153241158e-03)
-    inner = tl.fma(b, 6.054756813682616e-04, outer)
-    outer = tl.fma(a, outer, 6.453761365264654e-03)
-    inner = tl.fma(b, inner, outer)
-    outer = tl.fma(a, outer, 1.1649971455335617e-01)
-    inner = tl.fma(b, inner, outer)
-    rest = tl.fma(step, inner, rest) + 0.5 * log((t + c) * ((d + c) * b), FAST)
+    of_value, of_slope = special.gamma_polynomials(a, b)
+    rest = tl.fma(step, of_value, rest) + 0.5 * log((t + c) * ((d + c) * b), FAST)
     rest += special.log1p(tl.where(whole, s + c, t) * by_d, FAST)
     # At t = 0 the rest is 0, which its parts give only to a rounding of 1.
     value += tl.where(t == 0.0, 0.0, tl.fma(t, of_t, rest))
 
-    outer = tl.fma(a, -2.5013317354023457e-03, 9.474431164562702e-03)
-    inner = tl.fma(b, -2.5013317354023457e-03, outer)
-    outer = tl.fma(a, outer, -1.300294604152441e-02)
-    inner = tl.fma(b, inner, outer)
-    outer = tl.fma(a, outer, -1.164751797914505e-01)
-    inner = tl.fma(b, inner, outer)
-    outer = tl.fma(a, outer, -5.625019073486328e-01)
-    inner = tl.fma(b, inner, outer)
     # What is subtracted from the logarithm, of t >= 1 and of t < 1.
     part = s - odds * d - m * by_d
     slope_of_whole = tl.where(
@@ -64,4 +56,4 @@ def negative_binomial(mean, dispersion, t, EPS: tl.constexpr, FAST: tl.constexpr
     )
     slope = tl.where(near, tl.fma(x, (m - t) * by_total, bent) + c * t * by_e * b, tl.fma(t - odds * d, by_total, far))
     slope = tl.where(whole, slope_of_whole, slope - t * by_d * reciprocal(y, FAST))
-    return value, (d * (m - t) * by_total * by_m, tl.fma(step, inner, slope))
+    return value, (d * (m - t) * by_total * by_m, tl.fma(step, of_slope, slope))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastvae.kernels import INTERPRETED, numerics, special
 from fastvae.likelihoods import Likelihood, Term, check
+from fastvae.reference import counts
 from fastvae.reference import special as reference
 from special_values import BOUNDS, Points, errors, gamma_points, points
 
@@ -75,7 +76,7 @@ def assert_bounds(found: dict[str, Tensor], at: Points, form: int) -> None:
         assert error <= BOUNDS[name][form], f"{name} is {error:.3g} * 2^-24 of its scale off"
 
 
-KERNELS = ["gamma differences", "log factorial", "log1p", "softplus", "log1mexp"]
+KERNELS = ["gamma differences", "log factorial", "log1p", "log1p minus", "softplus", "log1mexp"]
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -121,9 +122,15 @@ def test_kernels_with_the_documented_errors_of_fast_instructions(name, monkeypat
 
 
 # A coefficient that is wrong by so much, relatively, is found. The last ones of a series matter less. The first two
-# stand twice, once for a and once for b, and one of them is changed; the third is of Stirling's series from 6 on.
+# stand twice, once for a and once for b, and one of them is changed; the third is of Stirling's series from 6 on; the
+# fourth is of log1p_minus.
 SEEN = 3e-3
-SEEN_OF = {"6.054756813682616e-04": 3e-2, "-2.5013317354023457e-03": 1e-2, "2.4305555555555555e-03": 0.3}
+SEEN_OF = {
+    "6.054756813682616e-04": 3e-2,
+    "-2.5013317354023457e-03": 1e-2,
+    "2.4305555555555555e-03": 0.3,
+    "0.1342574901": 3e-2,
+}
 LITERAL = re.compile(r"(?<![\w.])-?\d+\.\d+(?:e[-+]\d+)?")
 
 
@@ -139,7 +146,11 @@ def coefficients(function: str) -> list[tuple[int, int, str]]:
 
 FAULTS = [
     (name, place)
-    for name, function in (("gamma differences", "gamma_differences"), ("log factorial", "log_factorial"))
+    for name, function in (
+        ("gamma differences", "gamma_polynomials"),
+        ("log factorial", "log_factorial"),
+        ("log1p minus", "log1p_minus"),
+    )
     for place in coefficients(function)
 ]
 
@@ -172,6 +183,8 @@ def test_edges():
     t, d = torch.tensor([nan, 1.0, 2.0]), torch.tensor([1.0, nan, 0.0])
     value, slope = computed(differences_kernel, special.gamma_differences, [t, d], 2)
     assert value[:2].isnan().all() and slope[:2].isnan().all() and (value[2], slope[2]) == (-infinity, infinity)
+    assert computed(value_kernel, special.log1p_minus, [torch.zeros(1)], 1)[0] == 0
+    assert computed(value_kernel, special.log1p_minus, [torch.tensor([nan])], 1)[0].isnan()
     x = torch.tensor([nan, infinity])
     for function in (special.log1p, special.log_factorial, log_value):
         (value,) = computed(value_kernel, function, [x], 1)
@@ -188,8 +201,9 @@ def of_reference(name: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], Poin
     at = gamma_points() if name == "gamma differences" else points(name)
     inputs = [x.to(dtype) for x in at.inputs]
     x = inputs[-1].requires_grad_()
-    if name == "log factorial":
-        return {name: reference.log_factorial(x)}, at
+    if name in ("log factorial", "log1p minus"):
+        function = reference.log_factorial if name == "log factorial" else counts.log1p_minus
+        return {name: function(x)}, at
     if name == "gamma differences":
         value = reference.gamma_difference(*inputs)
     else:
@@ -207,7 +221,7 @@ def of_reference(name: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], Poin
 REFERENCES = ["gamma differences", "log factorial", "softplus", "log1mexp"]
 
 
-@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize("name", [*REFERENCES, "log1p minus"])
 def test_plain_pytorch_in_float32(name):
     assert_bounds(*of_reference(name, torch.float32), PYTORCH)
 

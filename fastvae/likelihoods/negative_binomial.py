@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @Term
 def term(parameters, target, SETTINGS: tl.constexpr, FAST: tl.constexpr):
-    """`counts.negative_binomial`, and without its constant, less log t!."""
+    """`counts.negative_binomial`, and without its constant, less log t!, whose error is 11.5 * 2^-24 of itself."""
     value, slopes = counts.negative_binomial(parameters[0], parameters[1], target, SETTINGS[0], FAST)
     if not SETTINGS[1]:
         value -= special.log_factorial(target, FAST)
@@ -44,7 +44,7 @@ class NegativeBinomial(Likelihood):
 
     parameters = ("mean", "dispersion")
     target = "number"
-    roundings = (16, 6, 36)
+    roundings = (16, 8, 40)
     heavy = True
     term = term
 

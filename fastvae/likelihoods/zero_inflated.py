@@ -62,7 +62,7 @@ class ZeroInflatedNegativeBinomial(Likelihood):
 
     parameters = ("mean", "dispersion", "zero_logits")
     target = "number"
-    roundings = (30, 30, 50, 30)
+    roundings = (16, 20, 40, 15)
     heavy = True
     term = term
 
@@ -72,17 +72,20 @@ class ZeroInflatedNegativeBinomial(Likelihood):
 
     def formula(self, mean: Tensor, dispersion: Tensor, zero_logits: Tensor, target: Tensor) -> Tensor:
         n, zero = reference.negative_binomial(mean, dispersion, target, self.eps), target == 0
-        l = zero_logits
+        l, positive = zero_logits, softplus(zero_logits)
         of_count = torch.where(zero, n, 0.0)
         # Not by expm1 alone, because torch computes its slope as expm1(x) + 1, which is 0 where e^x is small.
         rise = torch.where(of_count < 0.5, -torch.expm1(-of_count.clamp(max=0.5)), 1 - torch.exp(-of_count))
-        w = torch.sigmoid(-l) * rise
+        # Not by sigmoid, whose slope torch computes from 1 - sigmoid, which is 0 for l < -17. A logit that is NaN
+        # reaches no slope of a count above 0 but its own.
+        w = torch.exp(-torch.where(zero, positive, 0.0)) * rise
         small = w < 0.5
+        # Each form is computed from other numbers where it is not taken, so that no infinity reaches a gradient.
         log_w = -torch.log1p(-torch.where(small, w, 0.0))
-        a, n_of_zero = torch.where(small, 0.0, -l), torch.where(small, 0.0, of_count)
+        a, n_of_zero = torch.where(small, 0.0, -l), torch.where(small, 0.0, n)
         smaller = torch.minimum(a, n_of_zero) + torch.log1p(torch.exp(-a))
         of_zero = torch.where(small, log_w, smaller - torch.log1p(torch.exp(-(a - n_of_zero).abs())))
-        value = torch.where(zero, of_zero, softplus(zero_logits) + n)
+        value = torch.where(zero, of_zero, positive + n)
         return value if self.constant else value - log_factorial(target)
 
     def slopes(
