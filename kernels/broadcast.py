@@ -12,6 +12,10 @@ from .elementwise import load_target, store_values
 from .numerics import load_scalar
 from .tiles import UNSPECIALIZED, drew_last_ticket, sum_groups_in_order, sum_in_order
 
+# What a parameter has a number for: each element, each column, each group of columns; or one for all. Numbers, because
+# triton 3.9 takes no text in a constant tuple.
+ELEMENT, COLUMN, GROUP, SCALAR = (tl.constexpr(kind) for kind in range(4))
+
 # Samples whose kl gradient a program writes at a time: one for each thread of 4 warps.
 KL_AT_ONCE = tl.constexpr(128)
 
@@ -49,6 +53,50 @@ def sum_partials(partial_ptr, sums_ptr, outer, size, inner, COLUMNS: tl.constexp
         first += COLUMNS
 
 
+@triton.jit
+def load_smaller(ptr, KIND: tl.constexpr, columns, group, inside):
+    """A parameter that a program reads once, in float32; of kind ELEMENT 0."""
+    if KIND == COLUMN:
+        x = tl.load(ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    elif KIND == GROUP:
+        x = tl.load(ptr + group).to(tl.float32)
+    elif KIND == SCALAR:
+        x = tl.load(ptr).to(tl.float32)
+    else:
+        x = 0.0
+    return x
+
+
+@triton.jit
+def load_element(ptr, small, KIND: tl.constexpr, offsets, inside):
+    """A parameter of a tile: loaded if it has a number for each element."""
+    if KIND == ELEMENT:
+        x = tl.load(ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    else:
+        x = small
+    return x
+
+
+@triton.jit
+def store_sum(partial_ptr, KIND: tl.constexpr, sums, columns, inside):
+    """The sum over a program's rows: of each column, or of all."""
+    if KIND == COLUMN:
+        tl.store(partial_ptr + columns, tl.sum(sums, axis=0)[None, :], mask=inside)
+    else:
+        tl.store(partial_ptr + tl.program_id(0), tl.sum(sums))
+
+
+@triton.jit
+def finish_sum(partial_ptr, sums_ptr, KIND: tl.constexpr, blocks, groups, columns, chunks):
+    """What the programs left by `store_sum`."""
+    if KIND == COLUMN:
+        sum_partials(partial_ptr, sums_ptr, blocks, groups * columns, 1, 32, 128)
+    elif KIND == GROUP:
+        sum_partials(partial_ptr, sums_ptr, blocks, groups, chunks, 32, 128)
+    else:
+        sum_partials(partial_ptr, sums_ptr, 1, 1, tl.num_programs(0), 1, 1024)
+
+
 NUMBERS = (*UNSPECIALIZED, "column_units", "stride_units", "target_units", "groups", "blocks", "rows_per_sample")
 
 
@@ -66,16 +114,16 @@ def broadcast_kernel(
     """With loss_ptr, the values of `elementwise.value_kernel` and the gradients of grad_scale * loss; without it, the
     gradients of `elementwise.gradient_kernel`.
 
-    Shapes: the target [rows, groups, columns], rows at a distance of target_units, parameters of kind "element" the
-    same at a distance of stride_units. A parameter of kind "column" is [groups, columns], of kind "group" [groups], of
-    kind "scalar" [1]. rows_per_sample rows are one sample. gradient_ptrs has a gradient for each slope in WANTED, dense
+    Shapes: the target [rows, groups, columns], rows at a distance of target_units, parameters of kind ELEMENT the
+    same at a distance of stride_units. A parameter of kind COLUMN is [groups, columns], of kind GROUP [groups], of
+    kind SCALAR [1]. rows_per_sample rows are one sample. gradient_ptrs has a gradient for each slope in WANTED, dense
     and of the target's shape; sum_ptrs one for each in SUMMED, of its parameter's shape. total (None without values)
     is float32 [programs], or [rows, groups * chunks] if PER_ROW. partial_ptrs, one for each of SUMMED, are float32
-    [blocks, groups, columns] for a "column", else [programs]. ticket is int32 [1], zero. Units are of ALIGNMENT
+    [blocks, groups, columns] for a COLUMN, else [programs]. ticket is int32 [1], zero. Units are of ALIGNMENT
     elements.
     A program has one of `chunks` tiles of columns of one group, and every blocks-th tile of rows.
     Bytes per float32 element: reads 8 (5 with a uint8 target), writes 0 (4 with gradients); 4 more of each for each
-    further parameter of kind "element", 8 per column of a block, or per program, for each sum, and 8 more per program.
+    further parameter of kind ELEMENT, 8 per column of a block, or per program, for each sum, and 8 more per program.
     Launches: 1. Roundings: as in `elementwise`; a sum has one more for each tile of rows of its program and for each
     level of a sum. Deterministic: no floating-point atomics, sums are added in order.
     """
@@ -104,15 +152,8 @@ def broadcast_kernel(
 
     small = ()
     for k in tl.static_range(len(KINDS)):
-        kind = tl.constexpr(KINDS[k])
-        if kind == "column":
-            x = tl.load(parameter_ptrs[k] + first_column + column, mask=inside_column, other=0.0).to(tl.float32)
-        elif kind == "group":
-            x = tl.load(parameter_ptrs[k] + group).to(tl.float32)
-        elif kind == "scalar":
-            x = tl.load(parameter_ptrs[k]).to(tl.float32)
-        else:
-            x = 0.0
+        # Triton folds a constant only where it is an argument.
+        x = load_smaller(parameter_ptrs[k], tl.constexpr(KINDS[k]), first_column + column, group, inside_column)
         small = small + (x,)  # noqa: RUF005 - Triton knows no *
 
     if loss_ptr is not None:
@@ -138,10 +179,7 @@ def broadcast_kernel(
         offsets = (first_row + row) * stride + first_column + column
         parameters = ()
         for k in tl.static_range(len(KINDS)):
-            if tl.constexpr(KINDS[k]) == "element":
-                x = tl.load(parameter_ptrs[k] + offsets, mask=inside, other=0.0).to(tl.float32)
-            else:
-                x = small[k]
+            x = load_element(parameter_ptrs[k], small[k], tl.constexpr(KINDS[k]), offsets, inside)
             parameters = parameters + (x,)  # noqa: RUF005
         at_target = target_ptr + (first_row + row) * target_stride + first_column + column
         value, slopes = TERM(parameters, load_target(at_target, inside, UNIT), SETTINGS, FAST)
@@ -174,11 +212,8 @@ def broadcast_kernel(
         if not PER_ROW:
             tl.store(total_ptr + tl.program_id(0), tl.sum(total))
     for k in tl.static_range(len(SUMMED)):
-        if tl.constexpr(KINDS[tl.constexpr(SUMMED[k])]) == "column":
-            at_partial = partial_ptrs[k] + block * (columns * groups) + first_column + column
-            tl.store(at_partial, tl.sum(sums[k], axis=0)[None, :], mask=inside_column)
-        else:
-            tl.store(partial_ptrs[k] + tl.program_id(0), tl.sum(sums[k]))
+        at_partial = block * (columns * groups) + first_column + column
+        store_sum(partial_ptrs[k], tl.constexpr(KINDS[tl.constexpr(SUMMED[k])]), sums[k], at_partial, inside_column)
 
     if drew_last_ticket(ticket_ptr):
         if loss_ptr is not None:
@@ -195,10 +230,7 @@ def broadcast_kernel(
                 else:
                     tl.store(loss_ptr, sum_of_terms * scale)
         for k in tl.static_range(len(SUMMED)):
-            kind = tl.constexpr(KINDS[tl.constexpr(SUMMED[k])])
-            if kind == "column":
-                sum_partials(partial_ptrs[k], sum_ptrs[k], blocks, groups * columns, 1, 32, 128)
-            elif kind == "group":
-                sum_partials(partial_ptrs[k], sum_ptrs[k], blocks, groups, chunks, 32, 128)
-            else:
-                sum_partials(partial_ptrs[k], sum_ptrs[k], 1, 1, tl.num_programs(0), 1, 1024)
+            finish_sum(
+                partial_ptrs[k], sum_ptrs[k], tl.constexpr(KINDS[tl.constexpr(SUMMED[k])]),
+                blocks, groups, columns, chunks,
+            )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .broadcast import broadcast_kernel
+from .broadcast import COLUMN, ELEMENT, GROUP, SCALAR, broadcast_kernel
 from .launch import Plan, launch, make_plan, ticket
 from .layout import Strides, dense_strides, has_strides, in_format_of, read_together, remembered, with_strides
 from .rows import constants_of
@@ -22,10 +22,13 @@ if TYPE_CHECKING:
 _MOST_PARTIAL_SUMS = 16384
 
 
+_ELEMENT, _COLUMN, _GROUP, _SCALAR = (kind.value for kind in (ELEMENT, COLUMN, GROUP, SCALAR))
+
+
 class Arrangement(NamedTuple):
     """How smaller parameters lie in a target [batch * rows_per_sample, groups, columns]."""
 
-    kinds: tuple[str, ...]  # of each parameter: "element", "column", "group" or "scalar"
+    kinds: tuple[int, ...]  # of each parameter
     rows_per_sample: int
     groups: int
     columns: int
@@ -36,7 +39,7 @@ class Problem(NamedTuple):
 
     arrangement: Arrangement
     batch: int
-    strides: tuple[int, int]  # of the rows of the parameters of kind "element", and of those of the target
+    strides: tuple[int, int]  # of the rows of the parameters of kind _ELEMENT, and of those of the target
     itemsize: int  # of the target's shape: of the first parameter
     widest: int  # the largest itemsize of what has the target's shape
 
@@ -48,7 +51,7 @@ def _aligned(shape: torch.Size, rank: int) -> tuple[int, ...]:
 @remembered
 def arrange(target: torch.Size, strides: Strides, dense: bool, shapes: tuple[torch.Size, ...]) -> Arrangement:
     """What the parameters of these shapes are, given the order of the target's dimensions in memory and whether there
-    is no gap between its samples. A parameter that the kernel cannot read where it lies is of kind "element": it is
+    is no gap between its samples. A parameter that the kernel cannot read where it lies is of kind _ELEMENT: it is
     copied to the target's shape.
     """
     order = [d for d in sorted(range(1, len(target)), key=lambda d: (-strides[d], d)) if target[d] > 1]
@@ -60,20 +63,20 @@ def arrange(target: torch.Size, strides: Strides, dense: bool, shapes: tuple[tor
         outer = varies.index(False) if False in varies else len(varies)  # so many dimensions vary before one does not
         inner = varies.index(True) if True in varies else len(varies)  # and so many do not, before one does
         if full == tuple(target) or full[0] > 1:
-            kinds.append("element")
+            kinds.append(_ELEMENT)
         elif not any(varies):
-            kinds.append("scalar")
+            kinds.append(_SCALAR)
         elif all(varies) and rows_per_sample in (None, 1):
             rows_per_sample = 1
-            kinds.append("column")
+            kinds.append(_COLUMN)
         elif all(varies[inner:]) and groups is None and rows_per_sample in (None, prod(sizes[:inner])) and dense:
             rows_per_sample = prod(sizes[:inner])
-            kinds.append("column")
+            kinds.append(_COLUMN)
         elif not any(varies[outer:]) and groups in (None, prod(sizes[:outer])) and rows_per_sample in (None, 1):
             rows_per_sample, groups = 1, prod(sizes[:outer])
-            kinds.append("group")
+            kinds.append(_GROUP)
         else:
-            kinds.append("element")
+            kinds.append(_ELEMENT)
     rows_per_sample, groups = rows_per_sample or 1, groups or 1
     return Arrangement(tuple(kinds), rows_per_sample, groups, prod(sizes) // rows_per_sample // groups)
 
@@ -114,11 +117,11 @@ def plan_broadcast(
     # Two vectors of 16 bytes per thread and tensor with 4 warps, as in `tiles.cut`.
     size = 4 * 128 if likelihood.heavy else 2 * 128 * 16 // itemsize
     # Rows of one or two cache lines where columns are summed, else as long as a tile.
-    width = min(max(4, power_of_2(columns)), 64 if "column" in kinds else size)
+    width = min(max(4, power_of_2(columns)), 64 if _COLUMN in kinds else size)
     height = min(size // width, power_of_2(rows))
     chunks = -(-columns // width)
-    summed = tuple(k for k in wanted if k < len(kinds) and kinds[k] != "element")
-    partials_of_a_block = chunks * groups * (width if "column" in kinds else 1)
+    summed = tuple(k for k in wanted if k < len(kinds) and kinds[k] != _ELEMENT)
+    partials_of_a_block = chunks * groups * (width if _COLUMN in kinds else 1)
     blocks = min(-(-rows // height), max(1, _MOST_PARTIAL_SUMS // partials_of_a_block))
     programs = chunks * groups * blocks
     alignment = gcd(16, columns, *strides)
@@ -151,7 +154,7 @@ def plan_broadcast(
         **constants,
     )
     of_terms = rows * groups * chunks if per_row else programs
-    of_sums = tuple(blocks * groups * columns if kinds[k] == "column" else programs for k in summed)
+    of_sums = tuple(blocks * groups * columns if kinds[k] == _COLUMN else programs for k in summed)
     return plan, of_terms, of_sums
 
 
@@ -178,23 +181,23 @@ def broadcast(
     dense = all(tensor.stride(0) == order[0] for tensor in (parameters[0], target))
     arrangement = arrange(shape, order, dense, shapes)
     kinds = arrangement.kinds
-    of_elements = [p.expand(shape) for p, kind in zip(parameters, kinds, strict=True) if kind == "element"]
+    of_elements = [p.expand(shape) for p, kind in zip(parameters, kinds, strict=True) if kind == _ELEMENT]
     *of_elements, target = together = read_together([*of_elements, target])
     order = dense_strides(target)
     each = iter(of_elements)
     read = tuple(
-        next(each) if kind == "element" else with_strides(p, strides_in_order(p.shape, shape, order))
+        next(each) if kind == _ELEMENT else with_strides(p, strides_in_order(p.shape, shape, order))
         for p, kind in zip(parameters, kinds, strict=True)
     )
     # A parameter that was copied to the target's shape gets its gradient as a sum, made by torch from float32.
     gradients = [
         _empty_gradient(tensor, kind, shape, order)
-        for tensor, kind, need in zip(tensors, (*kinds, "element"), needed, strict=True)
+        for tensor, kind, need in zip(tensors, (*kinds, _ELEMENT), needed, strict=True)
         if need
     ]
     wanted = tuple(k for k, need in enumerate(needed) if need)
-    of_element = [g for k, g in zip(wanted, gradients, strict=True) if (*kinds, "element")[k] == "element"]
-    of_smaller = [g for k, g in zip(wanted, gradients, strict=True) if (*kinds, "element")[k] != "element"]
+    of_element = [g for k, g in zip(wanted, gradients, strict=True) if (*kinds, _ELEMENT)[k] == _ELEMENT]
+    of_smaller = [g for k, g in zip(wanted, gradients, strict=True) if (*kinds, _ELEMENT)[k] != _ELEMENT]
     rows_per_sample = arrangement.rows_per_sample
     strides = (together[0].stride(0) // rows_per_sample, target.stride(0) // rows_per_sample)
     sizes = [tensor.element_size() for tensor in together]
@@ -234,8 +237,8 @@ def broadcast(
     return in_format_of(inputs, summed)
 
 
-def _empty_gradient(tensor: Tensor, kind: str, shape: torch.Size, order: Strides) -> Tensor:
-    if kind != "element":
+def _empty_gradient(tensor: Tensor, kind: int, shape: torch.Size, order: Strides) -> Tensor:
+    if kind != _ELEMENT:
         strides = strides_in_order(tensor.shape, shape, order)
         return tensor.new_empty_strided(tensor.shape, tensor.stride() if has_strides(tensor, strides) else strides)
     dtype = tensor.dtype if tensor.shape == shape else torch.float32
