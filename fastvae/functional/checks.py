@@ -40,7 +40,7 @@ def check_dense(name: str, tensor: Tensor) -> None:
 
 
 def check_like(name: str, tensor: Tensor, first_name: str, first: Tensor) -> None:
-    """The same shape and device as another argument: nothing is broadcast, nothing is copied between devices."""
+    """The same shape and device as another argument: neither is broadcast, nothing is copied between devices."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     check_dense(name, tensor)

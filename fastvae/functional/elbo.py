@@ -49,7 +49,8 @@ def elbo_loss(
 
     Raises:
         TypeError: a dtype or type that is not listed above.
-        ValueError: shapes or devices that differ, a kl that is not [B], or a weight that requires grad.
+        ValueError: shapes that do not go together, devices that differ, a kl that is not [B], or a weight that requires
+            grad.
     """
     tensors, beta, weight = _checked(parameters, target, kl, likelihood, beta, reconstruction_weight)
     if has_kernels(likelihood, target) and takes_triton(*tensors, kl, inductor_fuses=True):
@@ -83,7 +84,8 @@ def elbo_value_and_grad(
 
     Returns:
         ELBO(loss, reconstruction, kl), and (dparameters, dkl) of the shapes and dtypes of the parameters and kl:
-        dparameters is a tensor where parameters is one, and a tuple where it is a tuple.
+        dparameters is a tensor where parameters is one, and a tuple where it is a tuple. The gradient of a parameter
+        that is smaller than the target is a sum.
 
     Raises what `elbo_loss` raises.
     """

@@ -42,7 +42,8 @@ class Term:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """The negative log-likelihood of independent elements, given parameters of the target's shape.
+    """The negative log-likelihood of independent elements, given parameters of the target's shape, of which all but the
+    first may be smaller: of a shape that is broadcast to it.
 
     A subclass is a frozen dataclass whose fields are its settings: numbers, texts, booleans, None, or tuples of them.
     It defines the attributes below; those with a default may be left out. Where one follows from the settings, such as
@@ -101,9 +102,11 @@ class Likelihood:
     def slopes(self, *parameters_and_target: Any, **_: Any) -> tuple[Tensor, ...]:
         """The derivative of each element's value by each parameter, in plain PyTorch; torch derives it from `formula`.
 
-        Override it where that is slow or inaccurate.
+        Override it where that is slow or inaccurate. Of a parameter that is smaller than the target it has the target's
+        shape too: the caller multiplies each element by its weight, and then sums.
         """
         *parameters, target = parameters_and_target
+        parameters = [parameter.expand_as(parameters[0]) for parameter in parameters]
         transformed: Any = torch.func.vjp(lambda *given: self.formula(*given, target), *parameters)
         value, backward = transformed
         return tuple(backward(torch.ones_like(value)))

@@ -17,9 +17,9 @@ class VAEOutput(NamedTuple):
     """What a VAE returns for a batch, K being the latent dimension.
 
     logits: the parameters of the likelihood, as `VAE.decode` returns them: a tensor [B, C, H, W], for `SigmoidMSE` and
-    `Bernoulli` before the sigmoid, or a tuple of such tensors where there are several. z [B, K]: a sample of each
-    posterior. kl [B]: their divergence from N(0, I) in nats, or with free bits that of the batch for each of them.
-    Latents that are images themselves have z [B, K, h, w].
+    `Bernoulli` before the sigmoid, or a tuple where there are several. z [B, K]: a sample of each posterior. kl
+    [B]: their divergence from N(0, I) in nats, or with free bits that of the batch for each of them. Latents that are
+    images themselves have z [B, K, h, w].
     """
 
     logits: Parameters
@@ -34,7 +34,8 @@ class VAE(nn.Module):
         encoder: a module from images [B, C, H, W], floating point in [0, 1], to moments [mu | logvar] along dimension
             1: [B, 2K], or [B, 2K, h, w].
         decoder: a module from z, [B, K] or [B, K, h, w], to the parameters of the likelihood: a tensor of the images'
-            shape, or a tuple of such tensors where the likelihood has several.
+            shape, or a tuple where the likelihood has several. Those after the first may be smaller, such as an
+            ``nn.Parameter`` [C, 1, 1] of the decoder.
         latent_shape: the shape of one z, K or (K, h, w).
         likelihood: of the images given the decoder's output, one of `fastvae.likelihoods` or one of your own. Training
             and evaluation take it from here.
@@ -74,7 +75,8 @@ class VAE(nn.Module):
         return moments
 
     def decode(self, z: Tensor) -> Parameters:
-        """The likelihood's parameters given latents z: a tensor [B, C, H, W], or a tuple of several.
+        """The likelihood's parameters given latents z: a tensor [B, C, H, W], or a tuple of several, as the decoder
+        returns them.
 
         Raises ``ValueError`` for a z of another shape, and for a decoder that returns another number of them.
         """

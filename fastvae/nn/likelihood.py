@@ -10,7 +10,11 @@ from fastvae.likelihoods import Likelihood
 
 
 class NegativeLogLikelihood(nn.Module):
-    """-log p(target | parameters), reduced, see `fastvae.functional.negative_log_likelihood`."""
+    """-log p(target | parameters), reduced, see `fastvae.functional.negative_log_likelihood`.
+
+    A variance or dispersion that is learned for all samples, smaller than the target, is a parameter of the decoder.
+    Raises ``TypeError`` for a likelihood that is none.
+    """
 
     def __init__(self, likelihood: Likelihood, *, reduction: str = "batchmean") -> None:
         super().__init__()
