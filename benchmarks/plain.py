@@ -1,6 +1,6 @@
 """The operations as users write them in PyTorch: what fastvae is measured against.
 
-They are fastvae's specification but for the likelihoods. That of `SigmoidMSE` takes five operations more, so that
+They are fastvae's specification but for two likelihoods. That of `SigmoidMSE` takes five operations more, so that
 pixels whose sigmoid rounds to 1 keep their gradients, and that of `Bernoulli` more than torch's own function, so that
 small losses do not cancel. A baseline must not pay for either.
 """
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from fastvae.likelihoods import Bernoulli, Likelihood, SigmoidMSE
+from fastvae.models.vae import as_tuple
 from fastvae.reference.elbo import ELBO
 from fastvae.reference.gaussian import gaussian_kl, gaussian_sample, gaussian_sample_kl, gaussian_sample_kl_packed
 from fastvae.reference.precision import in_float32, pixels, reduce_event
@@ -30,22 +31,23 @@ __all__ = [
 Parameters = Tensor | tuple[Tensor, ...]
 
 
-def read(parameters: Parameters, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits and the target in float32."""
-    (logits,) = (parameters,) if isinstance(parameters, Tensor) else parameters
-    return in_float32(logits), pixels(target)
+def read(parameters: Parameters, target: Tensor) -> list[Tensor]:
+    """The parameters and the target in float32."""
+    return [*map(in_float32, as_tuple(parameters)), pixels(target)]
 
 
 def negative_log_likelihood(
     parameters: Parameters, target: Tensor, likelihood: Likelihood, *, reduction: str = "batchmean"
 ) -> Tensor:
-    x, t = read(parameters, target)
+    tensors = read(parameters, target)
     if likelihood == SigmoidMSE():
+        x, t = tensors
         return reduce_event((torch.sigmoid(x) - t).square(), reduction)
-    assert likelihood == Bernoulli(), f"no baseline for {likelihood}"
-    if reduction == "batchmean":
-        return binary_cross_entropy_with_logits(x, t, reduction="sum") / len(x)
-    return reduce_event(binary_cross_entropy_with_logits(x, t, reduction="none"), reduction)
+    if likelihood == Bernoulli():
+        if reduction == "batchmean":
+            return binary_cross_entropy_with_logits(*tensors, reduction="sum") / len(target)
+        return reduce_event(binary_cross_entropy_with_logits(*tensors, reduction="none"), reduction)
+    return reduce_event(likelihood.formula(*tensors), reduction)
 
 
 def sigmoid_mse_loss(logits: Tensor, target: Tensor, *, reduction: str = "batchmean") -> Tensor:
@@ -62,16 +64,20 @@ def elbo_loss(
 
 def elbo_value_and_grad(
     parameters: Parameters, target: Tensor, kl: Tensor, *, likelihood: Likelihood = SigmoidMSE(), beta: float = 1.0
-) -> tuple[ELBO, tuple[Tensor, Tensor]]:
+) -> tuple[ELBO, tuple[Parameters, Tensor]]:
     """The gradients by hand, because autograd takes more operations."""
     with torch.no_grad():
-        x, t = read(parameters, target)
-        y, mean_kl = torch.sigmoid(x), kl.mean()
-        error = y - t
+        tensors, mean_kl = read(parameters, target), kl.mean()
         if likelihood == SigmoidMSE():
-            reconstruction, slope = 0.5 * reduce_event(error.square(), "batchmean"), error * y * (1.0 - y)
+            x, t = tensors
+            y = torch.sigmoid(x)
+            error = y - t
+            reconstruction, slopes = 0.5 * reduce_event(error.square(), "batchmean"), (error * y * (1.0 - y),)
         else:
-            reconstruction, slope = negative_log_likelihood(parameters, target, likelihood), error
+            reconstruction = negative_log_likelihood(parameters, target, likelihood)
+            slopes = likelihood.slopes(*tensors)
         values = ELBO(reconstruction + beta * mean_kl, reconstruction, mean_kl)
-        dtype = parameters.dtype if isinstance(parameters, Tensor) else parameters[0].dtype
-        return values, ((slope / len(x)).to(dtype), torch.full_like(kl, beta / len(kl)))
+        each = zip(slopes, as_tuple(parameters), strict=True)
+        gradients = tuple((slope / len(target)).to(x.dtype) for slope, x in each)
+        gradient = gradients[0] if isinstance(parameters, Tensor) else gradients
+        return values, (gradient, torch.full_like(kl, beta / len(kl)))

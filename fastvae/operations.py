@@ -10,19 +10,34 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastvae.likelihoods import Bernoulli, Likelihood, SigmoidMSE
+from fastvae.likelihoods import (
+    Bernoulli,
+    ContinuousBernoulli,
+    DiscretizedLogistic,
+    Gaussian,
+    Laplace,
+    Likelihood,
+    SigmoidMSE,
+)
 
 Call = Callable[..., Any]
 REDUCTIONS = ("none", "batchmean", "sum", "mean")
 
 
-LIKELIHOODS = (SigmoidMSE(), Bernoulli())
+LIKELIHOODS = (
+    SigmoidMSE(),
+    Bernoulli(),
+    ContinuousBernoulli(),
+    Gaussian(),
+    Laplace(),
+    DiscretizedLogistic(),
+)
 # A gradient has so many roundings more than its slope, because the kernel multiplies it by a factor: a product of up to
 # four numbers.
 FACTOR = 5
@@ -252,7 +267,8 @@ def of_likelihood(likelihood: Likelihood) -> list[Operation]:
     roundings = {"loss": value, **{name: slope + FACTOR for name, slope in each_slope}}
     read, written = " + ".join((*parameters, "target")), " + ".join(gradients)
     own = isinstance(likelihood, SigmoidMSE)  # the default, which has functions of its own
-    suffix = "" if own else f"_{likelihood!r}".removesuffix("()")
+    named = in_short(likelihood)
+    suffix = "" if own else f"_{named}".removesuffix("()")
 
     def call(function: Call, *tensors: Tensor, **options: Any) -> Any:
         if own:
@@ -277,7 +293,7 @@ def of_likelihood(likelihood: Likelihood) -> list[Operation]:
         reductions=REDUCTIONS,
         call=call,
         likelihood=likelihood,
-        computes="(sigmoid(logits) − target)², reduced" if own else f"−log p of {likelihood!r}, reduced",  # noqa: RUF001 - a minus
+        computes="(sigmoid(logits) − target)², reduced" if own else f"−log p of {named}, reduced",  # noqa: RUF001 - a minus
     )
     bound = replace(
         loss,
@@ -321,6 +337,13 @@ def of_likelihood(likelihood: Likelihood) -> list[Operation]:
     return entries
 
 
+def in_short(likelihood: Likelihood) -> str:
+    """As it is called: with the settings that are not the defaults."""
+    values = ((it, getattr(likelihood, it.name)) for it in fields(likelihood))
+    changed = [f"{it.name}={value!r}" for it, value in values if value != it.default]
+    return f"{type(likelihood).__name__}({', '.join(changed)})"
+
+
 def table(operations: Sequence[Operation], computes: bool) -> list[str]:
     """The lines of the documentation's table of operations; with a column of what each computes, if asked for."""
     titles = ["function", "computes", "launches, forward + backward", "bytes per float32 element, forward + backward"]
@@ -339,7 +362,8 @@ def _row(operation: Operation) -> list[str]:
         moved += f"; {of_uint8.removesuffix(' in all')} with a uint8 target"
     given = list(operation.arguments)
     if operation.function == "negative_log_likelihood":
-        given.append(repr(operation.likelihood))
+        assert operation.likelihood is not None
+        given.append(in_short(operation.likelihood))
     elif operation.name != operation.function:
         given += [f"{name}={value!r}".replace("'", '"') for name, value in operation.options.items()]
     return [

@@ -23,7 +23,8 @@ def assert_within(actual: Tensor, expected: Tensor, scale: Tensor | float, round
     """
     expected = expected.double().cpu()
     dtype, actual = actual.dtype, actual.detach().double().cpu()
-    scale = torch.as_tensor(scale, dtype=torch.float64).cpu()
+    # Where an input is NaN or infinite, the scale may be NaN, also of a slope that is finite: that is held to the ulp.
+    scale = torch.as_tensor(scale, dtype=torch.float64).cpu().nan_to_num(nan=0.0, posinf=torch.inf)
     assert actual.shape == expected.shape, f"{what}: shape {list(actual.shape)}, expected {list(expected.shape)}"
     # What float64 can hold and the output dtype cannot is an infinity there.
     representable = expected.to(dtype).double()

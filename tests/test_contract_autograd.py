@@ -338,7 +338,9 @@ def test_wrong_arguments_are_refused_before_any_launch(operation, device) -> Non
     first = operation.arguments[0]
     with launching_nothing():
         for i, (name, tensor) in enumerate(zip(operation.arguments, tensors, strict=True)):
-            wrong = WRONG.get(name, wrong_like)(name, first, tensor.clone()) if i else wrong_first(name, tensor)
+            own = operation.likelihood and name in operation.likelihood.parameters  # such as a logvar, of any dtype
+            wrong_other = wrong_like if own else WRONG.get(name, wrong_like)
+            wrong = wrong_other(name, first, tensor.clone()) if i else wrong_first(name, tensor)
             for value, error, message in wrong:
                 if operation.target_kind == "number":
                     message = message.replace("t / 255", "t")

@@ -330,13 +330,6 @@ def test_a_likelihood_must_be_one():
             kind(*arguments, likelihood=None)
 
 
-def test_conv_vae_has_one_output():
-    with pytest.raises(
-        ValueError, match=r"likelihood must have one parameter, .* got LearnedVariance\(\) with location"
-    ):
-        ConvVAE(likelihood=LearnedVariance())
-
-
 @pytest.mark.parametrize(
     ("make", "returned", "message"),
     [

@@ -150,6 +150,8 @@ def check_likelihood(
     for name, tensor in zip(names[1:], given[1:], strict=True):
         check_smaller(name, tensor, names[0], first)
     check_like("target", target, names[0], first)
+    if target.dtype is torch.uint8 and not likelihood.reads_bytes:
+        raise TypeError(f"target must be floating point for {likelihood}, got torch.uint8, which is read as t / 255")
     if target.dtype is not torch.uint8 and target.dtype not in FLOATING:
         read = "t / 255" if likelihood.target == "unit" else "t"
         raise TypeError(f"target must be uint8 (read as {read}) or floating point, got {target.dtype}")

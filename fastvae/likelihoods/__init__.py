@@ -2,7 +2,23 @@
 
 from fastvae.likelihoods.bernoulli import Bernoulli
 from fastvae.likelihoods.checking import check
+from fastvae.likelihoods.continuous_bernoulli import ContinuousBernoulli
+from fastvae.likelihoods.discretized_logistic import DiscretizedLogistic
+from fastvae.likelihoods.gaussian import Gaussian
+from fastvae.likelihoods.laplace import Laplace
 from fastvae.likelihoods.likelihood import Likelihood, NotImported, Term, from_key
 from fastvae.likelihoods.sigmoid_mse import SigmoidMSE
 
-__all__ = ["Bernoulli", "Likelihood", "NotImported", "SigmoidMSE", "Term", "check", "from_key"]
+__all__ = [
+    "Bernoulli",
+    "ContinuousBernoulli",
+    "DiscretizedLogistic",
+    "Gaussian",
+    "Laplace",
+    "Likelihood",
+    "NotImported",
+    "SigmoidMSE",
+    "Term",
+    "check",
+    "from_key",
+]

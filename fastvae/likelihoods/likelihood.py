@@ -44,14 +44,18 @@ class Likelihood:
     """The negative log-likelihood of independent elements, given parameters of the target's shape.
 
     A subclass is a frozen dataclass whose fields are its settings: numbers, texts, booleans, None, or tuples of them.
-    It defines the attributes below; those with a default may be left out. `fastvae.likelihoods.check` compares its term
-    with its formula.
+    It defines the attributes below; those with a default may be left out. Where one follows from the settings, such as
+    the parameters, it is a property. `fastvae.likelihoods.check` compares its term with its formula.
     """
 
     parameters: ClassVar[tuple[str, ...]]
     """The names of the parameters, in the order in which they are given."""
     target: ClassVar[str]
     """What a target holds: "unit" for numbers in [0, 1], and uint8 is read as t / 255; "number" for any numbers."""
+    bounded: ClassVar[bool] = True
+    """Whether a "unit" target must lie in [0, 1]; else floats may be any numbers, and bytes are read as t / 255."""
+    reads_bytes: ClassVar[bool] = True
+    """Whether a target may be uint8."""
     roundings: ClassVar[tuple[int, ...]]
     """The roundings, relative errors of 2^-24, along the term's longest chain of operations: to the value, to each
     parameter's slope, and to the target's slope if it has one. Count one for an operation, two for
@@ -75,7 +79,7 @@ class Likelihood:
     `log_likelihood` add: -log p(target | parameters) = reconstruction_weight * value + omitted, for each element."""
     term: ClassVar[Term | None] = None
     """``@Term def term(parameters, target, SETTINGS: tl.constexpr, FAST: tl.constexpr)``: (value, slopes) of a tile, in
-    float32. ``parameters`` is a tuple of tiles, ``SETTINGS`` the tuple of the likelihood's settings, ``FAST`` is handed
+    float32. ``parameters`` is a tuple of tiles, ``SETTINGS`` is `settings`, ``FAST`` is handed
     on to `numerics`. slopes is a tuple: of each parameter and then of the target. Without a term the formula runs, on
     every device."""
 
@@ -84,18 +88,11 @@ class Likelihood:
         for name in ("parameters", "target", "roundings", "formula"):
             if not hasattr(cls, name):
                 raise TypeError(f"{cls.__name__} must define {name}, as fastvae.likelihoods.Likelihood describes it")
-        if not cls.parameters or isinstance(cls.parameters, str) or not all(map(str.isidentifier, cls.parameters)):
-            raise TypeError(f"{cls.__name__}.parameters must be a tuple of names, got {cls.parameters!r}")
-        if cls.target not in TARGETS:
-            raise TypeError(f"{cls.__name__}.target must be one of {', '.join(TARGETS)}, got {cls.target!r}")
-        if not (cls.term is None or isinstance(cls.term, Term)):
-            raise TypeError(f"{cls.__name__}.term must be decorated with @fastvae.likelihoods.Term, got {cls.term!r}")
-        slopes = len(cls.parameters) + cls.target_has_slope
-        if len(cls.roundings) != 1 + slopes:
-            raise TypeError(
-                f"{cls.__name__}.roundings must have {1 + slopes} numbers, of the value and of {slopes} slopes, "
-                f"got {cls.roundings!r}"
-            )
+        _check_description(cls.__name__, cls)
+
+    def __post_init__(self) -> None:
+        """Checks what are properties. A subclass that checks its settings here calls it at the end."""
+        _check_description(type(self).__name__, self)
 
     def slopes(self, *parameters_and_target: Any, **_: Any) -> tuple[Tensor, ...]:
         """The derivative of each element's value by each parameter, in plain PyTorch; torch derives it from `formula`.
@@ -122,7 +119,19 @@ class Likelihood:
 
     @property
     def settings(self) -> tuple[Any, ...]:
-        """The values of the fields, for which the term is compiled.
+        """What the term gets as ``SETTINGS``: the values of the fields, or, overridden, what follows from them."""
+        return self._values
+
+    @property
+    def key(self) -> str:
+        """A text from which `from_key` makes an equal likelihood: registered operations and files hold texts only."""
+        named = zip(fields(self), self._values, strict=True)
+        settings = ", ".join(f"{field.name}={_literal(value)}" for field, value in named)
+        return f"{type(self).__module__}:{type(self).__qualname__}({settings})"
+
+    @property
+    def _values(self) -> tuple[Any, ...]:
+        """The values of the fields.
 
         Raises ``TypeError`` for a value of another type than those above, and for a field that equality leaves out,
         because what is compiled is kept for equal likelihoods.
@@ -140,12 +149,36 @@ class Likelihood:
             values.append(value)
         return tuple(values)
 
-    @property
-    def key(self) -> str:
-        """A text from which `from_key` makes an equal likelihood: registered operations and files hold texts only."""
-        named = zip(fields(self), self.settings, strict=True)
-        settings = ", ".join(f"{field.name}={_literal(value)}" for field, value in named)
-        return f"{type(self).__module__}:{type(self).__qualname__}({settings})"
+
+def _check_description(name: str, described: Any) -> None:
+    """Of a class, or of an instance, where the properties of the class have values."""
+    parameters, target, term = described.parameters, described.target, described.term
+    if not isinstance(parameters, property) and (
+        not parameters or isinstance(parameters, str) or not all(name.isidentifier() for name in parameters)
+    ):
+        raise TypeError(f"{name}.parameters must be a tuple of names, got {parameters!r}")
+    if not isinstance(target, property) and target not in TARGETS:
+        raise TypeError(f"{name}.target must be one of {', '.join(TARGETS)}, got {target!r}")
+    if not (term is None or isinstance(term, (property, Term))):
+        raise TypeError(f"{name}.term must be decorated with @fastvae.likelihoods.Term, got {term!r}")
+    if isinstance(parameters, property) or isinstance(described.roundings, property):
+        return
+    slopes = len(parameters) + described.target_has_slope
+    if len(described.roundings) != 1 + slopes:
+        raise TypeError(
+            f"{name}.roundings must have {1 + slopes} numbers, of the value and of {slopes} slopes, "
+            f"got {described.roundings!r}"
+        )
+
+
+def check_scale(name: str, value: Any) -> None:
+    """A setting that is the width of a distribution, or None where that is a parameter."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, or None where it is learned, got {value!r}")
+    if not 1e-18 <= value <= 1e18:  # of which the inverse of the square is a number in float32 too
+        raise ValueError(f"{name} must be positive and finite, from 1e-18 to 1e18, got {value}")
 
 
 def _is_setting(value: Any) -> bool:

@@ -9,7 +9,8 @@ At the defaults, with shapes (C, H, W):
     fully connected      32 = mu | logvar      transposed convolution, stride 1    1, 28, 28 = logits
 
 Kernels are 3x3, strides 2 but for the last layer's. Nothing is applied to the projection. 228,193 parameters in 14
-tensors: Glorot uniform weights and zero biases.
+tensors: Glorot uniform weights and zero biases. Where the likelihood has several parameters, the last layer has so many
+times the channels.
 """
 
 from __future__ import annotations
@@ -19,9 +20,24 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastvae.functional.checks import check_is_likelihood
 from fastvae.likelihoods import Likelihood, SigmoidMSE, from_key
 from fastvae.models.same_padding import KERNEL, Downsample, Upsample, halved
 from fastvae.models.vae import VAE, positive_integers
+
+
+class Split(nn.Module):
+    """Cuts the channels into as many equal parts, which are views."""
+
+    def __init__(self, parts: int) -> None:
+        super().__init__()
+        self.parts = parts
+
+    def extra_repr(self) -> str:
+        return str(self.parts)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return x.chunk(self.parts, 1)
 
 
 class ConvVAE(VAE):
@@ -34,12 +50,13 @@ class ConvVAE(VAE):
         image_shape: (C, H, W).
         latent_dim: K, the size of z.
         channels: the output channels of the encoder's convolutions, first to last.
-        likelihood: one of a single parameter, which the last layer gives; or its ``key``, as `settings` hold it.
+        likelihood: of the images, or its ``key``, as `settings` hold it. The last layer has C channels for each of its
+            parameters, one after the other.
 
     Raises:
         TypeError: a likelihood that is none.
-        ValueError: a size that is not a positive integer, no channels, a likelihood of several parameters, or a key
-            that names none (see `fastvae.likelihoods.from_key`).
+        ValueError: a size that is not a positive integer, no channels, or a key that names no likelihood (see
+            `fastvae.likelihoods.from_key`).
     """
 
     def __init__(
@@ -51,6 +68,7 @@ class ConvVAE(VAE):
     ) -> None:
         if isinstance(likelihood, str):
             likelihood = from_key(likelihood)
+        check_is_likelihood(likelihood)
         if len(image_shape) != 3 or not positive_integers(*image_shape):
             raise ValueError(f"image_shape must be three positive integers (C, H, W), got {image_shape}")
         if not positive_integers(latent_dim):
@@ -75,13 +93,11 @@ class ConvVAE(VAE):
             decoder[f"transposed_conv{level}"] = Upsample(depth, outputs, sizes.pop())
             decoder[f"relu{level}"] = nn.ReLU()
             depth = outputs
-        decoder["logits"] = nn.ConvTranspose2d(depth, image_shape[0], KERNEL, padding=1)
+        count = len(likelihood.parameters)
+        decoder["logits"] = nn.ConvTranspose2d(depth, count * image_shape[0], KERNEL, padding=1)
+        if count > 1:
+            decoder["split"] = Split(count)
         super().__init__(nn.Sequential(encoder), nn.Sequential(decoder), latent_dim, likelihood)
-        if len(likelihood.parameters) != 1:
-            raise ValueError(
-                f"likelihood must have one parameter, because the decoder has one output, got {likelihood} with "
-                f"{', '.join(likelihood.parameters)}"
-            )
         self.image_shape = tuple(image_shape)
         self.latent_dim = latent_dim
         self.channels = tuple(channels)

@@ -49,10 +49,11 @@ def warn_of_values(name: str, images: Tensor, likelihood: Likelihood) -> None:
     # In parts: of images that do not lie in memory one after the other, aminmax makes a copy.
     bounds = torch.stack([torch.stack(part.aminmax()) for part in torch.split(images, 1024)])
     low, high = torch.stack([bounds[:, 0].min(), bounds[:, 1].max()]).tolist()
+    bounded = likelihood.target == "unit" and likelihood.bounded
     if math.isnan(low):
-        expected = "values from 0 to 1" if likelihood.target == "unit" else "numbers"
+        expected = "values from 0 to 1" if bounded else "numbers"
         warnings.warn(f"{name} hold NaN, expected {expected}", stacklevel=3)
-    elif likelihood.target == "unit" and (low < 0 or high > 1):
+    elif bounded and (low < 0 or high > 1):
         warnings.warn(
             f"{name} hold values from {low:g} to {high:g}, expected 0 to 1, the targets of {likelihood}",
             stacklevel=3,

@@ -1,0 +1,123 @@
+"""The Gaussian likelihood, with a variance that is learned or given."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastvae.likelihoods.likelihood import Likelihood, Term, check_scale
+from fastvae.reference.precision import sigmoid
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+    from fastvae.kernels import numerics
+
+
+@Term
+def learned(parameters, target, SETTINGS: tl.constexpr, FAST: tl.constexpr):
+    """((t - m)^2 e^-l + l) / 2 + c; slopes -(t - m) e^-l, (1 - (t - m)^2 e^-l) / 2 and (t - m) e^-l."""
+    mean, logvar = parameters
+    if SETTINGS[0]:
+        mean, derivative = numerics.sigmoid(mean, FAST)
+    error = target - mean
+    scaled = error * numerics.exp(-logvar, FAST)
+    squared = error * scaled
+    slope = -scaled
+    if SETTINGS[0]:
+        slope *= derivative
+    return tl.fma(0.5, squared + logvar, SETTINGS[1]), (slope, tl.fma(-0.5, squared, 0.5), scaled)
+
+
+@Term
+def fixed(parameters, target, SETTINGS: tl.constexpr, FAST: tl.constexpr):
+    """(t - m)^2 / (2 std^2) + c; slopes -(t - m) and t - m, times 1 / std^2."""
+    mean = parameters[0]
+    if SETTINGS[0]:
+        mean, derivative = numerics.sigmoid(mean, FAST)
+    error = target - mean
+    slope = -error
+    if SETTINGS[0]:
+        slope *= derivative
+    return tl.fma(error * error, SETTINGS[2], SETTINGS[1]), (slope, error)
+
+
+@dataclass(frozen=True)
+class Gaussian(Likelihood):
+    """((t - mean)^2 e^-logvar + logvar + log 2 pi) / 2 for each element, of any numbers; uint8 is read as t / 255.
+
+    With a fixed ``std`` the mean is the only parameter, logvar being 2 log std. ``sigmoid``: the mean is the sigmoid of
+    the first parameter, the logits. ``constant=False`` leaves log(2 pi) / 2 out, and log std if that is fixed. It is
+    torch's ``gaussian_nll_loss``. Choose it for numbers without bounds; with ``std=1`` it is the squared error of a
+    linear decoder. Where the variance is learned, pixels that are always right let it vanish: limit logvar then.
+    """
+
+    std: float | None = None
+    sigmoid: bool = False
+    constant: bool = True
+
+    target = "unit"
+    target_has_slope = True
+
+    def __post_init__(self) -> None:
+        check_scale("std", self.std)
+        super().__post_init__()
+
+    @property
+    def bounded(self) -> bool:
+        return self.sigmoid
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        first = "logits" if self.sigmoid else "mean"
+        return (first, "logvar") if self.std is None else (first,)
+
+    @property
+    def roundings(self) -> tuple[int, ...]:
+        if self.std is None:
+            return (27, 27, 25, 14) if self.sigmoid else (11, 6, 10, 6)
+        return (22, 23, 10) if self.sigmoid else (6, 2, 2)
+
+    @property
+    def term(self) -> Term:
+        return learned if self.std is None else fixed
+
+    @property
+    def slope_factor(self) -> float:
+        return 1.0 if self.std is None else self.std**-2
+
+    @property
+    def omitted(self) -> float:
+        return 0.0 if self.constant else self._constant
+
+    @property
+    def settings(self) -> tuple[bool, float, float]:
+        return self.sigmoid, self._constant - self.omitted, 0.5 * self.slope_factor
+
+    @property
+    def _constant(self) -> float:
+        return 0.5 * math.log(2 * math.pi) + (0.0 if self.std is None else math.log(self.std))
+
+    def formula(self, *tensors: Tensor) -> Tensor:
+        squared = (tensors[-1] - self.mean(*tensors[:-1])).square()
+        if self.std is None:
+            return 0.5 * (squared * torch.exp(-tensors[1]) + tensors[1]) + self.settings[1]
+        return self.settings[2] * squared + self.settings[1]
+
+    def slopes(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        mean = self.mean(*tensors[:-1])
+        error = tensors[-1] - mean
+        scaled = error * (self.slope_factor if self.std else torch.exp(-tensors[1]))
+        slope = -scaled * mean * torch.sigmoid(-tensors[0]) if self.sigmoid else -scaled
+        return (slope,) if self.std else (slope, 0.5 - 0.5 * error * scaled)
+
+    def mean(self, mean: Tensor, *_: Tensor) -> Tensor:
+        return sigmoid(mean) if self.sigmoid else mean
+
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
+        parameters = [torch.randn(shape, generator=generator) for _ in self.parameters]
+        return *parameters, torch.rand(shape, generator=generator)

@@ -1,0 +1,104 @@
+"""The Laplace likelihood, with a scale that is learned or given."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastvae.likelihoods.likelihood import Likelihood, Term, check_scale
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+    from fastvae.kernels import numerics
+
+
+@Term
+def learned(parameters, target, SETTINGS: tl.constexpr, FAST: tl.constexpr):
+    """|t - m| e^-l + l + c; slopes -sign(t - m) e^-l, 1 - |t - m| e^-l and sign(t - m) e^-l."""
+    mean, log_scale = parameters
+    error = target - mean
+    inverse = numerics.exp(-log_scale, FAST)
+    scaled = tl.abs(error) * inverse
+    slope = tl.where(error > 0, 1.0, tl.where(error < 0, -1.0, 0.0)) * inverse
+    return scaled + (log_scale + SETTINGS[0]), (-slope, 1.0 - scaled, slope)
+
+
+@Term
+def fixed(parameters, target, SETTINGS: tl.constexpr, FAST: tl.constexpr):
+    """|t - m| / scale + c; slopes -sign(t - m) and sign(t - m), times 1 / scale."""
+    error = target - parameters[0]
+    sign = tl.where(error > 0, 1.0, tl.where(error < 0, -1.0, 0.0))
+    return tl.fma(tl.abs(error), SETTINGS[1], SETTINGS[0]), (-sign, sign)
+
+
+@dataclass(frozen=True)
+class Laplace(Likelihood):
+    """|t - mean| e^-log_scale + log_scale + log 2 for each element, of any numbers; uint8 is read as t / 255.
+
+    With a fixed ``scale`` the mean is the only parameter. ``constant=False`` leaves log 2 out, and log scale if that is
+    fixed. The slope at t = mean is 0. Choose it in place of `Gaussian` where single elements may be far off, because it
+    counts their absolute and not their squared error: its mean is the median, and its pictures have sharper edges.
+    """
+
+    scale: float | None = None
+    constant: bool = True
+
+    target = "unit"
+    bounded = False
+    target_has_slope = True
+
+    def __post_init__(self) -> None:
+        check_scale("scale", self.scale)
+        super().__post_init__()
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return ("mean", "log_scale") if self.scale is None else ("mean",)
+
+    @property
+    def roundings(self) -> tuple[int, ...]:
+        return (8, 5, 7, 5) if self.scale is None else (5, 1, 1)
+
+    @property
+    def term(self) -> Term:
+        return learned if self.scale is None else fixed
+
+    @property
+    def slope_factor(self) -> float:
+        return 1.0 if self.scale is None else 1 / self.scale
+
+    @property
+    def omitted(self) -> float:
+        return 0.0 if self.constant else self._constant
+
+    @property
+    def settings(self) -> tuple[float, float]:
+        return self._constant - self.omitted, self.slope_factor
+
+    @property
+    def _constant(self) -> float:
+        return math.log(2.0 if self.scale is None else 2 * self.scale)
+
+    def formula(self, *tensors: Tensor) -> Tensor:
+        error = (tensors[-1] - tensors[0]).abs()
+        if self.scale is None:
+            return error * torch.exp(-tensors[1]) + (tensors[1] + self.settings[0])
+        return self.slope_factor * error + self.settings[0]
+
+    def slopes(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        error = tensors[-1] - tensors[0]
+        inverse = self.slope_factor if self.scale else torch.exp(-tensors[1])
+        slope = -torch.sign(error) * inverse
+        return (slope,) if self.scale else (slope, 1 - error.abs() * inverse)
+
+    def mean(self, mean: Tensor, *_: Tensor) -> Tensor:
+        return mean
+
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
+        parameters = [torch.randn(shape, generator=generator) for _ in self.parameters]
+        return *parameters, torch.rand(shape, generator=generator)
