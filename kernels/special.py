@@ -50,46 +50,42 @@ def log1mexp(x, FAST: tl.constexpr):
 def gamma_differences(t, d, FAST: tl.constexpr):
     """(log Gamma(t + d) - log Gamma(d), psi(t + d) - psi(d)) for t >= 0 and d > 0; psi is the derivative of log Gamma.
 
-    With a = 1 / (d + c), b = 1 / (t + d + c), c = 5/4:
+    With a = 1 / (d + c), b = 1 / (t + d + c), c = 17/16:
 
         log Gamma(x + 1) = (x + 1/2) log(x + c) - x + constant + p(1 / (x + c))
         psi(x + 1) = log(x + c) + q(1 / (x + c))
 
-    with polynomials p and q of degree 5 and 6. They are minimax for x >= 0, p' in units of |psi(x)| + x psi'(x) and q'
-    in units of psi'(x): with these float32 coefficients within 0.06 and 0.21 * 2^-24. This c makes them so short: at
-    c = 1 the errors would be 0.3 and 0.7. Recurrence gives Gamma(x) = Gamma(x + 1) / x. Each difference is computed as
-    one: log((t + d + c) / (d + c)) = log1p(t a), and p(a) - p(b) = (a - b) p[a, b] with a - b = t a b, where Horner's
-    rule, applied to its own steps, evaluates p[a, b]. So every part has the factor t, and t = 0 gives 0.
+    with polynomials p and q of degree 4 and 5. They are minimax for x >= 0, p' in units of |psi(x)| + x psi'(x) and q'
+    in units of psi'(x): with these float32 coefficients within 0.44 and 1.27 * 2^-24. c is chosen for that: at c = 1
+    the errors would be 1.5 and 4.9. Recurrence gives Gamma(x) = Gamma(x + 1) / x. Each difference is computed as one:
+    log((t + d + c) / (d + c)) = log1p(t a), and p(a) - p(b) = (a - b) p[a, b] with a - b = t a b, where Horner's rule,
+    applied to its own steps, evaluates p[a, b]. So every part has the factor t, and t = 0 gives 0.
     """
     y = t + d
-    a = numerics.reciprocal(d + 1.25, FAST)
-    upper = y + 1.25
+    a = numerics.reciprocal(d + 1.0625, FAST)
+    upper = y + 1.0625
     b = numerics.reciprocal(upper, FAST)
     ratio = t * a
     log_ratio = log1p(ratio, FAST)
     step = ratio * b
     shift = t * numerics.reciprocal(d, FAST)
 
-    outer = tl.fma(a, 7.544346153736115e-04, -4.3049416854046285e-04)
-    inner = tl.fma(b, 7.544346153736115e-04, outer)
-    outer = tl.fma(a, outer, 5.362413823604584e-03)
+    outer = tl.fma(a, 6.054756813682616e-04, -3.1088190153241158e-03)
+    inner = tl.fma(b, 6.054756813682616e-04, outer)
+    outer = tl.fma(a, outer, 6.453761365264654e-03)
     inner = tl.fma(b, inner, outer)
-    outer = tl.fma(a, outer, 3.9076488465070724e-02)
-    inner = tl.fma(b, inner, outer)
-    outer = tl.fma(a, outer, 2.3958012461662292e-01)
+    outer = tl.fma(a, outer, 1.1649971455335617e-01)
     inner = tl.fma(b, inner, outer)
     leading = tl.fma(d + 0.5, log_ratio, t * (numerics.log(upper, FAST) - 1.0))
     value = tl.fma(-step, inner, leading) - log1p(shift, FAST)
 
-    outer = tl.fma(a, -3.700890811160207e-03, 1.5558723825961351e-03)
-    inner = tl.fma(b, -3.700890811160207e-03, outer)
-    outer = tl.fma(a, outer, -1.5939677134156227e-02)
+    outer = tl.fma(a, -2.5013317354023457e-03, 9.474431164562702e-03)
+    inner = tl.fma(b, -2.5013317354023457e-03, outer)
+    outer = tl.fma(a, outer, -1.300294604152441e-02)
     inner = tl.fma(b, inner, outer)
-    outer = tl.fma(a, outer, -7.821536064147949e-02)
+    outer = tl.fma(a, outer, -1.164751797914505e-01)
     inner = tl.fma(b, inner, outer)
-    outer = tl.fma(a, outer, -2.3956745862960815e-01)
-    inner = tl.fma(b, inner, outer)
-    outer = tl.fma(a, outer, -7.50001072883606e-01)
+    outer = tl.fma(a, outer, -5.625019073486328e-01)
     inner = tl.fma(b, inner, outer)
     slope = tl.fma(shift, numerics.reciprocal(y, FAST), tl.fma(-step, inner, log_ratio))
     return value, slope
