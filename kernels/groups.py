@@ -1,0 +1,208 @@
+"""Launching the kernels of likelihoods whose element has an axis of its own (`grouped.py`, `softmax.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .grouped import grouped_kernel
+from .launch import Plan, launch, make_plan, ticket
+from .layout import Strides, gradient_strides, in_format_of, remembered
+from .smaller import broadcast, has_smaller
+from .tiles import power_of_2, reduction_scale, sum_blocks
+
+if TYPE_CHECKING:
+    from fastvae.likelihoods import Likelihood
+
+
+def launcher_of(likelihood: Likelihood, tensors: Sequence[Tensor]) -> Callable[..., list[Tensor]] | None:
+    """What launches the kernel for these tensors, in place of those of `elementwise`, which take equal shapes."""
+    if likelihood.grouped:
+        return grouped
+    return broadcast if has_smaller(tensors) else None
+
+
+def terms_of_a_sample(likelihood: Likelihood, tensors: Sequence[Tensor]) -> int:
+    """How many values of the formula a sample has."""
+    shape = tensors[0].shape
+    if not likelihood.grouped:
+        return prod(shape[1:])
+    axis = likelihood.grouping(shape, tensors[-1].shape).axis
+    return prod(shape[1:axis]) * prod(shape[axis + 1 :])
+
+
+class Lying(NamedTuple):
+    """The strides of a tensor [rows, elements, axis]."""
+
+    row: int
+    element: int
+    axis: int
+
+
+class Problem(NamedTuple):
+    """What the plan of a launch follows from."""
+
+    batch: int
+    elements: int  # of a sample
+    slots: int
+    size: int
+    targets: int
+    target_has_axis: bool
+    parameters: Lying
+    target: Lying
+    gradient: Lying | None
+
+
+@remembered
+def lying(shape: torch.Size, strides: Strides, axis: int | None) -> Lying | None:
+    """How a tensor lies whose dimensions, but the batch and the axis, are one: None if they lie at several distances.
+    A stride that nothing follows is 0.
+    """
+    element, expected = 0, None
+    for d in range(len(shape) - 1, 0, -1):
+        if d == axis or shape[d] == 1:
+            continue
+        if expected is None:
+            element = expected = strides[d]
+        elif strides[d] != expected:
+            return None
+        expected *= shape[d]
+    along = strides[axis] if axis is not None and shape[axis] > 1 else 0
+    return Lying(strides[0] if shape[0] > 1 else 0, element, along)
+
+
+def read(tensor: Tensor, axis: int | None) -> tuple[Tensor, Lying]:
+    """The tensor, or a copy where a kernel cannot read it as it lies."""
+    found = None if tensor.is_neg() else lying(tensor.shape, tensor.stride(), axis)
+    if found is None:
+        tensor = tensor.clone(memory_format=torch.contiguous_format).resolve_neg()
+        found = lying(tensor.shape, tensor.stride(), axis)
+        assert found is not None
+    return tensor, found
+
+
+def joined(lies: Lying, batch: int, elements: int) -> Lying | None:
+    """The same tensor with its samples as one row, if they follow each other as elements do."""
+    if batch == 1:
+        return lies
+    if elements == 1:
+        return Lying(0, lies.row, lies.axis)
+    return Lying(0, lies.element, lies.axis) if lies.row == elements * lies.element else None
+
+
+@remembered
+def plan_grouped(
+    likelihood: Likelihood, problem: Problem, reduction: str, values: bool, kl_stride: int, loss_grad_stride: int
+) -> tuple[Plan, int]:
+    """The plan, and the number of partial sums."""
+    batch, elements, slots, size, targets, target_has_axis, *lies = problem
+    rows, per_sample = batch, reduction == "none"
+    together = [joined(each, batch, elements) for each in lies if each is not None]
+    flat = batch == 1 or (None not in together and (not per_sample or elements == 1))
+    event = elements
+    if flat:
+        lies = [None if each is None else joined(each, batch, elements) for each in lies]
+        rows, elements = 1, batch * elements
+    # A program has 64 pixels of a mixture of 16. More would not stay in the L1 cache where the channels are innermost,
+    # and each slot is a part of the same lines. With one slot, it has 16 numbers per thread.
+    inner = max(2, power_of_2(size))
+    width = max(1, min((1024 if slots > 1 else 2048) // inner, power_of_2(max(1, elements))))
+    num_warps = 8 if width * inner > 2048 else 4
+    chunks = max(1, -(-elements // width))
+    programs = rows * chunks
+    sums = "all" if not per_sample else "element" if flat and event == 1 else "row"
+    several = values and sums != "element" and (programs if sums == "all" else chunks) > 1
+    numbers = [number for each in lies for number in (each or Lying(0, 0, 0))]
+    plan = make_plan(
+        programs,
+        num_warps,
+        rows,
+        elements,
+        chunks,
+        *numbers,
+        kl_stride,
+        loss_grad_stride,
+        batch,
+        reduction_scale(reduction, batch, event),
+        TERM=likelihood.term.jit,
+        SETTINGS=likelihood.settings,
+        UNIT=likelihood.target == "unit",
+        SLOTS=slots,
+        SIZE=size,
+        TARGETS=targets,
+        TARGET_HAS_AXIS=target_has_axis,
+        SUMS=sums,
+        FLAT=rows == 1,
+        ELEMENTS=width,
+        INNER=inner,
+        **sum_blocks(rows if sums == "row" else 1, chunks if sums == "row" else programs),
+    )
+    return plan, programs if several else 0
+
+
+def grouped(
+    likelihood: Likelihood,
+    tensors: Sequence[Tensor],
+    reduction: str,
+    needed: Sequence[bool],
+    *,
+    values: Sequence[Tensor | None] = (None, None, None),
+    kl: Tensor | None = None,
+    upstream: Sequence[Tensor | None] = (None, None, None),
+    kl_grad: Tensor | None = None,
+    weights: Sequence[Any] = (1.0, 1.0, 1.0),
+) -> list[Tensor]:
+    """Fill `values` and kl_grad, those that are given, and return the gradient of the parameters, if it is needed. The
+    arguments are those of `grouped_kernel`. A sample may be without elements, but there must be samples.
+    """
+    given, target = tensors
+    grouping = likelihood.grouping(given.shape, target.shape)
+    parameters, lies = read(given, grouping.axis)
+    target, target_lies = read(target, grouping.target_axis)
+    gradient = gradient_lies = None
+    if needed[0]:
+        gradient = given.new_empty_strided(given.shape, gradient_strides(given))
+        gradient, gradient_lies = read(gradient, grouping.axis)
+    axis = given.shape[grouping.axis]
+    of_target = 1 if grouping.target_axis is None else target.shape[grouping.target_axis]
+    has_axis = grouping.target_axis is not None and of_target == axis
+    problem = Problem(
+        given.shape[0],
+        terms_of_a_sample(likelihood, tensors),
+        axis // grouping.size,
+        grouping.size,
+        1 if has_axis else of_target,
+        has_axis,
+        lies,
+        target_lies,
+        gradient_lies,
+    )
+    loss_grad = upstream[0]
+    plan, partials = plan_grouped(
+        likelihood,
+        problem,
+        reduction,
+        values[0] is not None,
+        kl.stride(0) if kl is not None else 0,
+        loss_grad.stride(0) if reduction == "none" and loss_grad is not None else 0,
+    )
+    launch(
+        grouped_kernel,
+        plan,
+        given.device,
+        parameters,
+        target,
+        kl,
+        *values,
+        *upstream,
+        gradient,
+        kl_grad,
+        target.new_empty(partials, dtype=torch.float32) if partials else None,
+        ticket(given.device) if partials else None,
+        *weights,
+    )
+    return [] if gradient is None else in_format_of([given], [gradient])
