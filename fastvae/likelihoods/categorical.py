@@ -31,16 +31,18 @@ def term(slots, targets, place, SIZE: tl.constexpr, SETTINGS: tl.constexpr, FAST
     others = tl.sum(tl.where(greatest, 0.0, weights), axis=1, keep_dims=True)
     others += tl.sum(tl.where(greatest, 1.0, 0.0), axis=1, keep_dims=True) - 1.0
     weights = weights * numerics.reciprocal(1.0 + others, FAST)
-    spread, below = special.log1p(others, FAST), most - logits
+    spread, below = special.log1p(others, FAST), tl.where(there, most - logits, 0.0)
     target = targets[0]
     if target.shape[1] == 1:
         hit = place == target
         value = spread + tl.sum(tl.where(hit, below, 0.0), axis=1, keep_dims=True)
         value = tl.where((target >= 0) & (target < SIZE), value, float("nan"))
-        return value, (weights - tl.where(hit, 1.0, 0.0),)
-    total = tl.sum(target, axis=1, keep_dims=True)
-    value = total * spread + tl.sum(tl.where(there, target * below, 0.0), axis=1, keep_dims=True)
-    return value, (total * weights - target,)
+        slope = weights - tl.where(hit, 1.0, 0.0)
+    else:
+        total = tl.sum(target, axis=1, keep_dims=True)
+        value = total * spread + tl.sum(target * below, axis=1, keep_dims=True)
+        slope = total * weights - target
+    return value, (slope,)
 
 
 # Of the sum of weights 5 + 20, for up to 2^20 classes; of log1p 3 more. Times the sum of the target, 20, and a sum, that

@@ -72,21 +72,12 @@ def term(slots, targets, place, SIZE: tl.constexpr, SETTINGS: tl.constexpr, FAST
     far_value = numerics.log(total, FAST) - (most + numerics.log(sum_of_shares, FAST))
     mixed = tl.where(near, numerics.log1p(missed * kept), far_value)
     by_logit = tl.where(near, weights * (missing - missed) * kept, weights - share)
+    slopes = (by_logit, share * mean_red, share * scale_red)
     if len(slots) == 10:
-        green_mean, blue_mean = share * mean_green, share * mean_blue
-        return mixed, (
-            by_logit,
-            share * mean_red,
-            share * scale_red,
-            green_mean * slope0 * red,
-            green_mean,
-            share * scale_green,
-            blue_mean * slope1 * red,
-            blue_mean,
-            share * scale_blue,
-            blue_mean * slope2 * green,
-        )
-    return mixed, (by_logit, share * mean_red, share * scale_red)
+        mean_green, mean_blue = share * mean_green, share * mean_blue
+        slopes += (mean_green * slope0 * red, mean_green, share * scale_green, mean_blue * slope1 * red, mean_blue)
+        slopes += (share * scale_blue, mean_blue * slope2 * green)
+    return mixed, slopes
 
 
 @dataclass(frozen=True)
