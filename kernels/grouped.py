@@ -46,18 +46,25 @@ def factor_of_slopes(loss_ptr, loss_grad_ptr, reconstruction_grad_ptr, weight, g
     return scale * value_grad * load_scalar(weight)
 
 
+@triton.jit
+def in_elements(units, ALIGNMENT: tl.constexpr):
+    """A distance that was given in units of ALIGNMENT, so that the compiler sees what divides it."""
+    return tl.cast(units, tl.int64) * ALIGNMENT
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def grouped_kernel(
     parameters_ptr, target_ptr, kl_ptr, loss_ptr, reconstruction_ptr, mean_kl_ptr,
     loss_grad_ptr, reconstruction_grad_ptr, mean_kl_grad_ptr, gradient_ptr, kl_grad_ptr,
     partial_ptr, ticket_ptr, beta, weight, grad_scale,
-    rows, elements, chunks, row_stride, element_stride, axis_stride,
-    target_row_stride, target_element_stride, target_axis_stride,
-    gradient_row_stride, gradient_element_stride, gradient_axis_stride,
+    rows, chunks, elements, row_units, element_units, axis_units,
+    target_row_units, target_element_units, target_axis_units,
+    gradient_row_units, gradient_element_units, gradient_axis_units,
     kl_stride, loss_grad_stride, batch, scale,
     TERM: tl.constexpr, SETTINGS: tl.constexpr, UNIT: tl.constexpr, SLOTS: tl.constexpr, SIZE: tl.constexpr,
     TARGETS: tl.constexpr, TARGET_HAS_AXIS: tl.constexpr, SUMS: tl.constexpr, FLAT: tl.constexpr,
-    ELEMENTS: tl.constexpr, INNER: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr,
+    ALIGNMENTS: tl.constexpr, ELEMENTS: tl.constexpr, INNER: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+    FAST: tl.constexpr,
 ):  # fmt: skip
     """With loss_ptr, the values of `elementwise.value_kernel`; with gradient_ptr, the gradient of grad_scale * loss. If
     there is no loss_ptr, the gradient is scale * weight * (loss_grad + reconstruction_grad) * slope.
@@ -67,6 +74,7 @@ def grouped_kernel(
     [ELEMENTS, 1], of a target [rows, elements, TARGETS]. It returns a value [ELEMENTS, 1] and the slopes of each slot.
     The gradient has the parameters' shape. SUMS: "all" for one loss; "row" for one of each row, to which all of its
     chunks contribute; "element" for one of each element, where a sample has only one and FLAT makes them a row.
+    ALIGNMENTS are those of the ten numbers in units.
     partial is float32 [programs], or None where a program makes a sum alone, and ticket int32 [1], zero.
     Bytes per float32 element: reads 4 (SLOTS * SIZE + TARGETS), writes 0, with a gradient 4 SLOTS * SIZE.
     Launches: 1 in each direction, and 1 for values and gradients together. Roundings: a term those of the likelihood,
@@ -79,21 +87,25 @@ def grouped_kernel(
     row, first = program_tile(chunks, FLAT, 1, ELEMENTS)
     element = tl.arange(0, ELEMENTS)[:, None]
     place = tl.arange(0, INNER)[None, :]
-    inside = element < elements - first
+    inside = element < in_elements(elements, tl.constexpr(ALIGNMENTS[0])) - first
     both = inside & (place < SIZE)
     wide_element, wide_place = (first + element).to(tl.int64), place.to(tl.int64)
-    at = row * row_stride + wide_element * element_stride + wide_place * axis_stride
+    axis_stride = in_elements(axis_units, tl.constexpr(ALIGNMENTS[3]))
+    at = row * in_elements(row_units, tl.constexpr(ALIGNMENTS[1]))
+    at += wide_element * in_elements(element_units, tl.constexpr(ALIGNMENTS[2])) + wide_place * axis_stride
     slots = ()
     for k in tl.static_range(SLOTS):
-        slot = tl.load(parameters_ptr + at + k * SIZE * tl.cast(axis_stride, tl.int64), mask=both, other=0.0)
+        slot = tl.load(parameters_ptr + at + k * SIZE * axis_stride, mask=both, other=0.0)
         slots = slots + (slot.to(tl.float32),)  # noqa: RUF005 - Triton knows no *
-    at_target = target_ptr + row * target_row_stride + wide_element * target_element_stride
+    target_axis_stride = in_elements(target_axis_units, tl.constexpr(ALIGNMENTS[6]))
+    at_target = target_ptr + row * in_elements(target_row_units, tl.constexpr(ALIGNMENTS[4]))
+    at_target += wide_element * in_elements(target_element_units, tl.constexpr(ALIGNMENTS[5]))
     targets = ()
     if TARGET_HAS_AXIS:
         targets = targets + (load_target(at_target + wide_place * target_axis_stride, both, UNIT),)  # noqa: RUF005
     else:
         for k in tl.static_range(TARGETS):
-            target = load_target(at_target + k * tl.cast(target_axis_stride, tl.int64), inside, UNIT)
+            target = load_target(at_target + k * target_axis_stride, inside, UNIT)
             targets = targets + (target,)  # noqa: RUF005
     value, slopes = TERM(slots, targets, place, SIZE, SETTINGS, FAST)
     tl.static_assert(len(slopes) == SLOTS, "a term returns a slope for each slot")
@@ -106,10 +118,12 @@ def grouped_kernel(
         else:
             loss_grad = tl.load(loss_grad_ptr + wide_element * loss_grad_stride, mask=inside, other=0.0)
             factor = scale * loss_grad.to(tl.float32)
-        at = row * gradient_row_stride + wide_element * gradient_element_stride + wide_place * gradient_axis_stride
+        axis_stride = in_elements(gradient_axis_units, tl.constexpr(ALIGNMENTS[9]))
+        at = row * in_elements(gradient_row_units, tl.constexpr(ALIGNMENTS[7]))
+        at += wide_element * in_elements(gradient_element_units, tl.constexpr(ALIGNMENTS[8])) + wide_place * axis_stride
         for k in tl.static_range(SLOTS):
             gradient = (factor * slopes[k]).to(gradient_ptr.dtype.element_ty)
-            tl.store(gradient_ptr + at + k * SIZE * tl.cast(gradient_axis_stride, tl.int64), gradient, mask=both)
+            tl.store(gradient_ptr + at + k * SIZE * axis_stride, gradient, mask=both)
 
     if loss_ptr is not None:
         if SUMS == "element":
