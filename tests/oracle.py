@@ -87,7 +87,7 @@ def _of_likelihood(
             for n, d in (("reconstruction_weight", likelihood.reconstruction_weight), ("beta", 1.0))
         )
         reconstruction, kl = weight * value.sum() / batch, given["kl"].abs().sum() / batch
-        elements, zero = target.numel(), torch.zeros(())
+        elements, zero = value.numel(), torch.zeros(())
         scales["loss"] = reconstruction + beta * kl, k["loss"] + levels(max(elements, batch))
         scales["reconstruction"] = reconstruction, k["reconstruction"] + levels(elements)
         scales["kl"] = kl, k["kl"] + levels(batch)
@@ -96,9 +96,9 @@ def _of_likelihood(
         scales["kl_grad"] = ((beta * of_loss + of_kl) / batch).expand(given["kl"].shape), k["kl_grad"]
     else:
         reduction = options.get("reduction", "batchmean")
-        summed = target.numel() // (batch if reduction == "none" else 1)
+        summed = value.numel() // (batch if reduction == "none" else 1)
         scales["loss"] = reduce_event(value, reduction), k["loss"] + levels(summed)
-        term_weight = _weight_of_terms(target, reduction, absolute["loss"])
+        term_weight = _weight_of_terms(value, reduction, absolute["loss"])
     for name, slope in zip(names, slopes, strict=False):  # the target may have none
         scales[f"{name}_grad"] = term_weight * slope, k[f"{name}_grad"]
     return scales
