@@ -61,27 +61,28 @@ def _exact_of_groups(likelihood: Likelihood, inputs: list[Tensor]) -> Exact:
     """
     parameters, target = inputs
     grouping = likelihood.grouping(parameters.shape, target.shape)
-    axes = (grouping.axis, grouping.target_axis)
     if grouping.target_axis is None:
         target.requires_grad_(False)
-    value = likelihood.formula(parameters, target)
+    factors = [factor.requires_grad_() for factor in likelihood.inner_factors(parameters.detach(), target.detach())]
+    value = likelihood.formula(parameters, target, *factors)
     expected = list(parameters.shape)
     expected[grouping.axis] = 1
     if list(value.shape) != expected:
         raise ValueError(
             f"{likelihood}.formula must return a value for each element, {expected}, got {list(value.shape)}"
         )
-    varied = [x for x in inputs if x.requires_grad]
+    varied = [x for x in (*inputs, *factors) if x.requires_grad]
+    axes = [grouping.target_axis if x is target else grouping.axis for x in varied]
     sizes = [torch.where(x.isinf(), 0.0, x.detach().abs()) for x in varied]
 
     def along_axes(moved: Sequence[Tensor]) -> Tensor:
-        each = zip(sizes, moved, axes, strict=False)
+        each = zip(sizes, moved, axes, strict=True)
         return torch.stack([_weighted([s], [d]).sum(axis, keepdim=True) for s, d, axis in each]).sum(0)
 
     slopes = derivatives(value, varied)
     first = [value.detach().abs() + along_axes(slopes), slopes[0].detach().abs()]
     second = [torch.zeros_like(first[0]), torch.zeros_like(first[1])]
-    for slope, size, axis in zip(slopes, sizes, axes, strict=False):
+    for slope, size, axis in zip(slopes, sizes, axes, strict=True):
         assert axis is not None
         for j in range(slope.shape[axis]):
             moved = along_axes(derivatives(slope.narrow(axis, j, 1), varied))

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 @Term
 def tanh(x, FAST: tl.constexpr):
-    """(tanh x, 1 - tanh^2 x), of e^-2|x|: neither cancels."""
+    """(tanh x, 1 - tanh^2 x), of e^-2|x|: neither cancels. Next to 1 the difference from 1 has less to round."""
     twice = -2.0 * tl.abs(x)
     e = numerics.exp(twice, FAST)
     r = numerics.reciprocal(1.0 + e, FAST)
-    size = -numerics.expm1(twice, e) * r
+    size = tl.where(twice < -1.0, tl.fma(-2.0 * e, r, 1.0), -numerics.expm1(twice, e) * r)
     return tl.where(x < 0, -size, size), (4.0 * e) * (r * r)
 
 
@@ -54,8 +54,8 @@ def term(slots, targets, place, SIZE: tl.constexpr, SETTINGS: tl.constexpr, FAST
         c0, slope0 = tanh(slots[3], FAST)
         c1, slope1 = tanh(slots[6], FAST)
         c2, slope2 = tanh(slots[9], FAST)
-        of_green, (mean_green, scale_green) = logistic((slots[4] + c0 * red, slots[5]), targets[1], SETTINGS, FAST)
-        mean_blue = slots[7] + c1 * red + c2 * green
+        of_green, (mean_green, scale_green) = logistic((tl.fma(c0, red, slots[4]), slots[5]), targets[1], SETTINGS, FAST)
+        mean_blue = tl.fma(c2, green, tl.fma(c1, red, slots[7]))
         of_blue, (mean_blue, scale_blue) = logistic((mean_blue, slots[8]), targets[2], SETTINGS, FAST)
         value += of_green + of_blue
 
@@ -168,7 +168,7 @@ class DiscretizedLogisticMixture(Likelihood):
         slots: list[Tensor] = list(mixture.movedim(dim, -1).split(self.mixtures, -1))
         return slots
 
-    def formula(self, mixture: Tensor, target: Tensor) -> Tensor:
+    def formula(self, mixture: Tensor, target: Tensor, shift_factors: Tensor | None = None) -> Tensor:
         dim = self.grouping(mixture.shape, target.shape).axis
         logits, *slots = self._slots(mixture, dim)
         colours = target.unsqueeze(-1).unbind(dim)
@@ -176,11 +176,21 @@ class DiscretizedLogisticMixture(Likelihood):
         if len(colours) == 1:
             values = self._logistic.formula(*slots, colours[0])
         else:
+            factors = [1.0] * 3 if shift_factors is None else [1.0, *self._slots(shift_factors, dim)]
             for k, colour in enumerate(colours):
-                mean = slots[3 * k] + self._shift(slots, k, [2 * t - 1 for t in colours])
+                mean = slots[3 * k] + self._shift(slots, k, [2 * t - 1 for t in colours]) * factors[k]
                 values = values + self._logistic.formula(mean, slots[3 * k + 1], colour)
         value = torch.logsumexp(logits, -1) - torch.logsumexp(logits - values, -1)
         return value.unsqueeze(dim)
+
+    def inner_factors(self, mixture: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        """Of what green's and blue's mean gain: for a large coefficient it is +-r, however much that coefficient is off,
+        and r = -1 for a target of 0.
+        """
+        grouping = self.grouping(mixture.shape, target.shape)
+        if target.shape[grouping.axis] == 1:
+            return ()
+        return (torch.ones_like(mixture.narrow(grouping.axis, 0, 2 * self.mixtures)),)
 
     def _shift(self, slots: list[Tensor], k: int, colours: list[Tensor]) -> Tensor | float:
         """What the colours before add to the mean of colour k."""

@@ -124,6 +124,13 @@ class Likelihood:
         """
         raise NotImplementedError(f"{type(self).__name__} must define grouping(parameters, target)")
 
+    def inner_factors(self, parameters: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        """Of a `grouped` likelihood, ones by which its formula, given them as further arguments, multiplies what it
+        computes on its way, and whose rounding no error of the inputs equals. The bound has a part for each. They lie
+        as the parameters do.
+        """
+        return ()
+
     def slopes(self, *parameters_and_target: Any, **_: Any) -> tuple[Tensor, ...]:
         """The derivative of each element's value by each parameter, in plain PyTorch; torch derives it from `formula`.
 
