@@ -102,27 +102,29 @@ def row_sums_kernel(
         while first < rows:
             own = first + tl.arange(0, ROWS_AT_ONCE)
             there = own < rows
-            m = tl.full([ROWS_AT_ONCE], -float("inf"), tl.float32)
-            o, t = tl.zeros([ROWS_AT_ONCE], tl.float32), tl.zeros([ROWS_AT_ONCE], tl.float32)
-            d = tl.zeros([ROWS_AT_ONCE], tl.float32)
+            all_m = tl.full([ROWS_AT_ONCE], -float("inf"), tl.float32)
+            all_o = tl.zeros([ROWS_AT_ONCE], tl.float32)
+            all_t, all_d = all_o, all_o
             part = 0
             while part < parts:
-                at = part_ptr + own.to(tl.int64) * parts + part
+                own_part = part_ptr + own.to(tl.int64) * parts + part
                 # .cg as in `tiles.sum_in_order`
-                other_m = tl.load(at, mask=there, other=0.0, cache_modifier=".cg")
-                other_o = tl.load(at + count, mask=there, other=0.0, cache_modifier=".cg")
-                other_t = tl.load(at + 2 * count, mask=there, other=0.0, cache_modifier=".cg")
-                other_d = tl.load(at + 3 * count, mask=there, other=0.0, cache_modifier=".cg")
-                m, o, t, d = joined(m, o, t, d, other_m, other_o, other_t, other_d, FAST)
+                part_m = tl.load(own_part, mask=there, other=0.0, cache_modifier=".cg")
+                part_o = tl.load(own_part + count, mask=there, other=0.0, cache_modifier=".cg")
+                part_t = tl.load(own_part + 2 * count, mask=there, other=0.0, cache_modifier=".cg")
+                part_d = tl.load(own_part + 3 * count, mask=there, other=0.0, cache_modifier=".cg")
+                all_m, all_o, all_t, all_d = joined(all_m, all_o, all_t, all_d, part_m, part_o, part_t, part_d, FAST)
                 part += 1
             if row_ptr is not None:
-                tl.store(row_ptr + own, m, mask=there)
-                share = t if TARGET_HAS_AXIS else tl.full([ROWS_AT_ONCE], 1.0, tl.float32)
-                tl.store(row_ptr + rows + own, share * reciprocal(1.0 + o, FAST), mask=there)
+                tl.store(row_ptr + own, all_m, mask=there)
+                share = reciprocal(1.0 + all_o, FAST)
+                if TARGET_HAS_AXIS:
+                    share = all_t * share
+                tl.store(row_ptr + rows + own, share, mask=there)
             if loss_ptr is not None:
-                value = t * log1p(o, FAST) + d
+                value = all_t * log1p(all_o, FAST) + all_d
                 if not TARGET_HAS_AXIS:
-                    value = tl.where(t == 1.0, value, float("nan"))  # else there is no such class
+                    value = tl.where(all_t == 1.0, value, float("nan"))  # else there is no such class
                 if SUMS == "element":
                     tl.store(loss_ptr + own, value * scale, mask=there)
                 else:
