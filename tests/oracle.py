@@ -43,6 +43,8 @@ def oracle(
     options = {name: in_float64(value) for name, value in {**operation.options, **options}.items()}
     unit = operation.target_kind == "unit"
     given = {name: in_float64(tensor, unit) for name, tensor in zip(operation.arguments, tensors, strict=True)}
+    if operation.target_kind == "class" and given["target"].ndim < tensors[0].ndim:
+        given["target"] = given["target"].long()
     for name, tensor in given.items():
         tensor.requires_grad_(name in operation.gradients)
     with fastvae.use_backend("reference"):

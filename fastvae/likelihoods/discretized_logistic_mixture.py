@@ -72,11 +72,14 @@ def term(slots, targets, place, SIZE: tl.constexpr, SETTINGS: tl.constexpr, FAST
     far_value = numerics.log(total, FAST) - (most + numerics.log(sum_of_shares, FAST))
     mixed = tl.where(near, numerics.log1p(missed * kept), far_value)
     by_logit = tl.where(near, weights * (missing - missed) * kept, weights - share)
-    slopes = (by_logit, share * mean_red, share * scale_red)
+    # `logistic` has 0 below the least log scale too, but 0 times a share of NaN would be NaN.
+    slopes = (by_logit, share * mean_red, tl.where(slots[2] >= SETTINGS[2], share * scale_red, 0.0))
     if len(slots) == 10:
         mean_green, mean_blue = share * mean_green, share * mean_blue
-        slopes += (mean_green * slope0 * red, mean_green, share * scale_green, mean_blue * slope1 * red, mean_blue)
-        slopes += (share * scale_blue, mean_blue * slope2 * green)
+        scale_green = tl.where(slots[5] >= SETTINGS[2], share * scale_green, 0.0)
+        scale_blue = tl.where(slots[8] >= SETTINGS[2], share * scale_blue, 0.0)
+        slopes += (mean_green * slope0 * red, mean_green, scale_green, mean_blue * slope1 * red, mean_blue)
+        slopes += (scale_blue, mean_blue * slope2 * green)
     return mixed, slopes
 
 
