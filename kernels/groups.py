@@ -276,7 +276,17 @@ def plan_long_rows(
         **sum_blocks(batch if sums == "row" else 1, elements if sums == "row" else rows),
     )
     of_gradient = make_plan(
-        max(1, rows * blocks), 4, *sizes, blocks, *lies[0], *lies[1], *lies[2], loss_grad_stride, batch, scale, **constants
+        max(1, rows * blocks),
+        4,
+        *sizes,
+        blocks,
+        *lies[0],
+        *lies[1],
+        *lies[2],
+        loss_grad_stride,
+        batch,
+        scale,
+        **constants,
     )
     return of_sums, of_gradient, rows, rows * parts
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .elementwise import gradient_kernel, value_kernel
-from .groups import launcher_of, terms_of_a_sample
+from .groups import launcher_of
 from .launch import Plan, launch, make_plan, ticket
 from .layout import in_format_of, read_together, remembered
 from .rows import Rows, constants_of, needed_of, rows_of, wanted, written_gradients, zeros_of

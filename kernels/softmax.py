@@ -1,9 +1,9 @@
 """The kernels of softmax over rows that are too long for one program to hold: the sums of a row, by several programs
-where there are few rows, and then the gradient, number by number. `rows_of_softmax.py` launches them.
+where there are few rows, and then the gradient, number by number. `groups.py` launches them.
 
-With m = max l, o the sum of e^(l - m) over all but one of the greatest, T = sum t and D = sum_k t_k (m - l_k), the value
-of a row is T log1p(o) + D, where no part is negative, and the slopes are T e^(l_k - m) / (1 + o) - t_k. These four
-numbers of two parts of a row make those of both.
+With m = max l, o the sum of e^(l - m) over all but one of the greatest, T = sum t and D = sum_k t_k (m - l_k), the
+value of a row is T log1p(o) + D, where no part is negative, and the slopes are T e^(l_k - m) / (1 + o) - t_k. These
+four numbers of two parts of a row make those of both.
 """
 
 import triton
@@ -49,8 +49,9 @@ def row_sums_kernel(
 
     Shapes: a row is one of `elements` of a sample, at any strides; its classes are neighbours, as are the target's if
     TARGET_HAS_AXIS; else the target is the number of a class. A program has one of `parts` of a row, so many blocks of
-    COLUMNS. Units are of ALIGNMENT elements, those of a target of classes of one. part is float32 [4, rows * parts], row float32 [2, rows], value float32 [rows], ticket int32
-    [1], zero. SUMS is as in `grouped_kernel`; where only gradients are wanted, value and loss are None.
+    COLUMNS. Units are of ALIGNMENT elements, those of a target of classes of one. part is float32 [4, rows * parts],
+    row float32 [2, rows], value float32 [rows], ticket int32 [1], zero. SUMS is as in `grouped_kernel`. Where only
+    gradients are wanted, value and loss are None.
     Bytes per float32 element: reads 8 (4 where the target is a class), writes 0; and 32 a part, 16 a row.
     Launches: 1. Roundings: as in `grouped_kernel`, one more for each level of a sum. Deterministic: no floating-point
     atomics, the parts of a row are joined in order.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @Term
 def term(slots, targets, place, SIZE: tl.constexpr, SETTINGS: tl.constexpr, FAST: tl.constexpr):
-    """sum_k t_k (L - l_k), L = log sum e^l; slopes T softmax(l) - t with T = sum t. Of a class t, t_k is 1 where k is t.
+    """sum_k t_k (L - l_k), L = log sum e^l; slopes T softmax(l) - t, T = sum t. Of a class t, t_k is 1 where k is t.
 
     With m = max l, L - l_k = log1p(o) + (m - l_k): no part is negative. o is the sum of e^(l - m) over all but one of
     the greatest, so that nothing is lost where one class has nearly all of the probability.
@@ -45,8 +45,8 @@ def term(slots, targets, place, SIZE: tl.constexpr, SETTINGS: tl.constexpr, FAST
     return value, (slope,)
 
 
-# Of the sum of weights 5 + 20, for up to 2^20 classes; of log1p 3 more. Times the sum of the target, 20, and a sum, that
-# is the value. A slope has both sums, exp 5, a reciprocal 2, and two products and a sum.
+# Of the sum of weights 5 + 20, for up to 2^20 classes, and a sum; of log1p 3 more. Times the sum of the target, 20, and
+# a sum, that is the value. A slope has both sums, exp 5, a reciprocal 2, and two products and a sum.
 ROUNDINGS = (51, 56)
 
 
@@ -76,13 +76,13 @@ def check_dim(dim: object) -> None:
 
 @dataclass(frozen=True)
 class Categorical(Likelihood):
-    """-log softmax(logits)_t of a class t, or -sum_k t_k log softmax(logits)_k of probabilities t, over dimension ``dim``.
+    """-log softmax(logits)_t of a class t, or -sum_k t_k log softmax(logits)_k of probabilities t, over ``dim``.
 
-    A target of classes is int64 or uint8 and lacks that dimension: logits [B, K, H, W] with a target [B, H, W]. A target
-    of the logits' shape, floating point or uint8, holds a probability for each class, such as one-hot vectors. It is
-    torch's ``cross_entropy``. The event is everything but the batch and the classes; reduction="mean" is a mean over
-    what has a class. A class that is not in 0 to K - 1 is not refused, because that would take a synchronisation: its
-    value is NaN.
+    A target of classes is int64 or uint8 and lacks that dimension: logits [B, K, H, W] with a target [B, H, W]. A
+    target of the logits' shape, floating point or uint8, holds a probability for each class, such as one-hot vectors.
+    It is torch's ``cross_entropy``. The event is everything but the batch and the classes; reduction="mean" is a mean
+    over what has a class. A class that is not in 0 to K - 1 is not refused, because that would take a synchronisation:
+    its value is NaN.
 
     Choose it for labels, tokens, and pixels of few kinds.
     """

@@ -54,8 +54,8 @@ def term(slots, targets, place, SIZE: tl.constexpr, SETTINGS: tl.constexpr, FAST
         c0, slope0 = tanh(slots[3], FAST)
         c1, slope1 = tanh(slots[6], FAST)
         c2, slope2 = tanh(slots[9], FAST)
-        of_green, (mean_green, scale_green) = logistic((tl.fma(c0, red, slots[4]), slots[5]), targets[1], SETTINGS, FAST)
-        mean_blue = tl.fma(c2, green, tl.fma(c1, red, slots[7]))
+        mean_green, mean_blue = tl.fma(c0, red, slots[4]), tl.fma(c2, green, tl.fma(c1, red, slots[7]))
+        of_green, (mean_green, scale_green) = logistic((mean_green, slots[5]), targets[1], SETTINGS, FAST)
         of_blue, (mean_blue, scale_blue) = logistic((mean_blue, slots[8]), targets[2], SETTINGS, FAST)
         value += of_green + of_blue
 
@@ -72,14 +72,18 @@ def term(slots, targets, place, SIZE: tl.constexpr, SETTINGS: tl.constexpr, FAST
     far_value = numerics.log(total, FAST) - (most + numerics.log(sum_of_shares, FAST))
     mixed = tl.where(near, numerics.log1p(missed * kept), far_value)
     by_logit = tl.where(near, weights * (missing - missed) * kept, weights - share)
+    # These slopes have the sum 0. A weight of nearly 1 would differ from its share by less than their rounding.
+    others = tl.sum(tl.where(weights > 0.5, 0.0, by_logit), axis=1, keep_dims=True)
+    by_logit = tl.where(weights > 0.5, -others, by_logit)
     # `logistic` has 0 below the least log scale too, but 0 times a share of NaN would be NaN.
     slopes = (by_logit, share * mean_red, tl.where(slots[2] >= SETTINGS[2], share * scale_red, 0.0))
     if len(slots) == 10:
         mean_green, mean_blue = share * mean_green, share * mean_blue
         scale_green = tl.where(slots[5] >= SETTINGS[2], share * scale_green, 0.0)
         scale_blue = tl.where(slots[8] >= SETTINGS[2], share * scale_blue, 0.0)
-        slopes += (mean_green * slope0 * red, mean_green, scale_green, mean_blue * slope1 * red, mean_blue)
-        slopes += (scale_blue, mean_blue * slope2 * green)
+        # mypy wants tuples of one length.
+        slopes += (mean_green * slope0 * red, mean_green, scale_green, mean_blue * slope1 * red)  # type: ignore[assignment]
+        slopes += (mean_blue, scale_blue, mean_blue * slope2 * green)  # type: ignore[assignment]
     return mixed, slopes
 
 
@@ -168,27 +172,24 @@ class DiscretizedLogisticMixture(Likelihood):
 
     def _slots(self, mixture: Tensor, dim: int) -> list[Tensor]:
         """The tensors of each kind, with the components in the last dimension."""
-        slots: list[Tensor] = list(mixture.movedim(dim, -1).split(self.mixtures, -1))
-        return slots
+        return list(torch.split(mixture.movedim(dim, -1), self.mixtures, -1))
 
     def formula(self, mixture: Tensor, target: Tensor, shift_factors: Tensor | None = None) -> Tensor:
         dim = self.grouping(mixture.shape, target.shape).axis
         logits, *slots = self._slots(mixture, dim)
         colours = target.unsqueeze(-1).unbind(dim)
-        values = 0.0
-        if len(colours) == 1:
-            values = self._logistic.formula(*slots, colours[0])
-        else:
-            factors = [1.0] * 3 if shift_factors is None else [1.0, *self._slots(shift_factors, dim)]
-            for k, colour in enumerate(colours):
-                mean = slots[3 * k] + self._shift(slots, k, [2 * t - 1 for t in colours]) * factors[k]
-                values = values + self._logistic.formula(mean, slots[3 * k + 1], colour)
+        factors = [] if shift_factors is None else self._slots(shift_factors, dim)
+        values = self._logistic.formula(slots[0], slots[1], colours[0])
+        for k in range(1, len(colours)):
+            shift = self._shift(slots, k, [2 * t - 1 for t in colours])
+            mean = slots[3 * k] + (shift * factors[k - 1] if factors else shift)
+            values = values + self._logistic.formula(mean, slots[3 * k + 1], colours[k])
         value = torch.logsumexp(logits, -1) - torch.logsumexp(logits - values, -1)
         return value.unsqueeze(dim)
 
     def inner_factors(self, mixture: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-        """Of what green's and blue's mean gain: for a large coefficient it is +-r, however much that coefficient is off,
-        and r = -1 for a target of 0.
+        """Of what green's and blue's mean gain: for a large coefficient it is +-r, however much that coefficient is
+        off, and r = -1 for a target of 0.
         """
         grouping = self.grouping(mixture.shape, target.shape)
         if target.shape[grouping.axis] == 1:

@@ -37,6 +37,9 @@ class Term:
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
 
+    def __call__(self, *arguments: Any) -> Any:
+        raise TypeError("a term is called by kernels and by other terms, not from Python")
+
     @cached_property
     def jit(self) -> Any:
         import triton
@@ -64,8 +67,9 @@ class Likelihood:
     parameters: ClassVar[tuple[str, ...]]
     """The names of the parameters, in the order in which they are given."""
     target: ClassVar[str]
-    """What a target holds: "unit" for numbers in [0, 1], and uint8 is read as t / 255; "number" for any numbers; "class"
-    for the number of a class, int64 or uint8, where the target lacks the axis of `grouping`, else as "number"."""
+    """What a target holds: "unit" for numbers in [0, 1], and uint8 is read as t / 255; "number" for any numbers;
+    "class" for the number of a class, int64 or uint8, where the target lacks the axis of `grouping`, else any numbers.
+    """
     bounded: ClassVar[bool] = True
     """Whether a "unit" target must lie in [0, 1]; else floats may be any numbers, and bytes are read as t / 255."""
     reads_bytes: ClassVar[bool] = True

@@ -13,8 +13,8 @@ from fastvae.likelihoods.likelihood import Grouping, Likelihood
 
 @dataclass(frozen=True)
 class Multinomial(Likelihood):
-    """-sum_k t_k log softmax(logits)_k of counts t, over dimension ``dim``; without the multinomial coefficient, which no
-    gradient sees.
+    """-sum_k t_k log softmax(logits)_k of counts t, over dimension ``dim``; without the multinomial coefficient, which
+    no gradient sees.
 
     The target has the logits' shape; weights may stand for counts. It is not checked to be positive, because that would
     take a synchronisation: other numbers give what the formula says. Each row of the other dimensions is one value, and
