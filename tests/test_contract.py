@@ -148,7 +148,7 @@ def test_target_of_another_dtype(operation, dtype, target_dtype, triton_backend,
     check_spec(operation, Spec((3, 17), dtype, target_dtype, device=device))
 
 
-@each(OF_LIKELIHOOD)
+@each([it for it in OF_LIKELIHOOD if not it.likelihood.grouped])
 def test_every_byte(operation, triton_backend, device) -> None:
     """As a fraction of 255, or as a number."""
     tensors = dict(zip(operation.arguments, operation.inputs(Spec((256, 1), device=device)), strict=True))
@@ -266,7 +266,7 @@ PARAMETER = (0.0, 1e4, -1e4, *INFINITIES)
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # numpy's, of the interpreter
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@each(DOCUMENTED)
+@each([it for it in DOCUMENTED if it.likelihood is None or not it.likelihood.grouped])
 def test_extreme_values(operation, dtype, triton_backend, device) -> None:
     """Every pair is a sample, or a dimension, of its own; a call of its own where all are summed, because one would
     hide behind another.
