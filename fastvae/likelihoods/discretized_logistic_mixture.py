@@ -48,16 +48,17 @@ def term(slots, targets, place, SIZE: tl.constexpr, SETTINGS: tl.constexpr, FAST
     total = tl.sum(weights, axis=1, keep_dims=True)
     weights = weights * numerics.reciprocal(total, FAST)
 
-    value, (mean_red, scale_red) = logistic((slots[1], slots[2]), targets[0], SETTINGS, FAST)
+    # Not unpacked at once, because triton 3.6 finds no names in nested tuples.
+    value, of_red = logistic((slots[1], slots[2]), targets[0], SETTINGS, FAST)
     if len(slots) == 10:
         red, green = tl.fma(2.0, targets[0], -1.0), tl.fma(2.0, targets[1], -1.0)
         c0, slope0 = tanh(slots[3], FAST)
         c1, slope1 = tanh(slots[6], FAST)
         c2, slope2 = tanh(slots[9], FAST)
         mean_green, mean_blue = tl.fma(c0, red, slots[4]), tl.fma(c2, green, tl.fma(c1, red, slots[7]))
-        of_green, (mean_green, scale_green) = logistic((mean_green, slots[5]), targets[1], SETTINGS, FAST)
-        of_blue, (mean_blue, scale_blue) = logistic((mean_blue, slots[8]), targets[2], SETTINGS, FAST)
-        value += of_green + of_blue
+        value_green, of_green = logistic((mean_green, slots[5]), targets[1], SETTINGS, FAST)
+        value_blue, of_blue = logistic((mean_blue, slots[8]), targets[2], SETTINGS, FAST)
+        value += value_green + value_blue
 
     missing = -numerics.expm1(-value, numerics.exp(-value, FAST))
     missed = tl.sum(weights * missing, axis=1, keep_dims=True)
@@ -76,11 +77,11 @@ def term(slots, targets, place, SIZE: tl.constexpr, SETTINGS: tl.constexpr, FAST
     others = tl.sum(tl.where(weights > 0.5, 0.0, by_logit), axis=1, keep_dims=True)
     by_logit = tl.where(weights > 0.5, -others, by_logit)
     # `logistic` has 0 below the least log scale too, but 0 times a share of NaN would be NaN.
-    slopes = (by_logit, share * mean_red, tl.where(slots[2] >= SETTINGS[2], share * scale_red, 0.0))
+    slopes = (by_logit, share * of_red[0], tl.where(slots[2] >= SETTINGS[2], share * of_red[1], 0.0))
     if len(slots) == 10:
-        mean_green, mean_blue = share * mean_green, share * mean_blue
-        scale_green = tl.where(slots[5] >= SETTINGS[2], share * scale_green, 0.0)
-        scale_blue = tl.where(slots[8] >= SETTINGS[2], share * scale_blue, 0.0)
+        mean_green, mean_blue = share * of_green[0], share * of_blue[0]
+        scale_green = tl.where(slots[5] >= SETTINGS[2], share * of_green[1], 0.0)
+        scale_blue = tl.where(slots[8] >= SETTINGS[2], share * of_blue[1], 0.0)
         # mypy wants tuples of one length.
         slopes += (mean_green * slope0 * red, mean_green, scale_green, mean_blue * slope1 * red)  # type: ignore[assignment]
         slopes += (mean_blue, scale_blue, mean_blue * slope2 * green)  # type: ignore[assignment]
