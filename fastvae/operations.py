@@ -18,11 +18,14 @@ from torch import Tensor
 
 from fastvae.likelihoods import (
     Bernoulli,
+    Categorical,
     ContinuousBernoulli,
     DiscretizedLogistic,
+    DiscretizedLogisticMixture,
     Gaussian,
     Laplace,
     Likelihood,
+    Multinomial,
     NegativeBinomial,
     Poisson,
     SigmoidMSE,
@@ -43,6 +46,9 @@ LIKELIHOODS = (
     Poisson(),
     NegativeBinomial(),
     ZeroInflatedNegativeBinomial(),
+    DiscretizedLogisticMixture(),
+    Categorical(),
+    Multinomial(),
 )
 # Likelihoods of which a parameter is also tried with one number for each column or channel.
 SMALLER = ((NegativeBinomial(), {"dispersion": "column"}), (Gaussian(), {"logvar": "channel"}))
@@ -145,14 +151,22 @@ class Operation:
     def bytes_per_element(
         self, direction: str, dtype: torch.dtype = torch.float32, target_dtype: torch.dtype | None = None
     ) -> tuple[int, int]:
-        """Bytes read and written per element of z or of the target."""
+        """Bytes read and written per element of z or of the likelihood."""
 
         def size(names: list[str]) -> int:
             of_target = (target_dtype or dtype).itemsize
-            return sum(of_target if name.startswith("target") else dtype.itemsize for name in names)
+            sizes = [of_target if name.startswith("target") else dtype.itemsize for name in names]
+            return sum(size * self._numbers(name) for size, name in zip(sizes, names, strict=True))
 
         read, written = self.tensors_moved(direction)
         return size(read), size(written)
+
+    def _numbers(self, name: str) -> int:
+        """How many numbers of this tensor belong to an element: more than one, if it has an axis of its own."""
+        if self.likelihood is None or not self.likelihood.grouped:
+            return 1
+        of_one = dict(zip((*self.likelihood.parameters, "target"), self.likelihood.draw((1,)), strict=True))
+        return of_one[name.removesuffix("_grad")].numel()
 
 
 def _one_of_each(kind: str, values: Tensor) -> Tensor:
@@ -308,8 +322,8 @@ def of_likelihood(likelihood: Likelihood) -> list[Operation]:
         forward=f"{read} ->",
         backward=f"{read} -> {written}",
         kernels={
-            "forward": "likelihood.value_kernel",
-            "backward": "likelihood.gradient_kernel",
+            "forward": "groups.grouped_kernel" if likelihood.grouped else "likelihood.value_kernel",
+            "backward": "groups.grouped_kernel" if likelihood.grouped else "likelihood.gradient_kernel",
         },
         roundings=roundings,
         launches={"forward": 1, "backward": 1},

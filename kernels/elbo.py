@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .elementwise import KL_PER_PROGRAM, gradient_kernel, value_kernel
+from .groups import launcher_of
 from .launch import Plan, launch, make_plan, ticket
 from .layout import in_format_of, read_together, remembered
 from .rows import Rows, constants_of, needed_of, rows_of, wanted, written_gradients, zeros_of
-from .smaller import broadcast, has_smaller
 
 if TYPE_CHECKING:
     from fastvae.likelihoods import Likelihood
@@ -70,10 +70,10 @@ def elbo_forward(
         return values, zeros_of(inputs)
     kl = kl.resolve_neg()
     weights = [as_argument(weight) for weight in weights]
-    if has_smaller(tensors):
-        if tensors[0].numel():
+    if (other := launcher_of(likelihood, tensors)) is not None:
+        if tensors[0].numel() or likelihood.grouped:
             arguments = {"values": values, "kl": kl, "kl_grad": kl_grad, "weights": weights}
-            return values, broadcast(likelihood, tensors, "batchmean", needed, **arguments)
+            return values, other(likelihood, tensors, "batchmean", needed, **arguments)
         expanded = [tensor.expand(tensors[0].shape) for tensor in tensors]  # events without elements
         return elbo_forward(likelihood, expanded, kl, weights, [False] * len(tensors), kl_grad)[0], zeros_of(inputs)
     gradients = written_gradients(tensors, needed)
@@ -161,10 +161,10 @@ def elbo_backward(
     kl_grad = kl_grads[0] if kl_grads else None
     grads = [None if grad is None else grad.resolve_neg() for grad in (loss_grad, reconstruction_grad, mean_kl_grad)]
     weights = as_argument(beta), as_argument(reconstruction_weight)
-    if any(needed) and has_smaller(tensors):
-        if tensors[0].numel():
+    if any(needed) and (other := launcher_of(likelihood, tensors)) is not None:
+        if tensors[0].numel() or likelihood.grouped:
             arguments = {"upstream": grads, "kl_grad": kl_grad, "weights": (*weights, 1.0)}
-            return broadcast(likelihood, tensors, "batchmean", needed, **arguments) + kl_grads
+            return other(likelihood, tensors, "batchmean", needed, **arguments) + kl_grads
         nothing = [False] * len(tensors)  # events without elements
         return zeros_of(inputs) + elbo_backward(likelihood, tensors, kl, *grads, *weights, nothing, needs_kl)
     gradients = written_gradients(tensors, needed)

@@ -43,6 +43,8 @@ def oracle(
     options = {name: in_float64(value) for name, value in {**operation.options, **options}.items()}
     unit = operation.target_kind == "unit"
     given = {name: in_float64(tensor, unit) for name, tensor in zip(operation.arguments, tensors, strict=True)}
+    if operation.target_kind == "class" and given["target"].ndim < tensors[0].ndim:
+        given["target"] = given["target"].long()
     for name, tensor in given.items():
         tensor.requires_grad_(name in operation.gradients)
     with fastvae.use_backend("reference"):
@@ -87,7 +89,7 @@ def _of_likelihood(
             for n, d in (("reconstruction_weight", likelihood.reconstruction_weight), ("beta", 1.0))
         )
         reconstruction, kl = weight * value.sum() / batch, given["kl"].abs().sum() / batch
-        elements, zero = target.numel(), torch.zeros(())
+        elements, zero = value.numel(), torch.zeros(())
         scales["loss"] = reconstruction + beta * kl, k["loss"] + levels(max(elements, batch))
         scales["reconstruction"] = reconstruction, k["reconstruction"] + levels(elements)
         scales["kl"] = kl, k["kl"] + levels(batch)
@@ -96,9 +98,9 @@ def _of_likelihood(
         scales["kl_grad"] = ((beta * of_loss + of_kl) / batch).expand(given["kl"].shape), k["kl_grad"]
     else:
         reduction = options.get("reduction", "batchmean")
-        summed = target.numel() // (batch if reduction == "none" else 1)
+        summed = value.numel() // (batch if reduction == "none" else 1)
         scales["loss"] = reduce_event(value, reduction), k["loss"] + levels(summed)
-        term_weight = _weight_of_terms(target, reduction, absolute["loss"])
+        term_weight = _weight_of_terms(value, reduction, absolute["loss"])
     for name, slope in zip(names, slopes, strict=False):  # the target may have none
         scale = term_weight * slope
         summed = scale.numel() // max(1, given[name].numel())

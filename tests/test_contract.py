@@ -62,7 +62,7 @@ def test_target_of_another_dtype(operation, dtype, target_dtype, triton_backend,
     check_spec(operation, Spec((3, 17), dtype, target_dtype, device=device))
 
 
-@each(OF_LIKELIHOOD)
+@each([it for it in OF_LIKELIHOOD if not it.likelihood.grouped])
 def test_every_byte(operation, triton_backend, device) -> None:
     """As a fraction of 255, or as a number."""
     tensors = dict(zip(operation.arguments, operation.inputs(Spec((256, 1), device=device)), strict=True))
@@ -192,7 +192,7 @@ def extremes(operation: Operation, name: str) -> tuple[float, ...]:
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # numpy's, of the interpreter
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@each([it for it in EVERY if not {"kl", "eps"} & set(it.arguments)])
+@each([it for it in EVERY if not ({"kl", "eps"} & set(it.arguments) or (it.likelihood and it.likelihood.grouped))])
 def test_extreme_values(operation, dtype, triton_backend, device) -> None:
     """Every combination is a sample, or a dimension, of its own."""
     packed = operation.arguments == ("moments",)

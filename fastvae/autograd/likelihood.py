@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fastvae.autograd.registration import apply, is_differentiated, is_traced, refuse_vmap, register
 from fastvae.kernels import likelihood as kernels
-from fastvae.kernels.layout import empty_gradients, event_size
+from fastvae.kernels.groups import terms_of_a_sample
+from fastvae.kernels.layout import empty_gradients
 from fastvae.likelihoods.likelihood import Likelihood, from_key
 from fastvae.reference.likelihood import differentiable_gradients
 
@@ -63,7 +64,8 @@ class NegativeLogLikelihood(torch.autograd.Function):
         tensors = ctx.saved_tensors
         if is_differentiated(*tensors, loss_grad):
             first = tensors[0]
-            scale = kernels.reduction_scale(ctx.reduction, first.shape[0], event_size(first))
+            terms = terms_of_a_sample(ctx.likelihood, tensors)
+            scale = kernels.reduction_scale(ctx.reduction, first.shape[0], terms)
             if ctx.reduction == "none":
                 loss_grad = loss_grad.view(-1, *[1] * (first.ndim - 1))
             return None, None, *differentiable_gradients(ctx.likelihood, tensors, needed, scale * loss_grad)

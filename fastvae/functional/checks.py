@@ -147,15 +147,36 @@ def check_likelihood(
         )
     first = given[0]
     check_batch(names[0], first)
+    if likelihood.grouped:
+        check_grouped(first, target, likelihood)
+        return (*given, target)
     for name, tensor in zip(names[1:], given[1:], strict=True):
         check_smaller(name, tensor, names[0], first)
     check_like("target", target, names[0], first)
+    check_target_dtype(target, likelihood)
+    return (*given, target)
+
+
+def check_grouped(parameters: Tensor, target: Tensor, likelihood: Likelihood) -> None:
+    """A target that goes with parameters of which an element has several."""
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a torch.Tensor, got {type(target).__name__}")
+    check_dense("target", target)
+    check_device("target", target, likelihood.parameters[0], parameters)
+    if likelihood.grouping(parameters.shape, target.shape).target_axis is not None:
+        check_target_dtype(target, likelihood)
+    elif target.dtype not in (torch.int64, torch.uint8):
+        raise TypeError(
+            f"target must be int64 or uint8 where it holds classes, of shape {list(target.shape)}, got {target.dtype}"
+        )
+
+
+def check_target_dtype(target: Tensor, likelihood: Likelihood) -> None:
     if target.dtype is torch.uint8 and not likelihood.reads_bytes:
         raise TypeError(f"target must be floating point for {likelihood}, got torch.uint8, which is read as t / 255")
     if target.dtype is not torch.uint8 and target.dtype not in FLOATING:
         read = "t / 255" if likelihood.target == "unit" else "t"
         raise TypeError(f"target must be uint8 (read as {read}) or floating point, got {target.dtype}")
-    return (*given, target)
 
 
 def check_smaller(name: str, tensor: Tensor, first_name: str, first: Tensor) -> None:

@@ -10,12 +10,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache, cached_property
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-TARGETS = ("unit", "number")
+TARGETS = ("unit", "number", "class")
+
+
+class Grouping(NamedTuple):
+    """Where the parameters and the target of a `Likelihood.grouped` have the axis that belongs to one element."""
+
+    axis: int  # a dimension of the parameters
+    target_axis: int | None  # one of the target; None where it has a number less
+    size: int  # that many numbers along the axis are of one kind, such as the means of a mixture's components
 
 
 class Term:
@@ -23,11 +31,14 @@ class Term:
 
     `triton.jit` is applied when a kernel first takes the function, so defining a likelihood imports no Triton. Then
     `triton.language` is put into the function's module as ``tl``, and of `fastvae.kernels` the modules ``numerics`` and
-    ``special``.
+    ``special``. A term may call another one that is imported into its module.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        raise TypeError("a term is called by kernels and by other terms, not from Python")
 
     @cached_property
     def jit(self) -> Any:
@@ -36,7 +47,11 @@ class Term:
 
         from fastvae.kernels import counts, numerics, special
 
-        self.function.__globals__.update(tl=tl, numerics=numerics, special=special, counts=counts)
+        names = self.function.__globals__
+        names.update(tl=tl, numerics=numerics, special=special, counts=counts)
+        for name in self.function.__code__.co_names:
+            if isinstance(called := names.get(name), Term):
+                names[name] = called.jit
         return triton.jit(self.function)
 
 
@@ -53,7 +68,9 @@ class Likelihood:
     parameters: ClassVar[tuple[str, ...]]
     """The names of the parameters, in the order in which they are given."""
     target: ClassVar[str]
-    """What a target holds: "unit" for numbers in [0, 1], and uint8 is read as t / 255; "number" for any numbers."""
+    """What a target holds: "unit" for numbers in [0, 1], and uint8 is read as t / 255; "number" for any numbers;
+    "class" for the number of a class, int64 or uint8, where the target lacks the axis of `grouping`, else any numbers.
+    """
     bounded: ClassVar[bool] = True
     """Whether a "unit" target must lie in [0, 1]; else floats may be any numbers, and bytes are read as t / 255."""
     reads_bytes: ClassVar[bool] = True
@@ -88,6 +105,9 @@ class Likelihood:
     on to `numerics`. slopes is a tuple: of each parameter and then of the target. Without a term the formula runs, on
     every device."""
 
+    grouped: ClassVar[bool] = False
+    """Whether an element has an axis of its own in the parameters, as the classes of a pixel are: see `grouping`."""
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         for name in ("parameters", "target", "roundings", "formula"):
@@ -98,6 +118,26 @@ class Likelihood:
     def __post_init__(self) -> None:
         """Checks what are properties. A subclass that checks its settings here calls it at the end."""
         _check_description(type(self).__name__, self)
+
+    def grouping(self, parameters: torch.Size, target: torch.Size) -> Grouping:
+        """Of a `grouped` likelihood, where the axis of an element lies in tensors of these shapes.
+
+        Its formula returns a value for each element, of the parameters' shape with size 1 along the axis. Its term is
+        ``def term(slots, targets, place, SIZE: tl.constexpr, SETTINGS: tl.constexpr, FAST: tl.constexpr)``. A slot is a
+        tile [elements, power of 2] of `Grouping.size` = SIZE neighbours along the axis; beyond, where place >= SIZE, it
+        is 0. targets is one such tile if the target has the parameters' axis, else a tile [elements, 1] for each number
+        along the target's. It returns a value [elements, 1], and the slopes of each slot.
+
+        Raises ``ValueError`` for shapes that do not go together.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define grouping(parameters, target)")
+
+    def inner_factors(self, parameters: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        """Of a `grouped` likelihood, ones by which its formula, given them as further arguments, multiplies what it
+        computes on its way, and whose rounding no error of the inputs equals. The bound has a part for each. They lie
+        as the parameters do.
+        """
+        return ()
 
     def slopes(self, *parameters_and_target: Any, **_: Any) -> tuple[Tensor, ...]:
         """The derivative of each element's value by each parameter, in plain PyTorch; torch derives it from `formula`.

@@ -21,8 +21,12 @@ def pixels(target: Tensor) -> Tensor:
 
 
 def in_precision(parameters: Parameters, target: Tensor, likelihood: Likelihood) -> list[Tensor]:
-    """The parameters and the target in float32 (float64 stays); a "unit" target of bytes becomes t / 255."""
+    """The parameters and the target in float32 (float64 stays); a "unit" target of bytes becomes t / 255, and classes
+    become int64.
+    """
     each = (parameters,) if isinstance(parameters, Tensor) else parameters
+    if likelihood.target == "class" and target.ndim < each[0].ndim:
+        return [*map(in_float32, each), target.long()]
     return [*map(in_float32, each), pixels(target) if likelihood.target == "unit" else in_float32(target)]
 
 

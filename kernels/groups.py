@@ -1,0 +1,351 @@
+"""Launching the kernels of likelihoods whose element has an axis of its own (`grouped.py`, `softmax.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import gcd, prod
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .grouped import grouped_kernel
+from .launch import Plan, launch, make_plan, ticket
+from .layout import Strides, gradient_strides, in_format_of, remembered
+from .smaller import broadcast, has_smaller
+from .softmax import row_gradient_kernel, row_sums_kernel
+from .tiles import power_of_2, reduction_scale, sum_blocks
+
+if TYPE_CHECKING:
+    from fastvae.likelihoods import Likelihood
+
+
+# The longest axis that a program holds whole: 16 numbers of each tensor per thread of 8 warps, as in `tiles.cut`.
+LONGEST = 4096
+
+
+def launcher_of(likelihood: Likelihood, tensors: Sequence[Tensor]) -> Callable[..., list[Tensor]] | None:
+    """What launches the kernel for these tensors, in place of those of `elementwise`, which take equal shapes."""
+    if likelihood.grouped:
+        shape = tensors[0].shape
+        grouping = likelihood.grouping(shape, tensors[-1].shape)
+        return long_rows if grouping.size > LONGEST else grouped
+    return broadcast if has_smaller(tensors) else None
+
+
+def terms_of_a_sample(likelihood: Likelihood, tensors: Sequence[Tensor]) -> int:
+    """How many values of the formula a sample has."""
+    shape = tensors[0].shape
+    if not likelihood.grouped:
+        return prod(shape[1:])
+    axis = likelihood.grouping(shape, tensors[-1].shape).axis
+    return prod(shape[1:axis]) * prod(shape[axis + 1 :])
+
+
+class Lying(NamedTuple):
+    """The strides of a tensor [rows, elements, axis]."""
+
+    row: int
+    element: int
+    axis: int
+
+
+class Problem(NamedTuple):
+    """What the plan of a launch follows from."""
+
+    batch: int
+    elements: int  # of a sample
+    slots: int
+    size: int
+    targets: int
+    target_has_axis: bool
+    parameters: Lying
+    target: Lying
+    gradient: Lying | None
+
+
+@remembered
+def lying(shape: torch.Size, strides: Strides, axis: int | None) -> Lying | None:
+    """How a tensor lies whose dimensions, but the batch and the axis, are one: None if they lie at several distances.
+    A stride that nothing follows is 0.
+    """
+    element, expected = 0, None
+    for d in range(len(shape) - 1, 0, -1):
+        if d == axis or shape[d] == 1:
+            continue
+        if expected is None:
+            element = expected = strides[d]
+        elif strides[d] != expected:
+            return None
+        expected *= shape[d]
+    along = strides[axis] if axis is not None and shape[axis] > 1 else 0
+    return Lying(strides[0] if shape[0] > 1 else 0, element, along)
+
+
+def read(tensor: Tensor, axis: int | None, neighbours: bool) -> tuple[Tensor, Lying]:
+    """The tensor, or a copy where a kernel cannot read it as it lies: one that needs neighbours along the axis needs
+    its stride to be 1.
+    """
+    found = None if tensor.is_neg() else lying(tensor.shape, tensor.stride(), axis)
+    if found is None or (neighbours and axis is not None and found.axis != 1):
+        last = axis if neighbours and axis is not None else -1
+        dense = tensor.movedim(last, -1).clone(memory_format=torch.contiguous_format).resolve_neg()
+        tensor = dense.movedim(-1, last)
+        found = lying(tensor.shape, tensor.stride(), axis)
+        assert found is not None
+    return tensor, found
+
+
+def joined(lies: Lying, batch: int, elements: int) -> Lying | None:
+    """The same tensor with its samples as one row, if they follow each other as elements do."""
+    if batch == 1:
+        return lies
+    if elements == 1:
+        return Lying(0, lies.row, lies.axis)
+    return Lying(0, lies.element, lies.axis) if lies.row == elements * lies.element else None
+
+
+@remembered
+def plan_grouped(
+    likelihood: Likelihood, problem: Problem, reduction: str, values: bool, kl_stride: int, loss_grad_stride: int
+) -> tuple[Plan, int]:
+    """The plan, and the number of partial sums."""
+    batch, elements, slots, size, targets, target_has_axis, *lies = problem
+    rows, per_sample = batch, reduction == "none"
+    together = [joined(each, batch, elements) for each in lies if each is not None]
+    flat = batch == 1 or (None not in together and (not per_sample or elements == 1))
+    event = elements
+    if flat:
+        lies = [None if each is None else joined(each, batch, elements) for each in lies]
+        rows, elements = 1, batch * elements
+    # A program has 64 pixels of a mixture of 16. More would not stay in the L1 cache where the channels are innermost,
+    # and each slot is a part of the same lines. With one slot, it has 16 numbers per thread.
+    inner = max(2, power_of_2(size))
+    width = max(1, min((1024 if slots > 1 else 2048) // inner, power_of_2(max(1, elements))))
+    num_warps = 8 if width * inner > 2048 else 4
+    chunks = max(1, -(-elements // width))
+    programs = rows * chunks
+    sums = "all" if not per_sample else "element" if flat and event == 1 else "row"
+    several = values and sums != "element" and (programs if sums == "all" else chunks) > 1
+    numbers = [elements, *(number for each in lies for number in (each or Lying(0, 0, 0)))]
+    alignments = tuple(gcd(16, number) for number in numbers)
+    plan = make_plan(
+        programs,
+        num_warps,
+        rows,
+        chunks,
+        *(number // alignment for number, alignment in zip(numbers, alignments, strict=True)),
+        kl_stride,
+        loss_grad_stride,
+        batch,
+        reduction_scale(reduction, batch, event),
+        TERM=likelihood.term.jit,
+        SETTINGS=likelihood.settings,
+        UNIT=likelihood.target == "unit",
+        SLOTS=slots,
+        SIZE=size,
+        TARGETS=targets,
+        TARGET_HAS_AXIS=target_has_axis,
+        SUMS=sums,
+        FLAT=rows == 1,
+        ALIGNMENTS=alignments,
+        ELEMENTS=width,
+        INNER=inner,
+        **sum_blocks(rows if sums == "row" else 1, chunks if sums == "row" else programs),
+    )
+    return plan, programs if several else 0
+
+
+class Read(NamedTuple):
+    """The tensors as a kernel reads and writes them."""
+
+    parameters: Tensor
+    target: Tensor
+    gradient: Tensor | None
+    problem: Problem
+
+
+def read_grouped(likelihood: Likelihood, tensors: Sequence[Tensor], needs_gradient: bool) -> Read:
+    given, target = tensors
+    grouping = likelihood.grouping(given.shape, target.shape)
+    neighbours = grouping.size > LONGEST
+    parameters, lies = read(given, grouping.axis, neighbours)
+    target, target_lies = read(target, grouping.target_axis, neighbours)
+    gradient = gradient_lies = None
+    if needs_gradient:
+        gradient = given.new_empty_strided(given.shape, gradient_strides(given))
+        gradient, gradient_lies = read(gradient, grouping.axis, neighbours)
+    axis = given.shape[grouping.axis]
+    of_target = 1 if grouping.target_axis is None else target.shape[grouping.target_axis]
+    has_axis = grouping.target_axis is not None and of_target == axis
+    problem = Problem(
+        given.shape[0],
+        terms_of_a_sample(likelihood, tensors),
+        axis // grouping.size,
+        grouping.size,
+        1 if has_axis else of_target,
+        has_axis,
+        lies,
+        target_lies,
+        gradient_lies,
+    )
+    return Read(parameters, target, gradient, problem)
+
+
+def grouped(
+    likelihood: Likelihood,
+    tensors: Sequence[Tensor],
+    reduction: str,
+    needed: Sequence[bool],
+    *,
+    values: Sequence[Tensor | None] = (None, None, None),
+    kl: Tensor | None = None,
+    upstream: Sequence[Tensor | None] = (None, None, None),
+    kl_grad: Tensor | None = None,
+    weights: Sequence[Any] = (1.0, 1.0, 1.0),
+) -> list[Tensor]:
+    """Fill `values` and kl_grad, those that are given, and return the gradient of the parameters, if it is needed. The
+    arguments are those of `grouped_kernel`. A sample may be without elements, but there must be samples.
+    """
+    parameters, target, gradient, problem = read_grouped(likelihood, tensors, needed[0])
+    loss_grad = upstream[0]
+    plan, partials = plan_grouped(
+        likelihood,
+        problem,
+        reduction,
+        values[0] is not None,
+        kl.stride(0) if kl is not None else 0,
+        loss_grad.stride(0) if reduction == "none" and loss_grad is not None else 0,
+    )
+    launch(
+        grouped_kernel,
+        plan,
+        target.device,
+        parameters,
+        target,
+        kl,
+        *values,
+        *upstream,
+        gradient,
+        kl_grad,
+        target.new_empty(partials, dtype=torch.float32) if partials else None,
+        ticket(target.device) if partials else None,
+        *weights,
+    )
+    return [] if gradient is None else in_format_of([tensors[0]], [gradient])
+
+
+# So many parts of rows are enough for every multiprocessor of a card to have several. Fewer rows are cut into parts.
+_ENOUGH_PARTS = 1024
+_COLUMNS = 2048
+
+
+@remembered
+def plan_long_rows(
+    problem: Problem, reduction: str, values: bool, kl_stride: int, loss_grad_stride: int
+) -> tuple[Plan, Plan, int, int]:
+    """The plan of the sums, that of the gradient, and the numbers of rows and of their parts."""
+    batch, elements, _, classes, _, target_has_axis, parameters, target, gradient = problem
+    rows, blocks = batch * elements, -(-classes // _COLUMNS)
+    # One part for each block, if there are few rows.
+    parts = min(blocks, -(-_ENOUGH_PARTS // max(1, rows)))
+    blocks_of_part = -(-blocks // parts)
+    parts = -(-blocks // blocks_of_part)
+    in_rows = (parameters, *([target] if target_has_axis else []), *([gradient] if gradient else []))
+    alignment = gcd(16, classes, *(stride for each in in_rows for stride in (each.row, each.element)))
+    lies = [
+        [stride // (alignment if each in in_rows else 1) for stride in (each.row, each.element)]
+        for each in (parameters, target, gradient or parameters)
+    ]
+    sums = "all" if reduction != "none" else "element" if elements == 1 else "row"
+    scale = reduction_scale(reduction, batch, elements)
+    constants = {"TARGET_HAS_AXIS": target_has_axis, "SUMS": sums, "ALIGNMENT": alignment, "COLUMNS": _COLUMNS}
+    sizes = (rows, elements, classes // alignment)
+    of_sums = make_plan(
+        max(1, rows * parts),
+        4,
+        *sizes,
+        blocks_of_part,
+        parts,
+        *lies[0],
+        *lies[1],
+        kl_stride,
+        batch,
+        scale,
+        **constants,
+        **sum_blocks(batch if sums == "row" else 1, elements if sums == "row" else rows),
+    )
+    of_gradient = make_plan(
+        max(1, rows * blocks),
+        4,
+        *sizes,
+        blocks,
+        *lies[0],
+        *lies[1],
+        *lies[2],
+        loss_grad_stride,
+        batch,
+        scale,
+        **constants,
+    )
+    return of_sums, of_gradient, rows, rows * parts
+
+
+def long_rows(
+    likelihood: Likelihood,
+    tensors: Sequence[Tensor],
+    reduction: str,
+    needed: Sequence[bool],
+    *,
+    values: Sequence[Tensor | None] = (None, None, None),
+    kl: Tensor | None = None,
+    upstream: Sequence[Tensor | None] = (None, None, None),
+    kl_grad: Tensor | None = None,
+    weights: Sequence[Any] = (1.0, 1.0, 1.0),
+) -> list[Tensor]:
+    """`grouped` where no program holds a row: one launch for the values, and one more for the gradient."""
+    logits, target, gradient, problem = read_grouped(likelihood, tensors, needed[0])
+    has_values, loss_grad = values[0] is not None, upstream[0]
+    of_sums, of_gradient, rows, parts = plan_long_rows(
+        problem,
+        reduction,
+        has_values,
+        kl.stride(0) if kl is not None else 0,
+        loss_grad.stride(0) if reduction == "none" and loss_grad is not None else 0,
+    )
+
+    def floats(*shape: int) -> Tensor:
+        return logits.new_empty(shape, dtype=torch.float32)
+
+    row = None if gradient is None else floats(2, rows)
+    launch(
+        row_sums_kernel,
+        of_sums,
+        logits.device,
+        logits,
+        target,
+        floats(4, parts),
+        row,
+        floats(rows) if has_values else None,
+        ticket(logits.device),
+        kl,
+        *values,
+        kl_grad if has_values else None,
+        *weights,
+    )
+    if gradient is None:
+        return []
+    launch(
+        row_gradient_kernel,
+        of_gradient,
+        logits.device,
+        logits,
+        target,
+        row,
+        gradient,
+        values[0],
+        *upstream,
+        None if has_values else kl_grad,
+        *weights,
+    )
+    return in_format_of([tensors[0]], [gradient])
