@@ -18,14 +18,11 @@ from torch import Tensor
 
 from fastvae.likelihoods import (
     Bernoulli,
-    Categorical,
     ContinuousBernoulli,
     DiscretizedLogistic,
-    DiscretizedLogisticMixture,
     Gaussian,
     Laplace,
     Likelihood,
-    Multinomial,
     NegativeBinomial,
     Poisson,
     SigmoidMSE,
@@ -46,9 +43,6 @@ LIKELIHOODS = (
     Poisson(),
     NegativeBinomial(),
     ZeroInflatedNegativeBinomial(),
-    DiscretizedLogisticMixture(),
-    Categorical(),
-    Multinomial(),
 )
 # Likelihoods of which a parameter is also tried with one number for each column or channel.
 SMALLER = ((NegativeBinomial(), {"dispersion": "column"}), (Gaussian(), {"logvar": "channel"}))

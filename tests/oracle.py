@@ -78,7 +78,10 @@ def _of_likelihood(
 ) -> dict[str, tuple[Tensor, float]]:
     likelihood, target, k = operation.likelihood, given["target"], operation.roundings
     names = [*likelihood.parameters, "target"]
-    condition = exact(likelihood, [given[name].expand(target.shape) for name in names])
+    tensors = [given[name] for name in names]
+    if operation.smaller:
+        tensors = [tensor.expand(target.shape) for tensor in tensors]
+    condition = exact(likelihood, tensors)
     value, *slopes = (condition.scale(i, roundings) for i, roundings in enumerate(likelihood.roundings))
     batch = max(1, target.shape[0])
     absolute = {name: grad.abs() for name, grad in grads.items()}

@@ -12,10 +12,10 @@ from torch import Tensor
 import fastvae
 import fastvae.functional as F
 from bounds import assert_within
+from contract import check as check_call
+from contract import launching_nothing
 from fastvae.likelihoods import Categorical, DiscretizedLogisticMixture, Multinomial, check, from_key
 from fastvae.operations import named, of_likelihood
-from test_contract import check as check_call
-from test_contract import launching_nothing
 
 MIXTURE = DiscretizedLogisticMixture(mixtures=3)
 GROUPED = (MIXTURE, Categorical(), Multinomial())
