@@ -8,7 +8,8 @@ What the user can put right ends in one line and exit code 2.
 
 Bounds are of log p(x) in nats per image, under the model's likelihood. By default that is a Gaussian of variance 1
 around each pixel, with its constant: a density of pixels in [0, 1]. Compare bounds between models of one likelihood
-only.
+only. Where p(x) is a probability, bounds are given in bits per dimension too, because these are a code length: of the
+bytes with DiscretizedLogistic, of binary images with Bernoulli.
 
 Files in --out, each written atomically; those of an earlier evaluation are removed first:
     evaluation.json            every number below, with settings and versions
@@ -29,6 +30,7 @@ import torch
 import fastvae
 from fastvae import evaluation, plots
 from fastvae.files import write_csv
+from fastvae.likelihoods import Bernoulli, DiscretizedLogistic, Likelihood
 from fastvae.program import (
     Parser,
     add_run_flags,
@@ -75,6 +77,15 @@ def evaluate_run() -> None:
     model, images = run.model, run.images
     folder = prepare_folder(arguments.out or run.checkpoint.parent / "evaluation", FILES)
     dimensions = images[0].numel()
+
+    def bits_per_dimension(nats: float) -> float | None:
+        discrete = is_probability(model.likelihood, images)
+        return evaluation.bits_per_dimension(nats, dimensions) if discrete else None
+
+    def in_words(nats: float) -> str:
+        bits = bits_per_dimension(nats)
+        return f"{nats:.2f} nats" + ("" if bits is None else f", {bits:.4f} bits per dimension")
+
     say(f"model           {run.checkpoint}, {run.epoch} epochs")
     say(f"images          {images_in_words(run)}")
 
@@ -84,12 +95,12 @@ def evaluate_run() -> None:
     say(f"error           {', '.join(f'{value:.4f} {name}' for name, value in mse.items())}, with z = mu")
     bounds = evaluation.elbo(model, images, seed=arguments.seed)
     elbo = bounds.mean().item()
-    say(f"ELBO            {in_words(elbo, dimensions)}; the test loss of training is {totals.loss:.2f}")
+    say(f"ELBO            {in_words(elbo)}; the test loss of training is {totals.loss:.2f}")
     few = images[: arguments.likelihood_images]
     likelihoods = evaluation.log_likelihood(model, few, samples=arguments.samples, seed=arguments.seed)
     likelihood, elbo_of_few = likelihoods.mean().item(), bounds[: len(few)].mean().item()
     say(
-        f"log p(x)        {in_words(likelihood, dimensions)}; {arguments.samples} samples, "
+        f"log p(x)        {in_words(likelihood)}; {arguments.samples} samples, "
         f"{len(few):,} images, whose ELBO is {elbo_of_few:.2f}"
     )
     posteriors = evaluation.posteriors(model, images)
@@ -122,10 +133,10 @@ def evaluate_run() -> None:
             "likelihood": model.likelihood.key,
             "mse": mse,
             "loss": totals.loss,
-            "elbo": {"nats": elbo, "bits_per_dimension": evaluation.bits_per_dimension(elbo, dimensions)},
+            "elbo": {"nats": elbo, "bits_per_dimension": bits_per_dimension(elbo)},
             "log_likelihood": {
                 "nats": likelihood,
-                "bits_per_dimension": evaluation.bits_per_dimension(likelihood, dimensions),
+                "bits_per_dimension": bits_per_dimension(likelihood),
                 "samples": arguments.samples,
                 "images": len(few),
                 "elbo_of_these_images": elbo_of_few,
@@ -144,8 +155,11 @@ def evaluate_run() -> None:
     say(f"written         {folder}: {', '.join(FILES)}")
 
 
-def in_words(nats: float, dimensions: int) -> str:
-    return f"{nats:.2f} nats, {evaluation.bits_per_dimension(nats, dimensions):.4f} bits per dimension"
+def is_probability(likelihood: Likelihood, images: torch.Tensor) -> bool:
+    """Whether p(x) of images, uint8, is a probability, which adds up to 1 over all images, and not a density."""
+    if isinstance(likelihood, Bernoulli):
+        return bool(((images == 0) | (images == 255)).all())
+    return isinstance(likelihood, DiscretizedLogistic) and likelihood.bins == 256
 
 
 if __name__ == "__main__":

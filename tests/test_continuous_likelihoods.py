@@ -41,9 +41,12 @@ from fastvae.training import train
 VARIANTS = [
     Gaussian(constant=False),
     Gaussian(sigmoid=True),
+    Gaussian(min_logvar=-1.0),
+    Gaussian(sigmoid=True, min_logvar=0.5),
     Gaussian(std=0.3),
     Gaussian(std=2.0, sigmoid=True, constant=False),
     Laplace(constant=False),
+    Laplace(min_log_scale=-1.0),
     Laplace(scale=0.3),
     Laplace(scale=2.0, constant=False),
     DiscretizedLogistic(min_log_scale=-4.0),
@@ -93,6 +96,13 @@ def test_extreme_values_of_other_settings(likelihood, triton_backend, device) ->
         (lambda: Gaussian(std=math.inf), ValueError, "std must be positive and finite, from 1e-18 to 1e18, got inf"),
         (lambda: Gaussian("0.1"), TypeError, "std must be a number, or None where it is learned, got '0.1'"),
         (lambda: Gaussian(True), TypeError, "std must be a number, or None where it is learned, got True"),
+        (
+            lambda: Gaussian(0.1, min_logvar=-4.0),
+            ValueError,
+            "min_logvar must be None where the width is given, because nothing is learned, got -4.0",
+        ),
+        (lambda: Gaussian(min_logvar=True), TypeError, "min_logvar must be a number or None, got True"),
+        (lambda: Laplace(min_log_scale=math.nan), ValueError, "min_log_scale must be finite or None, got nan"),
         (lambda: Laplace(0.0), ValueError, "scale must be positive and finite, from 1e-18 to 1e18, got 0.0"),
         (lambda: DiscretizedLogistic(1), ValueError, "bins must be at least 2, got 1"),
         (lambda: DiscretizedLogistic(256.0), TypeError, "bins must be an integer, got 256.0"),
@@ -301,12 +311,21 @@ def test_against_the_formula_of_vdvae(triton_backend, device) -> None:
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_a_clamped_scale_has_no_gradient_below(backend, device) -> None:
+@pytest.mark.parametrize(
+    ("likelihood", "free"),
+    [
+        (DiscretizedLogistic(min_log_scale=-4.0), DiscretizedLogistic()),
+        (Gaussian(min_logvar=-4.0), Gaussian()),
+        (Laplace(min_log_scale=-4.0), Laplace()),
+    ],
+    ids=str,
+)
+def test_a_clamped_scale_has_no_gradient_below(likelihood, free, backend, device) -> None:
     log_scale = torch.tensor([-8.0, -4.0, -3.0, math.nan], device=device)
     mean = torch.full_like(log_scale, 0.2)
     with fastvae.use_backend(backend):
-        value, _, slope = values_and_slopes(DiscretizedLogistic(min_log_scale=-4.0), mean, log_scale, 0 * mean + 0.5)
-        _, _, free = values_and_slopes(DiscretizedLogistic(), mean, log_scale, 0 * mean + 0.5)
+        value, _, slope = values_and_slopes(likelihood, mean, log_scale, 0 * mean + 0.5)
+        _, _, free = values_and_slopes(free, mean, log_scale, 0 * mean + 0.5)
     assert value[0] == value[1]
     assert slope[0] == 0 and torch.equal(slope[1:3], free[1:3])
     assert value[3].isnan()

@@ -214,7 +214,7 @@ def test_a_wrong_description_is_told(likelihood, complaint) -> None:
     [
         ({"parameters": ()}, r"\.parameters must be a tuple of names, got \(\)"),
         ({"parameters": "mean"}, r"\.parameters must be a tuple of names, got 'mean'"),
-        ({"target": "image"}, r"\.target must be one of unit, number, got 'image'"),
+        ({"target": "image"}, r"\.target must be one of unit, number, class, got 'image'"),
         ({"term": exact}, r"\.term must be decorated with @fastvae\.likelihoods\.Term, got <function exact"),
         ({"roundings": (3, 2)}, r"\.roundings must have 3 numbers, of the value and of 2 slopes, got \(3, 2\)"),
     ],

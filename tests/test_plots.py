@@ -261,6 +261,14 @@ def test_image_grid_with_a_title(tmp_path, width):
     assert abs(ink[1].min() + ink[1].max() - titled.shape[1]) < 0.1 * titled.shape[1]
 
 
+def test_image_grid_of_values_outside(tmp_path):
+    """Means of some likelihoods lie there; as a byte, -0.01 would be white."""
+    images = torch.tensor([-0.01, 1.01]).view(2, 1, 1, 1)
+    plots.write_image_grid(tmp_path / "outside.png", images, columns=2)
+    plots.write_image_grid(tmp_path / "inside.png", images.clamp(0, 1), columns=2)
+    assert (tmp_path / "outside.png").read_bytes() == (tmp_path / "inside.png").read_bytes()
+
+
 def test_image_grid_keeps_dark_images_dark(tmp_path):
     """No stretching of the contrast: 0 is black and 1 is white, whatever the images hold."""
     plots.write_image_grid(tmp_path / "generated.png", torch.full((64, 1, 4, 4), 0.2))

@@ -221,6 +221,7 @@ def test_interrupt_ends_training_and_writes_everything(tmp_path):
         (["--epochs", "2.5"], "argument --epochs: must be a positive integer, got '2.5'"),
         (["--batch-size", "-3"], "argument --batch-size: must be a positive integer, got '-3'"),
         (["--latent-dim", "x"], "argument --latent-dim: must be a positive integer, got 'x'"),
+        (["--likelihood", "student-t"], "argument --likelihood: invalid choice: 'student-t'"),
         (["--lr", "0"], "argument --lr: must be a positive number, got '0'"),
         (["--lr", "inf"], "argument --lr: must be a positive number, got 'inf'"),
         (["--lr", "fast"], "argument --lr: must be a positive number, got 'fast'"),
@@ -355,6 +356,7 @@ def test_default_folder_and_defaults(tmp_path, example, monkeypatch):
         "epochs": None,
         "batch_size": None,
         "latent_dim": 16,
+        "likelihood": "sigmoid-mse",
         "lr": 1e-3,
         "beta": 1.0,
         "kl_warmup": 0.0,
@@ -428,6 +430,39 @@ def test_options_of_training(tmp_path, run, example, monkeypatch, capsys):
         assert words in capsys.readouterr().err
 
 
+def test_the_names_of_likelihoods(example):
+    assert list(example.LIKELIHOODS) == [
+        "sigmoid-mse",
+        "bernoulli",
+        "continuous-bernoulli",
+        "gaussian",
+        "laplace",
+        "discretized-logistic",
+    ]
+
+
+@pytest.mark.parametrize("name", ["gaussian", "discretized-logistic"])
+def test_a_likelihood(tmp_path, run, example, name, capsys):
+    """It trains, is kept in the checkpoint, makes the pictures, and goes on."""
+    import fastvae
+
+    likelihood = example.LIKELIHOODS[name]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(*SMALL, "--likelihood", name, "--epochs", 2, "--out", whole) == 0
+    assert f"likelihood {', '.join(likelihood.parameters)}\n" in capsys.readouterr().out
+    rows = read_metrics(whole)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    model = fastvae.load(whole)
+    assert model.likelihood == likelihood
+    images = load_digits().test_images
+    mse = (model.reconstruct(images, deterministic=True) - images / 255).square().mean().item()
+    assert mse == pytest.approx(rows[-1]["test_mse"], rel=1e-4)
+    assert run(*SMALL, "--likelihood", name, "--epochs", 1, "--quiet", "--out", parts) == 0
+    assert run("--resume", parts, "--epochs", 2, "--quiet") == 0
+    assert [{**row, "seconds": 0} for row in read_metrics(parts)] == [{**row, "seconds": 0} for row in rows]
+    assert fastvae.load(parts).likelihood == likelihood
+
+
 def test_a_full_disk_is_one_line(tmp_path, run, example, monkeypatch, capsys):
     """/dev/full takes nothing: what was there stays, and the run ends."""
     import builtins
@@ -486,6 +521,7 @@ def test_checkpoints_every_so_many_epochs(tmp_path, run):
     [
         (("--lr", "0.1"), "--lr was 0.001 in"),
         (("--batch-size", "8"), "--batch-size was 16 in"),
+        (("--likelihood", "bernoulli"), "--likelihood was sigmoid-mse in"),
         (("--seed", "1", "--epochs", "2"), "--seed was 0 in"),
         (("--out", "elsewhere"), "leave out --out"),
     ],

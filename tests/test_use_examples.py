@@ -17,7 +17,7 @@ import torch
 import fastvae.program
 from fastvae import evaluation
 from fastvae.data import ImageDataset, load_dataset
-from fastvae.likelihoods import SigmoidMSE
+from fastvae.likelihoods import Bernoulli, DiscretizedLogistic, Gaussian, SigmoidMSE
 from fastvae.models import ConvVAE
 from fastvae.training import write_checkpoint
 
@@ -42,6 +42,8 @@ def data(name: str) -> ImageDataset:
     generator = torch.Generator().manual_seed(len(name))
     shape = (3, 6, 5) if name == "colour" else SHAPE
     train, test = (torch.randint(0, 256, (count, *shape), dtype=torch.uint8, generator=generator) for count in (40, 25))
+    if name == "binary":
+        train, test = ((images > 127).to(torch.uint8) * 255 for images in (train, test))
     labels = None if name == "unlabelled" else torch.arange(40) % 5
     return ImageDataset(
         name, train, labels, test // (2 if name == "dark" else 1), None if labels is None else labels[:25]
@@ -129,11 +131,11 @@ def test_evaluate(saved, run, datasets, capsys):
     bounds = evaluation.elbo(model, images, seed=3)
     assert result["elbo"]["nats"] == pytest.approx(bounds.mean().item(), rel=1e-6)
     assert result["likelihood"] == SigmoidMSE().key
-    assert result["elbo"]["bits_per_dimension"] == pytest.approx(-bounds.mean().item() / 30 / math.log(2), rel=1e-6)
+    assert result["elbo"]["bits_per_dimension"] is None  # of a density
     likelihoods = evaluation.log_likelihood(model, images[:8], samples=5, seed=3)
     assert result["log_likelihood"] == {
         "nats": pytest.approx(likelihoods.mean().item(), rel=1e-6),
-        "bits_per_dimension": pytest.approx(-likelihoods.mean().item() / 30 / math.log(2), rel=1e-6),
+        "bits_per_dimension": None,
         "samples": 5,
         "images": 8,
         "elbo_of_these_images": pytest.approx(bounds[:8].mean().item(), rel=1e-6),
@@ -155,6 +157,29 @@ def test_evaluate(saved, run, datasets, capsys):
     assert [row["label"] for row in rows] == [str(index % 5) for index in range(25)]
     assert f"{result['log_likelihood']['nats']:.2f} nats" in output
     assert "5 samples, 8 images" in output
+    assert "bits" not in output
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "dataset", "discrete"),
+    [
+        (DiscretizedLogistic(min_log_scale=-7.0), "plain", True),
+        (Bernoulli(), "binary", True),
+        (Bernoulli(), "plain", False),
+        (Gaussian(), "binary", False),
+    ],
+    ids=str,
+)
+def test_bits_per_dimension(tmp_path, run, likelihood, dataset, discrete, capsys):
+    """Where p(x) is a probability, and nowhere else."""
+    write_checkpoint(tmp_path / "checkpoint.pt", ConvVAE(SHAPE, 3, (4,), likelihood), 7)
+    assert run("evaluate", tmp_path, "--dataset", dataset, "--samples", 2) == 0
+    output = capsys.readouterr().out
+    result = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    for bound in ("elbo", "log_likelihood"):
+        nats, bits = result[bound]["nats"], result[bound]["bits_per_dimension"]
+        assert bits == (pytest.approx(-nats / 30 / math.log(2), rel=1e-6) if discrete else None)
+        assert (f"{nats:.2f} nats, {bits or 0:.4f} bits per dimension" in output) == discrete
 
 
 # ---------------------------------------------------------------------------------------------------------- generate

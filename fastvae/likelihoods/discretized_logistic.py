@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from fastvae.likelihoods.likelihood import Likelihood, Term
+from fastvae.likelihoods.likelihood import Likelihood, Term, check_minimum
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -98,11 +98,7 @@ class DiscretizedLogistic(Likelihood):
             raise TypeError(f"bins must be an integer, got {self.bins!r}")
         if self.bins < 2:
             raise ValueError(f"bins must be at least 2, got {self.bins}")
-        lowest = self.min_log_scale
-        if lowest is not None and (isinstance(lowest, bool) or not isinstance(lowest, (int, float))):
-            raise TypeError(f"min_log_scale must be a number or None, got {lowest!r}")
-        if lowest is not None and not math.isfinite(lowest):
-            raise ValueError(f"min_log_scale must be finite or None, got {lowest}")
+        check_minimum("min_log_scale", self.min_log_scale)
         super().__post_init__()
 
     @property

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastvae.likelihoods.likelihood import Likelihood, Term, check_scale
+from fastvae.likelihoods.likelihood import Likelihood, Term, check_minimum, check_scale
 from fastvae.reference.precision import sigmoid
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 def learned(parameters, target, SETTINGS: tl.constexpr, FAST: tl.constexpr):
     """((t - m)^2 e^-l + l) / 2 + c; slopes -(t - m) e^-l, (1 - (t - m)^2 e^-l) / 2 and (t - m) e^-l."""
     mean, logvar = parameters
+    if len(SETTINGS) == 4:
+        logvar = tl.maximum(logvar, SETTINGS[3], propagate_nan=tl.PropagateNan.ALL)
     if SETTINGS[0]:
         mean, derivative = numerics.sigmoid(mean, FAST)
     error = target - mean
@@ -30,7 +32,10 @@ def learned(parameters, target, SETTINGS: tl.constexpr, FAST: tl.constexpr):
     slope = -scaled
     if SETTINGS[0]:
         slope *= derivative
-    return tl.fma(0.5, squared + logvar, SETTINGS[1]), (slope, tl.fma(-0.5, squared, 0.5), scaled)
+    by_logvar = tl.fma(-0.5, squared, 0.5)
+    if len(SETTINGS) == 4:
+        by_logvar = tl.where(parameters[1] >= SETTINGS[3], by_logvar, 0.0)
+    return tl.fma(0.5, squared + logvar, SETTINGS[1]), (slope, by_logvar, scaled)
 
 
 @Term
@@ -51,20 +56,23 @@ class Gaussian(Likelihood):
     """((t - mean)^2 e^-logvar + logvar + log 2 pi) / 2 for each element, of any numbers; uint8 is read as t / 255.
 
     With a fixed ``std`` the mean is the only parameter, logvar being 2 log std. ``sigmoid``: the mean is the sigmoid of
-    the first parameter, the logits. ``constant=False`` leaves log(2 pi) / 2 out, and log std if that is fixed. It is
-    torch's ``gaussian_nll_loss``. Choose it for numbers without bounds; with ``std=1`` it is the squared error of a
-    linear decoder. Where the variance is learned, pixels that are always right let it vanish: limit logvar then.
+    the first parameter, the logits. ``min_logvar``: logvar counts as at least that much, and has no gradient below.
+    ``constant=False`` leaves log(2 pi) / 2 out, and log std if that is fixed. It is torch's ``gaussian_nll_loss``.
+    Choose it for numbers without bounds; with ``std=1`` it is the squared error of a linear decoder. Where the variance
+    is learned, pixels that are always right let it vanish: give a ``min_logvar`` then.
     """
 
     std: float | None = None
     sigmoid: bool = False
     constant: bool = True
+    min_logvar: float | None = None
 
     target = "unit"
     target_has_slope = True
 
     def __post_init__(self) -> None:
         check_scale("std", self.std)
+        check_minimum("min_logvar", self.min_logvar, fixed=self.std is not None)
         super().__post_init__()
 
     @property
@@ -95,8 +103,9 @@ class Gaussian(Likelihood):
         return 0.0 if self.constant else self._constant
 
     @property
-    def settings(self) -> tuple[bool, float, float]:
-        return self.sigmoid, self._constant - self.omitted, 0.5 * self.slope_factor
+    def settings(self) -> tuple[bool | float, ...]:
+        minimum = () if self.min_logvar is None else (float(self.min_logvar),)
+        return self.sigmoid, self._constant - self.omitted, 0.5 * self.slope_factor, *minimum
 
     @property
     def _constant(self) -> float:
@@ -105,15 +114,24 @@ class Gaussian(Likelihood):
     def formula(self, *tensors: Tensor) -> Tensor:
         squared = (tensors[-1] - self.mean(*tensors[:-1])).square()
         if self.std is None:
-            return 0.5 * (squared * torch.exp(-tensors[1]) + tensors[1]) + self.settings[1]
+            logvar = self._limited(tensors[1])
+            return 0.5 * (squared * torch.exp(-logvar) + logvar) + self.settings[1]
         return self.settings[2] * squared + self.settings[1]
 
     def slopes(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         mean = self.mean(*tensors[:-1])
         error = tensors[-1] - mean
-        scaled = error * (self.slope_factor if self.std else torch.exp(-tensors[1]))
+        scaled = error * (self.slope_factor if self.std else torch.exp(-self._limited(tensors[1])))
         slope = -scaled * mean * torch.sigmoid(-tensors[0]) if self.sigmoid else -scaled
-        return (slope,) if self.std else (slope, 0.5 - 0.5 * error * scaled)
+        if self.std:
+            return (slope,)
+        by_logvar = 0.5 - 0.5 * error * scaled
+        if self.min_logvar is not None:
+            by_logvar = torch.where(tensors[1] >= self.min_logvar, by_logvar, 0.0)
+        return slope, by_logvar
+
+    def _limited(self, logvar: Tensor) -> Tensor:
+        return logvar if self.min_logvar is None else logvar.clamp(min=self.min_logvar)
 
     def mean(self, mean: Tensor, *_: Tensor) -> Tensor:
         return sigmoid(mean) if self.sigmoid else mean

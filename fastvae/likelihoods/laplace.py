@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastvae.likelihoods.likelihood import Likelihood, Term, check_scale
+from fastvae.likelihoods.likelihood import Likelihood, Term, check_minimum, check_scale
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -21,11 +21,16 @@ if TYPE_CHECKING:
 def learned(parameters, target, SETTINGS: tl.constexpr, FAST: tl.constexpr):
     """|t - m| e^-l + l + c; slopes -sign(t - m) e^-l, 1 - |t - m| e^-l and sign(t - m) e^-l."""
     mean, log_scale = parameters
+    if len(SETTINGS) == 3:
+        log_scale = tl.maximum(log_scale, SETTINGS[2], propagate_nan=tl.PropagateNan.ALL)
     error = target - mean
     inverse = numerics.exp(-log_scale, FAST)
     scaled = tl.abs(error) * inverse
     slope = tl.where(error > 0, 1.0, tl.where(error < 0, -1.0, 0.0)) * inverse
-    return scaled + (log_scale + SETTINGS[0]), (-slope, 1.0 - scaled, slope)
+    by_scale = 1.0 - scaled
+    if len(SETTINGS) == 3:
+        by_scale = tl.where(parameters[1] >= SETTINGS[2], by_scale, 0.0)
+    return scaled + (log_scale + SETTINGS[0]), (-slope, by_scale, slope)
 
 
 @Term
@@ -40,13 +45,15 @@ def fixed(parameters, target, SETTINGS: tl.constexpr, FAST: tl.constexpr):
 class Laplace(Likelihood):
     """|t - mean| e^-log_scale + log_scale + log 2 for each element, of any numbers; uint8 is read as t / 255.
 
-    With a fixed ``scale`` the mean is the only parameter. ``constant=False`` leaves log 2 out, and log scale if that is
-    fixed. The slope at t = mean is 0. Choose it in place of `Gaussian` where single elements may be far off, because it
-    counts their absolute and not their squared error: its mean is the median, and its pictures have sharper edges.
+    With a fixed ``scale`` the mean is the only parameter. ``min_log_scale``: log_scale counts as at least that much,
+    and has no gradient below. ``constant=False`` leaves log 2 out, and log scale if that is fixed. The slope at t =
+    mean is 0. Choose it in place of `Gaussian` where single elements may be far off, because it counts their absolute
+    and not their squared error: its mean is the median, and its pictures have sharper edges.
     """
 
     scale: float | None = None
     constant: bool = True
+    min_log_scale: float | None = None
 
     target = "unit"
     bounded = False
@@ -54,6 +61,7 @@ class Laplace(Likelihood):
 
     def __post_init__(self) -> None:
         check_scale("scale", self.scale)
+        check_minimum("min_log_scale", self.min_log_scale, fixed=self.scale is not None)
         super().__post_init__()
 
     @property
@@ -77,8 +85,9 @@ class Laplace(Likelihood):
         return 0.0 if self.constant else self._constant
 
     @property
-    def settings(self) -> tuple[float, float]:
-        return self._constant - self.omitted, self.slope_factor
+    def settings(self) -> tuple[float, ...]:
+        minimum = () if self.min_log_scale is None else (float(self.min_log_scale),)
+        return self._constant - self.omitted, self.slope_factor, *minimum
 
     @property
     def _constant(self) -> float:
@@ -87,14 +96,23 @@ class Laplace(Likelihood):
     def formula(self, *tensors: Tensor) -> Tensor:
         error = (tensors[-1] - tensors[0]).abs()
         if self.scale is None:
-            return error * torch.exp(-tensors[1]) + (tensors[1] + self.settings[0])
+            log_scale = self._limited(tensors[1])
+            return error * torch.exp(-log_scale) + (log_scale + self.settings[0])
         return self.slope_factor * error + self.settings[0]
 
     def slopes(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         error = tensors[-1] - tensors[0]
-        inverse = self.slope_factor if self.scale else torch.exp(-tensors[1])
+        inverse = self.slope_factor if self.scale else torch.exp(-self._limited(tensors[1]))
         slope = -torch.sign(error) * inverse
-        return (slope,) if self.scale else (slope, 1 - error.abs() * inverse)
+        if self.scale:
+            return (slope,)
+        by_scale = 1 - error.abs() * inverse
+        if self.min_log_scale is not None:
+            by_scale = torch.where(tensors[1] >= self.min_log_scale, by_scale, 0.0)
+        return slope, by_scale
+
+    def _limited(self, log_scale: Tensor) -> Tensor:
+        return log_scale if self.min_log_scale is None else log_scale.clamp(min=self.min_log_scale)
 
     def mean(self, mean: Tensor, *_: Tensor) -> Tensor:
         return mean

@@ -228,6 +228,18 @@ def check_scale(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be positive and finite, from 1e-18 to 1e18, got {value}")
 
 
+def check_minimum(name: str, value: Any, fixed: bool = False) -> None:
+    """A setting that is the least value of a learned parameter, or None; ``fixed``: where it is not learned."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number or None, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite or None, got {value}")
+    if fixed:
+        raise ValueError(f"{name} must be None where the width is given, because nothing is learned, got {value}")
+
+
 def _is_setting(value: Any) -> bool:
     if type(value) is tuple:
         return all(_is_setting(part) for part in value)

@@ -54,7 +54,9 @@ def plot_kl_per_dimension(path: Path, kl: Tensor, active: Tensor, *, threshold: 
     save(figure, path)
 
 
-def plot_latent_map(path: Path, points: Tensor, labels: Tensor | None, *, axis_labels: tuple[str, str]) -> None:
+def plot_latent_map(
+    path: Path, points: Tensor, labels: Tensor | None, *, axis_labels: tuple[str, str], title: str | None = None
+) -> None:
     """Points [N, 2], coloured by labels, integers [N], where there are any."""
     values = points.cpu().double().numpy()
     figure, axes = new_figure(7.2, 5.6)
@@ -76,7 +78,7 @@ def plot_latent_map(path: Path, points: Tensor, labels: Tensor | None, *, axis_l
         figure.legend(loc="outside right upper", title="label", ncols=columns, fontsize="small", markerscale=scale)
     axes.set_xlabel(axis_labels[0])
     axes.set_ylabel(axis_labels[1])
-    axes.set_title(f"Posterior means of {len(values):,} test images", fontsize="medium")
+    axes.set_title(title or f"Posterior means of {len(values):,} test images", fontsize="medium")
     axes.grid(alpha=0.3)
     save(figure, path)
 

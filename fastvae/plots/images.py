@@ -53,7 +53,8 @@ def plot_image_rows(
 def _rows(images: Tensor, labels: Sequence[str]) -> tuple[Figure, Axes]:
     rows, columns, _, height, width = images.shape
     figure, axes = new_figure(0.75 * columns + 1.3, 0.75 * rows * height / width + 0.4, "compressed")
-    axes.imshow(tile(images.flatten(0, 1), columns), cmap="gray", vmin=0.0, vmax=1.0, interpolation="nearest")
+    grid = tile(images.flatten(0, 1), columns).clip(0.0, 1.0)  # matplotlib warns of colours outside [0, 1]
+    axes.imshow(grid, cmap="gray", vmin=0.0, vmax=1.0, interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([height * (row + 0.5) - 0.5 for row in range(rows)], labels)
     axes.tick_params(length=0)
@@ -62,12 +63,13 @@ def _rows(images: Tensor, labels: Sequence[str]) -> tuple[Figure, Axes]:
 
 def write_image_grid(path: Path, images: Tensor, *, columns: int = 8, scale: int = 3, title: str | None = None) -> None:
     """Images [N, C, H, W] in [0, 1], C = 1 or 3, side by side without borders, each pixel ``scale`` pixels wide; the
-    title in a band above them, in letters as small as the width needs.
+    title in a band above them, in letters as small as the width needs. What is below 0 is shown as 0, above 1 as 1.
     """
     require_matplotlib()
     from matplotlib.image import imsave
 
-    grid = (tile(images, columns) * 255).round().astype(np.uint8)
+    # The mean of some likelihoods may lie outside [0, 1], where a byte would start again at the other end.
+    grid = (tile(images, columns).clip(0.0, 1.0) * 255).round().astype(np.uint8)
     if grid.ndim == 2:
         # As colour: through a grey colour map, matplotlib puts some values one level off.
         grid = np.stack([grid] * 3, axis=2)
