@@ -1,4 +1,6 @@
-"""examples/evaluate.py, generate.py and anomaly.py from end to end, on the checkpoint of a tiny model."""
+"""examples/evaluate.py, generate.py and anomaly.py from end to end, on the checkpoint of a tiny model; counts.py on a
+few cells.
+"""
 
 from __future__ import annotations
 
@@ -495,3 +497,71 @@ def test_an_interrupt_leaves_no_half_file(saved, run, name, monkeypatch, capsys)
     assert capsys.readouterr() == ("", f"{name}.py: aborted\n")
     left = {path.name for path in saved.rglob("*") if path.is_file()}
     assert left - {"checkpoint.pt"} < FILES[name]  # whole ones, written before
+
+
+# ------------------------------------------------------------------------------------------------------------ counts
+
+
+@pytest.fixture
+def counts(monkeypatch):
+    """Run main() of counts.py, or use what it is made of."""
+    spec = importlib.util.spec_from_file_location("counts_example", EXAMPLES / "counts.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+
+    def call(*arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["counts.py", *map(str, arguments), "--device", "cpu"])
+        return module.main()
+
+    module.call = call
+    return module
+
+
+@pytest.mark.parametrize("likelihood", ["zinb", "nb"])
+def test_counts(tmp_path, counts, drawn, likelihood, capsys):
+    """It learns, and the likelihood that has a dispersion is better than Poisson's, which here is far off."""
+    small = ("--cells", 600, "--genes", 60, "--seed", 2, "--likelihood", likelihood, "--out", tmp_path)
+    assert counts.call(*small, "--epochs", 1) == 0
+    first = json.loads((tmp_path / "summary.json").read_text())
+    assert counts.call(*small, "--epochs", 10) == 0
+    check_files(tmp_path, {"latent_map.png", "summary.json"})
+    result = json.loads((tmp_path / "summary.json").read_text())
+    output = capsys.readouterr().out
+    assert list(result["models"]) == [likelihood, "poisson"]
+    for name, found in result["models"].items():
+        assert found["negative_elbo"] < first["models"][name]["negative_elbo"]
+        assert f"{name:<10} -log p(x) at most {found['negative_elbo']:.2f} nats per test cell" in output
+    assert result["models"][likelihood]["negative_elbo"] < result["models"]["poisson"]["negative_elbo"] - 10
+    assert result["constant_rates"] == first["constant_rates"]
+    (points, types), named = drawn["latent_map.png"]
+    assert points.shape == (120, 2) and len(types) == 120
+    assert named["title"] == f"Posterior means of 120 test cells, coloured by type, {likelihood}"
+
+
+def test_the_numbers_of_counts(counts):
+    """Against torch.distributions, and by hand."""
+    torch.manual_seed(0)
+    train, test = (counts.simulate(cells, 30).counts for cells in (40, 20))
+    shares = (train.sum(0) + 1) / (train.sum() + 30)
+    rates = torch.distributions.Poisson(test.sum(1, keepdim=True) * shares)
+    assert counts.constant_rates(train, test) == pytest.approx(-rates.log_prob(test).sum(1).mean().item(), rel=1e-5)
+    mu = torch.tensor([[0.0, 0.0], [0.1, 0.0], [5.0, 5.0], [5.0, 5.2], [0.0, 0.15]])
+    assert counts.same_type_beside(mu, torch.tensor([1, 1, 2, 3, 1])) == pytest.approx(0.6)
+    model = counts.CountVAE(30, counts.LIKELIHOODS["zinb"])
+    model(test).loss.backward()
+    assert model.log_dispersion.grad.shape == (30,) and model.log_dispersion.grad.abs().min() > 0
+    assert model(torch.zeros(2, 30)).loss.isfinite()  # cells without a count
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--likelihood", "poisson"], "argument --likelihood: invalid choice: 'poisson'"),
+        (["--cells", "9"], "--cells must be at least 10, because a fifth of them is for the test, got 9"),
+    ],
+)
+def test_flags_of_counts(tmp_path, counts, arguments, message, capsys):
+    assert counts.call(*arguments, "--out", tmp_path / "out") == 2
+    assert capsys.readouterr().err.startswith(f"counts.py: error: {message}")
+    assert list(tmp_path.iterdir()) == []
