@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 import fastvae.functional as F
 from fastvae.kernels import batch
 from fastvae.kernels.launch import Plan
-from fastvae.likelihoods import SigmoidMSE
+from fastvae.likelihoods import Bernoulli, SigmoidMSE
 from fastvae.operations import Operation, Spec, kernel_names, operations
 from stand_in import stand_in
 
@@ -206,6 +206,10 @@ POSTERIOR = {
 }
 
 
+# Of these every operation is compiled, for each dtype; of the others the loss with its gradients in float32.
+BY_DTYPE = (SigmoidMSE(), Bernoulli())
+
+
 def configurations(dtype: torch.dtype) -> Iterator[tuple[str, Configuration]]:
     """By size: what of the operations is compiled. float16 compiles to the code of bfloat16."""
     sizes = {
@@ -220,7 +224,9 @@ def configurations(dtype: torch.dtype) -> Iterator[tuple[str, Configuration]]:
                 options = {"reduction": "none"} if operation.name == "gaussian_sample_kl_packed" else {}
                 for size in POSTERIOR.get((operation.name, direction), ()):
                     yield size, Configuration(operation, direction, sizes[size], options)
-            elif operation.measured:
+            elif operation.measured and (dtype is torch.float32 or operation.likelihood in BY_DTYPE):
+                if operation.likelihood not in BY_DTYPE and not operation.smaller and operation.backward is not None:
+                    continue  # what differs is the term, and the loss with its gradient has all of it
                 yield from ((size, it) for size, it in _of_likelihood(operation, direction, sizes["long"]))
 
 

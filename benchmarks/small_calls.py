@@ -19,7 +19,7 @@ from torch import Tensor
 
 import fastvae
 import fastvae.functional as F
-from fastvae.operations import Operation, Spec, operations
+from fastvae.operations import Operation, Spec, of_each_kind, operations
 from traffic import takes_bytes
 
 IMAGES = ((3, 1, 5, 5), (2, 3, 50, 41))
@@ -42,10 +42,10 @@ def calls(device: torch.device, elements: int | None) -> Iterator[Callable[[], o
     if elements is not None:
         # Samples of 16,384 numbers, as latents of a large autoencoder have.
         columns = min(16384, elements)
-        for operation in operations():
+        for operation in of_each_kind(operations()):
             yield call_of(operation, Spec((elements // columns, columns), device=device))
         return
-    for operation, dtype in product(operations(), (torch.float32, torch.bfloat16)):
+    for operation, dtype in product(of_each_kind(operations()), (torch.float32, torch.bfloat16)):
         for shape in ((3, 5), (5, 3, 7, 3), (2, 5003), (150, 21)) if operation.likelihood is None else IMAGES:
             for layout in (Tensor.contiguous, channels_last) if len(shape) == 4 else (Tensor.contiguous,):
                 for target_dtype in (None, torch.uint8) if takes_bytes(operation) else (None,):

@@ -191,6 +191,14 @@ def operations(extra: Sequence[Likelihood] = ()) -> list[Operation]:
     return [*_of_posterior(), *of_likelihoods, *(it for entry in SMALLER for it in of_smaller(*entry))]
 
 
+def of_each_kind(operations: Sequence[Operation]) -> list[Operation]:
+    """Those of the posterior, and of a few likelihoods: of one parameter, of two, and of one that is smaller.
+
+    Launches, bytes and layouts are those of kernels and launchers, which do not depend on a likelihood's term.
+    """
+    return [it for it in operations if it.likelihood in (None, SigmoidMSE(), Bernoulli(), Gaussian())]
+
+
 def named(operations: Sequence[Operation]) -> dict[str, Operation]:
     return {operation.name: operation for operation in operations}
 

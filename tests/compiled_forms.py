@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import fastvae.functional as F
 from codegen import TARGETS
 from fastvae.kernels import batch
-from fastvae.operations import Operation, operations
+from fastvae.operations import Operation, of_each_kind, operations
 from launches import Launch, record
 from traffic import takes_bytes
 
@@ -137,7 +137,7 @@ def batch_calls() -> Iterator[Callable[[], Any]]:
 
 
 def calls() -> Iterator[Callable[[], Any]]:
-    for operation in operations():
+    for operation in of_each_kind(operations()):
         if operation.likelihood is None:
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 yield from operation_calls(operation, of_posterior(operation, dtype))

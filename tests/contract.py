@@ -15,7 +15,7 @@ from torch import Tensor
 import fastvae
 import fastvae.functional as F
 from conftest import Launches
-from fastvae.likelihoods import SigmoidMSE
+from fastvae.likelihoods import Bernoulli, SigmoidMSE
 from fastvae.operations import Operation, Spec, operations
 from layouts import assert_strides_of, memory
 from oracle import check_results, oracle
@@ -27,17 +27,21 @@ OF_LIKELIHOOD = [it for it in EVERY if it.likelihood]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # One parameter, and a target with a slope; two parameters. None: the operations of the posterior.
 ONE_OF_EACH_SHAPE = (None, SigmoidMSE(), LearnedGaussian())
+# And with --slow two more. What all likelihoods share needs no others.
+ALWAYS_OR_SLOW = (*ONE_OF_EACH_SHAPE, Bernoulli(), *OWN)
 
 
 def each(operations: Sequence[Operation] = EVERY, *, shared: bool = False) -> Any:
     """A test of each operation. With `shared` it is one of kernels, launchers and Functions, which are the same for
-    all likelihoods: those of one likelihood of each shape run always, the others with --slow. A test that depends on
-    the term of a likelihood runs for all.
+    all likelihoods: those of one likelihood of each shape run always, a few more, and those of smaller parameters,
+    with --slow. A test that depends on the term of a likelihood runs for all.
     """
 
     def is_slow(operation: Operation) -> bool:
         return shared and operation.likelihood not in ONE_OF_EACH_SHAPE
 
+    if shared:
+        operations = [it for it in operations if it.smaller or it.likelihood in ALWAYS_OR_SLOW]
     marked = [pytest.param(it, marks=pytest.mark.slow if is_slow(it) else (), id=it.name) for it in operations]
     return pytest.mark.parametrize("operation", marked)
 

@@ -15,7 +15,7 @@ import fastvae
 import fastvae.functional as F
 from fastvae import nn
 from fastvae.autograd import registration
-from fastvae.operations import Spec, flattened, named, operations
+from fastvae.operations import Spec, flattened, named, of_each_kind, operations
 
 # Inductor's partitioner and its elimination of common subexpressions, without its slow code generation.
 PARTITIONED = "aot_eager_decomp_partition"
@@ -40,7 +40,7 @@ def inputs(device, batch=6):
     return moments, logits, torch.rand(batch, 1, 5, 5, device=device)
 
 
-OPERATIONS = named(operations())
+OPERATIONS = named(of_each_kind(operations()))
 
 
 def of_list(operation):

@@ -17,12 +17,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import fastvae.functional as F
 from fastvae import kernels
 from fastvae.kernels.elementwise import gradient_kernel
-from fastvae.operations import kernel_names, named, operations
+from fastvae.operations import kernel_names, named, of_each_kind, operations
 from traffic import Traffic, documented_bytes, measure, metered, takes_bytes
 
 pytestmark = pytest.mark.skipif(not kernels.INTERPRETED, reason="bytes are counted on Triton's interpreter")
 
-OPERATIONS = named(operations())
+OPERATIONS = named(of_each_kind(operations()))
 # When these words of a kernel's docstring apply, by the tensors that are read and written and the upstream gradients.
 CONDITIONS = {
     "with eps": lambda names: "eps" in names,

@@ -13,7 +13,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import fastvae
 import fastvae.functional as F
-from fastvae.operations import named, operations
+from fastvae.operations import named, of_each_kind, operations
 
 ROWS = (5, 3)
 
@@ -133,7 +133,7 @@ def of_two(operation, **options):
     return function
 
 
-LIST = [it for it in operations() if it.backward and (it.likelihood is None or "target" in it.gradients)]
+LIST = [it for it in of_each_kind(operations()) if it.backward and (it.likelihood is None or "target" in it.gradients)]
 DETERMINISTIC = {it.name: of_two(it, **({"eps": EPS} if it.draws_noise else {})) for it in LIST}
 OPERATIONS = {**DETERMINISTIC, "gaussian_sample drawn": of_two(named(LIST)["gaussian_sample"])}
 
