@@ -569,6 +569,7 @@ def test_a_run_of_other_processes_is_refused(tmp_path, run, capsys, no_training)
     run_of_two = {"dataset": "digits", "images": 64, "batch_size": 16, "limit": 64, "processes": 2}
     names = ("device", "backend", "precision", "latent_dim", "lr", "beta", "kl_warmup", "clip_norm", "schedule", "ema")
     names += (
+        "likelihood",
         "free_bits",
         "image_size",
         "strict",
