@@ -64,13 +64,14 @@ class Launch:
     @property
     def widths(self) -> set[int]:
         """Of the accesses of whole tiles, in bits: 128, and of a tensor of a narrower dtype as many elements; and one
-        element each of those behind the last that 16 divides.
+        element each of those behind the last that 16 divides, and of sums.
         """
         if "VECTOR" not in self.constants:
             return {128}
         tensors = (*self.arguments["parameter_ptrs"], self.arguments["target_ptr"], *self.arguments["gradient_ptrs"])
         of_tail = {8 * tensor.itemsize for tensor in tensors if self.constants.get("HAS_TAIL")}
-        return {8 * self.constants["VECTOR"] * tensor.itemsize for tensor in tensors} | of_tail
+        of_sums = {32} if self.constants.get("SUMMED") else set()  # of columns, one by one
+        return {8 * self.constants["VECTOR"] * tensor.itemsize for tensor in tensors} | of_tail | of_sums
 
     @property
     def elements_per_thread(self) -> float:
