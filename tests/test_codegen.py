@@ -109,7 +109,7 @@ def test_the_parts_of_a_kernel_are_what_they_are_called(table):
         # So it is over the 4 elements that a thread has of a heavy term.
         most = 4 if code["elements_per_thread"] == 4 else most
         # Of whole channels nothing is left over, so the masks are numbers.
-        assert (0 < code["tails"] or "_per_channel" in kernel) and code["tails"] < most and code["body"] > 2, name
+        assert (code["tails"] > 0 or "_per_channel" in kernel) and code["tails"] < most and code["body"] > 2, name
         assert code["fixed"] > 0, name
 
 
