@@ -25,6 +25,7 @@ from torch import Tensor
 import fastvae
 import fastvae.functional as F
 from fastvae import random
+from fastvae.likelihoods import DiscretizedLogistic
 from fastvae.operations import Operation, Spec, operations
 from traffic import takes_bytes
 
@@ -94,7 +95,9 @@ def compare(operation: Operation, spec: Spec, **options: Any) -> str:
     wide = (it.detach().double() if it.is_floating_point() else it for it in tensors)
     with fastvae.use_backend("reference"):
         expected = run(*(w.requires_grad_(it.requires_grad) for w, it in zip(wide, tensors, strict=True)))
-    return largest_error(found, expected, ROUNDINGS)
+    # A byte's t / 255 is rounded, and where bins are narrow the error is magnified.
+    narrow = spec.target_dtype is torch.uint8 and isinstance(operation.likelihood, DiscretizedLogistic)
+    return largest_error(found, expected, 16 * ROUNDINGS if narrow else ROUNDINGS)
 
 
 def largest_error(results: Sequence[Tensor], expected: Sequence[Tensor], roundings: float) -> str:

@@ -92,7 +92,7 @@ class ZeroInflatedNegativeBinomial(Likelihood):
         self, mean: Tensor, dispersion: Tensor, zero_logits: Tensor, target: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         n = dispersion * torch.log1p(mean / (dispersion + self.eps))  # at t = 0
-        not_inflated, nonzero = torch.sigmoid(-zero_logits), target.clamp(0, 1).ceil()
+        not_inflated, nonzero = torch.sigmoid(-zero_logits), target.clamp(0, 1).ceil().to(zero_logits.dtype)
         share = torch.sigmoid(-zero_logits - n)  # of the negative binomial in the probability of 0
         of_zero = not_inflated * torch.expm1(-n) * torch.sigmoid(zero_logits + n)
         by_logits = torch.lerp(of_zero, torch.sigmoid(zero_logits), nonzero)
