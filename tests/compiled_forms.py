@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import fastvae.functional as F
 from codegen import TARGETS
 from fastvae.kernels import batch
-from fastvae.operations import Operation, of_each_kind, operations
+from fastvae.operations import Operation, Spec, of_each_kind, operations
 from launches import Launch, record
 from traffic import takes_bytes
 
@@ -141,6 +141,12 @@ def calls() -> Iterator[Callable[[], Any]]:
         if operation.likelihood is None:
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 yield from operation_calls(operation, of_posterior(operation, dtype))
+            continue
+        if operation.smaller:
+            for dtype, shape in product((torch.float32, torch.bfloat16), ((6, 3, 8, 8), (6, 3, 5, 7), (70, 3, 40, 40))):
+                tensors = tuple(tensor.detach() for tensor in operation.inputs(Spec(shape, dtype)))
+                every = [{"reduction": reduction} for reduction in operation.reductions] or [{}]
+                yield from operation_calls(operation, [(tensors, options) for options in every])
             continue
         for dtype, target_dtype in IMAGE_DTYPES:
             if target_dtype.is_floating_point or takes_bytes(operation):
