@@ -89,7 +89,7 @@ def test_sizes(operation, shape, dtype, triton_backend, device) -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (0, 2, 3), (0, 0), (3, 0), (2, 3, 0, 4)], ids=str)
-@each(shared=True)
+@each([it for it in EVERY if not it.smaller], shared=True)  # of which no one number of each can be drawn
 def test_empty(operation, shape, device) -> None:
     """Sums over nothing are 0 and means NaN, as in torch; gradients are empty. Only a mean of kl is launched for."""
     launches = 1 if shape[0] and "kl" in operation.arguments else 0
@@ -309,7 +309,7 @@ def test_repeats_bit_by_bit_and_leaves_the_ticket_at_zero(operation, triton_back
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a kernel can be made to raise on the interpreter only")
-@each(
+@each([it for it in DOCUMENTED if not it.smaller], shared=True)  # whose kernel has tiles of its own
     [it for it in DOCUMENTED if it.outputs != ("z",) and not (it.draws_noise and "dim" in it.kernels["forward"])],
     shared=True,
 )
