@@ -309,8 +309,12 @@ def test_repeats_bit_by_bit_and_leaves_the_ticket_at_zero(operation, triton_back
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a kernel can be made to raise on the interpreter only")
-@each([it for it in DOCUMENTED if not it.smaller], shared=True)  # whose kernel has tiles of its own
-    [it for it in DOCUMENTED if it.outputs != ("z",) and not (it.draws_noise and "dim" in it.kernels["forward"])],
+@each(
+    [
+        it
+        for it in DOCUMENTED
+        if it.outputs != ("z",) and not (it.draws_noise and "dim" in it.kernels["forward"]) and not it.smaller
+    ],
     shared=True,
 )
 def test_an_aborted_launch_does_not_poison_the_next(operation, triton_backend, device, monkeypatch) -> None:
