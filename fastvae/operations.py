@@ -101,7 +101,8 @@ class Operation:
         drawn: dict[str, Tensor] = {}
         if self.likelihood:
             names = (*self.likelihood.parameters, "target")
-            shape = (max(1, spec.shape[0]), *spec.shape[1:]) if self.smaller else spec.shape
+            # There is one number of each column or channel also where there are no elements.
+            shape = tuple(max(1, size) for size in spec.shape) if self.smaller else spec.shape
             drawn = dict(zip(names, self.likelihood.draw(shape, generator), strict=True))
         tensors = []
         for name in self.arguments:
@@ -114,10 +115,11 @@ class Operation:
                 dtype = spec.target_dtype if name == "target" and spec.target_dtype else spec.dtype
                 values = drawn[name] if name in drawn else _draw(name, spec.shape, generator)
                 if name in self.smaller:
-                    tensor = _one_of_each(self.smaller[name], values).to(spec.device, dtype).contiguous()
+                    tensor = _one_of_each(self.smaller[name], values, spec.shape).to(spec.device, dtype).contiguous()
                     tensors.append(tensor.requires_grad_(name in self.gradients))
                     continue
-                values = values[: spec.shape[0]]
+                if self.smaller:
+                    values = values[tuple(map(slice, spec.shape))]
                 if dtype is torch.uint8:
                     values = (255 * values).round() if self.target_kind == "unit" else values.clamp(0, 255)
                 tensor = spec.layout(values.to(spec.device, dtype))
@@ -163,11 +165,13 @@ class Operation:
         return of_one[name.removesuffix("_grad")].numel()
 
 
-def _one_of_each(kind: str, values: Tensor) -> Tensor:
-    """A smaller parameter [columns] or [channels, 1, ...], of numbers drawn for every element."""
+def _one_of_each(kind: str, values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A smaller parameter [columns] or [channels, 1, ...] for a target of that shape, of numbers drawn for every
+    element.
+    """
     if kind == "column":
-        return values[(0,) * (values.ndim - 1)]
-    return values[0].flatten(1)[:, 0].view(-1, *[1] * (values.ndim - 2)) if values.ndim > 2 else values[0]
+        return values[(0,) * (values.ndim - 1)][: shape[-1]]
+    return values[(0, slice(shape[1]), *[slice(1)] * (values.ndim - 2))]
 
 
 def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -114,6 +114,16 @@ FAULTS = (
         f"test_values_and_gradients and {NLL} and float32",
     ),
     Fault(
+        "a variance has the slope of its root", "fastvae/likelihoods/gaussian.py",
+        "tl.fma(-0.5, squared, 0.5)\n", "tl.fma(-1.0, squared, 1.0)\n",
+        f"{VALUES}_Gaussian and float32",
+    ),
+    Fault(
+        "a mean is not behind its sigmoid", "fastvae/likelihoods/gaussian.py",
+        "    if SETTINGS[0]:\n        slope *= derivative\n    by_logvar", "    by_logvar",
+        "test_terms_of_other_settings and sigmoid", CONTINUOUS,
+    ),
+    Fault(
         "a fixed variance counts twice", "fastvae/likelihoods/gaussian.py",
         "tl.fma(error * error, SETTINGS[2],", "tl.fma(error * error, 2.0 * SETTINGS[2],",
         "test_terms_of_other_settings and std", CONTINUOUS,
@@ -177,6 +187,27 @@ FAULTS = (
     Fault(
         "the mean over an empty batch", "kernels/elbo.py", 'value.fill_(float("nan"))', "value.fill_(0.0)",
         "test_empty and elbo_loss_Bernoulli-",
+    ),
+    # Parameters smaller than the target
+    Fault(
+        "what is masked out reaches a sum of gradients", "kernels/broadcast.py",
+        "gradient = tl.where(inside, upstream * slopes[tl.constexpr(SUMMED[k])], 0.0)",
+        "gradient = upstream * slopes[tl.constexpr(SUMMED[k])]",
+        f"{VALUES}_Gaussian_logvar_per_channel and float32",
+    ),
+    Fault(
+        "a block's columns are those of the first", "kernels/broadcast.py",
+        "at_partial = block * (columns * groups) + first_column", "at_partial = first_column",
+        "test_several_blocks", "test_smaller.py",
+    ),
+    Fault(
+        "a group is taken for another", "kernels/broadcast.py", "x = tl.load(ptr + group)", "x = tl.load(ptr)",
+        f"{VALUES}_Gaussian_logvar_per_channel and float32",
+    ),
+    Fault(
+        "the tile of a row is lost", "kernels/broadcast.py",
+        "(first_row + row) * tiles.to(tl.int64) + tile", "(first_row + row) * tiles.to(tl.int64)",
+        f"{VALUES}_Gaussian_logvar_per_channel and float32",
     ),
     # Elements that have an axis of their own
     Fault(

@@ -349,12 +349,13 @@ def wrong_like(name: str, first: str, tensor: Tensor) -> list[Wrong]:
 
 
 def wrong_parameter(name: str, first: str, tensor: Tensor) -> list[Wrong]:
-    """Of a likelihood, but not its first."""
-    shape = [len(tensor), 6]
+    """Of a likelihood, but not its first; it may be smaller than that."""
+    shape = [4, 6]
     broadcast = f"{name} must have the shape of {first}, {shape}, or one that is broadcast to it, such as [1], got"
     dtypes = f"{name} must be float16, bfloat16, float32 or float64, got"
     return [
-        *[it for it in wrong_like(name, first, tensor) if it[1] is not ValueError],
+        (None, TypeError, f"{name} must be a torch.Tensor, got NoneType"),
+        (tensor.to_sparse(), TypeError, f"{name} must be a dense tensor, got layout torch.sparse_coo"),
         (tensor[..., 1:], ValueError, f"{broadcast} {[*tensor.shape[:-1], tensor.shape[-1] - 1]}"),
         (tensor[None, None], ValueError, f"{broadcast} {[1, 1, *tensor.shape]}"),
         (tensor.int(), TypeError, f"{dtypes} torch.int32"),
@@ -408,7 +409,7 @@ WRONG: dict[str, Callable[[str, str, Tensor], list[Wrong]]] = {
 }  # fmt: skip
 
 
-@each([it for it in EVERY if (it.computes or "eps" in it.arguments) and not it.smaller], shared=True)
+@each(DOCUMENTED + [it for it in EVERY if "eps" in it.arguments], shared=True)
 def test_wrong_arguments_are_refused_before_any_launch(operation, device) -> None:
     """Each argument alone, with the whole message."""
     spec = Spec((4, 6), device=device)
