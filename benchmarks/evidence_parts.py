@@ -30,8 +30,9 @@ SHARDS = 6
 # Tests whose results depend on the device. tests/test_gpu.py, which is skipped without a GPU, is a part of its own.
 DEVICE_TESTS = (
     "contract", "contract_autograd", "noise", "posterior", "elbo", "sigmoid_mse", "copies", "likelihoods", "counts",
-    "grouped_likelihoods", "smaller", "launches", "layout", "steps", "training", "together", "batch_offset", "distributions",
-    "compile", "latents", "likelihood", "continuous_likelihoods", "vae", "backend", "parity_training", "transforms",
+    "grouped_likelihoods", "smaller", "launches", "layout", "steps", "training", "together", "batch_offset",
+    "distributions", "compile", "latents", "likelihood", "continuous_likelihoods", "vae", "backend",
+    "parity_training", "transforms",
 )  # fmt: skip
 COUNTED_ELEMENTS = 1 << 26  # 256 MiB per float32 tensor, several times the cache
 CASES = "(packed or value_and_grad) and not bfloat16 and not channels_last"  # six that tell launches and bandwidth

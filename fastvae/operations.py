@@ -171,7 +171,10 @@ def _one_of_each(kind: str, values: Tensor, shape: tuple[int, ...]) -> Tensor:
     """
     if kind == "column":
         return values[(0,) * (values.ndim - 1)][: shape[-1]]
-    return values[(0, slice(shape[1]), *[slice(1)] * (values.ndim - 2))]
+    first = values[0, : shape[1]]
+    for dim in range(1, first.ndim):
+        first = first.narrow(dim, 0, 1)
+    return first
 
 
 def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
