@@ -11,23 +11,11 @@ import triton.language as tl
 from .elementwise import load_target, store_values
 from .numerics import load_scalar
 from .tiles import UNSPECIALIZED, drew_last_ticket, sum_groups_in_order, sum_in_order
+from .upstream import factor_of_slopes, in_elements, store_kl_gradient
 
 # What a parameter has a number for: each element, each column, each group of columns; or one for all. Numbers, because
 # triton 3.9 takes no text in a constant tuple.
 ELEMENT, COLUMN, GROUP, SCALAR = (tl.constexpr(kind) for kind in range(4))
-
-# Samples whose kl gradient a program writes at a time: one for each thread of 4 warps.
-KL_AT_ONCE = tl.constexpr(128)
-
-
-@triton.jit
-def store_everywhere(values_ptr, number, count):
-    """values[:count] = number, by all programs together."""
-    start = tl.program_id(0).to(tl.int64) * KL_AT_ONCE
-    while start < count:
-        index = start + tl.arange(0, KL_AT_ONCE)
-        tl.store(values_ptr + index, number.to(values_ptr.dtype.element_ty), mask=index < count)
-        start += tl.num_programs(0).to(tl.int64) * KL_AT_ONCE
 
 
 @triton.jit
@@ -128,19 +116,11 @@ def broadcast_kernel(
     level of a sum. Deterministic: no floating-point atomics, sums are added in order.
     """
     if kl_grad_ptr is not None:
-        if loss_ptr is not None:
-            kl_factor = load_scalar(beta) * load_scalar(grad_scale)
-        else:
-            kl_factor = 0.0
-            if mean_kl_grad_ptr is not None:
-                kl_factor += tl.load(mean_kl_grad_ptr)
-            if loss_grad_ptr is not None:
-                kl_factor += load_scalar(beta) * tl.load(loss_grad_ptr)
-        store_everywhere(kl_grad_ptr, kl_factor * scale, batch)
+        store_kl_gradient(kl_grad_ptr, loss_ptr, loss_grad_ptr, mean_kl_grad_ptr, beta, grad_scale, scale, batch)
 
-    columns = tl.cast(column_units, tl.int64) * ALIGNMENT
-    stride = tl.cast(stride_units, tl.int64) * ALIGNMENT
-    target_stride = tl.cast(target_units, tl.int64) * ALIGNMENT
+    columns = in_elements(column_units, ALIGNMENT)
+    stride = in_elements(stride_units, ALIGNMENT)
+    target_stride = in_elements(target_units, ALIGNMENT)
     program, tiles = tl.program_id(0).to(tl.uint32), tl.cast(groups * chunks, tl.uint32)
     block, tile = (program // tiles).to(tl.int64), program % tiles
     group = (tile // tl.cast(chunks, tl.uint32)).to(tl.int64)
@@ -156,17 +136,9 @@ def broadcast_kernel(
         x = load_smaller(parameter_ptrs[k], tl.constexpr(KINDS[k]), first_column + column, group, inside_column)
         small = small + (x,)  # noqa: RUF005 - Triton knows no *
 
-    if loss_ptr is not None:
-        factor = load_scalar(weight) * scale * load_scalar(grad_scale) * SLOPE_FACTOR
-    elif PER_ROW:
-        factor = SLOPE_FACTOR * scale
-    else:
-        value_grad = 0.0
-        if reconstruction_grad_ptr is not None:
-            value_grad += tl.load(reconstruction_grad_ptr)
-        if loss_grad_ptr is not None:
-            value_grad += tl.load(loss_grad_ptr).to(tl.float32)
-        factor = (SLOPE_FACTOR * scale) * value_grad * load_scalar(weight)
+    factor = scale * SLOPE_FACTOR
+    if loss_ptr is not None or not PER_ROW:
+        factor = factor_of_slopes(loss_ptr, loss_grad_ptr, reconstruction_grad_ptr, weight, grad_scale, factor)
 
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     sums = ()

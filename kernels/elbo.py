@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .elementwise import KL_PER_PROGRAM, gradient_kernel, value_kernel
-from .groups import launcher_of
 from .launch import Plan, launch, make_plan, ticket
 from .layout import in_format_of, read_together, remembered
-from .rows import Rows, constants_of, needed_of, rows_of, wanted, written_gradients, zeros_of
+from .rows import Asked, Rows, constants_of, needed_of, rows_of, wanted, written_gradients, zeros_of
+from .templates import launcher_of
 
 if TYPE_CHECKING:
     from fastvae.likelihoods import Likelihood
@@ -72,8 +72,8 @@ def elbo_forward(
     weights = [as_argument(weight) for weight in weights]
     if (other := launcher_of(likelihood, tensors)) is not None:
         if tensors[0].numel() or likelihood.grouped:
-            arguments = {"values": values, "kl": kl, "kl_grad": kl_grad, "weights": weights}
-            return values, other(likelihood, tensors, "batchmean", needed, **arguments)
+            asked = Asked(values=values, kl=kl, kl_grad=kl_grad, weights=weights)
+            return values, other(likelihood, tensors, "batchmean", needed, asked)
         expanded = [tensor.expand(tensors[0].shape) for tensor in tensors]  # events without elements
         return elbo_forward(likelihood, expanded, kl, weights, [False] * len(tensors), kl_grad)[0], zeros_of(inputs)
     gradients = written_gradients(tensors, needed)
@@ -163,8 +163,8 @@ def elbo_backward(
     weights = as_argument(beta), as_argument(reconstruction_weight)
     if any(needed) and (other := launcher_of(likelihood, tensors)) is not None:
         if tensors[0].numel() or likelihood.grouped:
-            arguments = {"upstream": grads, "kl_grad": kl_grad, "weights": (*weights, 1.0)}
-            return other(likelihood, tensors, "batchmean", needed, **arguments) + kl_grads
+            asked = Asked(upstream=grads, kl_grad=kl_grad, weights=(*weights, 1.0))
+            return other(likelihood, tensors, "batchmean", needed, asked) + kl_grads
         nothing = [False] * len(tensors)  # events without elements
         return zeros_of(inputs) + elbo_backward(likelihood, tensors, kl, *grads, *weights, nothing, needs_kl)
     gradients = written_gradients(tensors, needed)

@@ -8,48 +8,10 @@ there. The formula is TERM, a Triton function of a tile of each kind of paramete
 import triton
 import triton.language as tl
 
-from .broadcast import store_everywhere
 from .elementwise import load_target, store_values
 from .numerics import load_scalar
 from .tiles import UNSPECIALIZED, drew_last_ticket, program_tile, sum_groups_in_order, sum_in_order
-
-
-@triton.jit
-def store_kl_gradient(
-    kl_grad_ptr, loss_ptr, loss_grad_ptr, mean_kl_grad_ptr, beta, grad_scale, scale, batch,
-):  # fmt: skip
-    """The gradient of kl, one number for all samples: of grad_scale * loss where the loss is computed, else of the
-    upstream gradients.
-    """
-    if loss_ptr is not None:
-        factor = load_scalar(beta) * load_scalar(grad_scale)
-    else:
-        factor = 0.0
-        if mean_kl_grad_ptr is not None:
-            factor += tl.load(mean_kl_grad_ptr)
-        if loss_grad_ptr is not None:
-            factor += load_scalar(beta) * tl.load(loss_grad_ptr)
-    store_everywhere(kl_grad_ptr, factor * scale, batch)
-
-
-@triton.jit
-def factor_of_slopes(loss_ptr, loss_grad_ptr, reconstruction_grad_ptr, weight, grad_scale, scale):
-    """What slopes are multiplied by, where all samples share it: of grad_scale * loss, or of the upstream gradients."""
-    if loss_ptr is not None:
-        value_grad = load_scalar(grad_scale)
-    else:
-        value_grad = 0.0
-        if reconstruction_grad_ptr is not None:
-            value_grad += tl.load(reconstruction_grad_ptr)
-        if loss_grad_ptr is not None:
-            value_grad += tl.load(loss_grad_ptr).to(tl.float32)
-    return scale * value_grad * load_scalar(weight)
-
-
-@triton.jit
-def in_elements(units, ALIGNMENT: tl.constexpr):
-    """A distance that was given in units of ALIGNMENT, so that the compiler sees what divides it."""
-    return tl.cast(units, tl.int64) * ALIGNMENT
+from .upstream import factor_of_slopes, in_elements, store_kl_gradient
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)

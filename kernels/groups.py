@@ -1,10 +1,10 @@
-"""Launching the kernels of likelihoods whose element has an axis of its own (`grouped.py`, `softmax.py`)."""
+"""Launching the kernel of likelihoods whose element has an axis of its own (`grouped.grouped_kernel`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import gcd, prod
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +12,7 @@ from torch import Tensor
 from .grouped import grouped_kernel
 from .launch import Plan, launch, make_plan, ticket
 from .layout import Strides, gradient_strides, in_format_of, remembered
-from .smaller import broadcast, has_smaller
-from .softmax import row_gradient_kernel, row_sums_kernel
+from .rows import Asked
 from .tiles import power_of_2, reduction_scale, sum_blocks
 
 if TYPE_CHECKING:
@@ -22,15 +21,6 @@ if TYPE_CHECKING:
 
 # The longest axis that a program holds whole: 16 numbers of each tensor per thread of 8 warps, as in `tiles.cut`.
 LONGEST = 4096
-
-
-def launcher_of(likelihood: Likelihood, tensors: Sequence[Tensor]) -> Callable[..., list[Tensor]] | None:
-    """What launches the kernel for these tensors, in place of those of `elementwise`, which take equal shapes."""
-    if likelihood.grouped:
-        shape = tensors[0].shape
-        grouping = likelihood.grouping(shape, tensors[-1].shape)
-        return long_rows if grouping.size > LONGEST else grouped
-    return broadcast if has_smaller(tensors) else None
 
 
 def terms_of_a_sample(likelihood: Likelihood, tensors: Sequence[Tensor]) -> int:
@@ -197,25 +187,15 @@ def grouped(
     tensors: Sequence[Tensor],
     reduction: str,
     needed: Sequence[bool],
-    *,
-    values: Sequence[Tensor | None] = (None, None, None),
-    kl: Tensor | None = None,
-    upstream: Sequence[Tensor | None] = (None, None, None),
-    kl_grad: Tensor | None = None,
-    weights: Sequence[Any] = (1.0, 1.0, 1.0),
+    asked: Asked,
 ) -> list[Tensor]:
-    """Fill `values` and kl_grad, those that are given, and return the gradient of the parameters, if it is needed. The
+    """Fill what is asked for, and return the gradient of the parameters, if it is needed. The
     arguments are those of `grouped_kernel`. A sample may be without elements, but there must be samples.
     """
     parameters, target, gradient, problem = read_grouped(likelihood, tensors, needed[0])
-    loss_grad = upstream[0]
+    has_values = asked.values[0] is not None
     plan, partials = plan_grouped(
-        likelihood,
-        problem,
-        reduction,
-        values[0] is not None,
-        kl.stride(0) if kl is not None else 0,
-        loss_grad.stride(0) if reduction == "none" and loss_grad is not None else 0,
+        likelihood, problem, reduction, has_values, asked.kl_stride, asked.loss_grad_stride(reduction)
     )
     launch(
         grouped_kernel,
@@ -223,129 +203,13 @@ def grouped(
         target.device,
         parameters,
         target,
-        kl,
-        *values,
-        *upstream,
+        asked.kl,
+        *asked.values,
+        *asked.upstream,
         gradient,
-        kl_grad,
+        asked.kl_grad,
         target.new_empty(partials, dtype=torch.float32) if partials else None,
         ticket(target.device) if partials else None,
-        *weights,
+        *asked.weights,
     )
     return [] if gradient is None else in_format_of([tensors[0]], [gradient])
-
-
-# So many parts of rows are enough for every multiprocessor of a card to have several. Fewer rows are cut into parts.
-_ENOUGH_PARTS = 1024
-_COLUMNS = 2048
-
-
-@remembered
-def plan_long_rows(
-    problem: Problem, reduction: str, values: bool, kl_stride: int, loss_grad_stride: int
-) -> tuple[Plan, Plan, int, int]:
-    """The plan of the sums, that of the gradient, and the numbers of rows and of their parts."""
-    batch, elements, _, classes, _, target_has_axis, parameters, target, gradient = problem
-    rows, blocks = batch * elements, -(-classes // _COLUMNS)
-    # One part for each block, if there are few rows.
-    parts = min(blocks, -(-_ENOUGH_PARTS // max(1, rows)))
-    blocks_of_part = -(-blocks // parts)
-    parts = -(-blocks // blocks_of_part)
-    in_rows = (parameters, *([target] if target_has_axis else []), *([gradient] if gradient else []))
-    alignment = gcd(16, classes, *(stride for each in in_rows for stride in (each.row, each.element)))
-    lies = [
-        [stride // (alignment if each in in_rows else 1) for stride in (each.row, each.element)]
-        for each in (parameters, target, gradient or parameters)
-    ]
-    sums = "all" if reduction != "none" else "element" if elements == 1 else "row"
-    scale = reduction_scale(reduction, batch, elements)
-    constants = {"TARGET_HAS_AXIS": target_has_axis, "SUMS": sums, "ALIGNMENT": alignment, "COLUMNS": _COLUMNS}
-    sizes = (rows, elements, classes // alignment)
-    of_sums = make_plan(
-        max(1, rows * parts),
-        4,
-        *sizes,
-        blocks_of_part,
-        parts,
-        *lies[0],
-        *lies[1],
-        kl_stride,
-        batch,
-        scale,
-        **constants,
-        **sum_blocks(batch if sums == "row" else 1, elements if sums == "row" else rows),
-    )
-    of_gradient = make_plan(
-        max(1, rows * blocks),
-        4,
-        *sizes,
-        blocks,
-        *lies[0],
-        *lies[1],
-        *lies[2],
-        loss_grad_stride,
-        batch,
-        scale,
-        **constants,
-    )
-    return of_sums, of_gradient, rows, rows * parts
-
-
-def long_rows(
-    likelihood: Likelihood,
-    tensors: Sequence[Tensor],
-    reduction: str,
-    needed: Sequence[bool],
-    *,
-    values: Sequence[Tensor | None] = (None, None, None),
-    kl: Tensor | None = None,
-    upstream: Sequence[Tensor | None] = (None, None, None),
-    kl_grad: Tensor | None = None,
-    weights: Sequence[Any] = (1.0, 1.0, 1.0),
-) -> list[Tensor]:
-    """`grouped` where no program holds a row: one launch for the values, and one more for the gradient."""
-    logits, target, gradient, problem = read_grouped(likelihood, tensors, needed[0])
-    has_values, loss_grad = values[0] is not None, upstream[0]
-    of_sums, of_gradient, rows, parts = plan_long_rows(
-        problem,
-        reduction,
-        has_values,
-        kl.stride(0) if kl is not None else 0,
-        loss_grad.stride(0) if reduction == "none" and loss_grad is not None else 0,
-    )
-
-    def floats(*shape: int) -> Tensor:
-        return logits.new_empty(shape, dtype=torch.float32)
-
-    row = None if gradient is None else floats(2, rows)
-    launch(
-        row_sums_kernel,
-        of_sums,
-        logits.device,
-        logits,
-        target,
-        floats(4, parts),
-        row,
-        floats(rows) if has_values else None,
-        ticket(logits.device),
-        kl,
-        *values,
-        kl_grad if has_values else None,
-        *weights,
-    )
-    if gradient is None:
-        return []
-    launch(
-        row_gradient_kernel,
-        of_gradient,
-        logits.device,
-        logits,
-        target,
-        row,
-        gradient,
-        values[0],
-        *upstream,
-        None if has_values else kl_grad,
-        *weights,
-    )
-    return in_format_of([tensors[0]], [gradient])

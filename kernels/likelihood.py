@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .elementwise import gradient_kernel, value_kernel
-from .groups import launcher_of
 from .launch import Plan, launch, make_plan, ticket
 from .layout import in_format_of, read_together, remembered
-from .rows import Rows, constants_of, needed_of, rows_of, wanted, written_gradients, zeros_of
+from .rows import Asked, Rows, constants_of, needed_of, rows_of, wanted, written_gradients, zeros_of
+from .templates import launcher_of
 from .tiles import empty_sum, reduction_scale, sum_blocks
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def negative_log_likelihood(likelihood: Likelihood, tensors: Sequence[Tensor], r
     if tensors[0].numel() == 0:
         return loss.fill_(empty_sum(reduction, tensors[0].shape[0]))
     if (other := launcher_of(likelihood, tensors)) is not None:
-        other(likelihood, tensors, reduction, [False] * len(tensors), values=(loss, None, None))
+        other(likelihood, tensors, reduction, [False] * len(tensors), Asked(values=(loss, None, None)))
         return loss
     *parameters, target = tensors = read_together(tensors)
     plan, partials = plan_loss(likelihood, rows_of(tensors, likelihood.heavy), reduction)
@@ -102,7 +102,7 @@ def negative_log_likelihood_backward(
     if (other := launcher_of(likelihood, tensors)) is not None:
         if tensors[0].numel() == 0:
             return zeros_of(needed_of(tensors, needed))
-        return other(likelihood, tensors, reduction, needed, upstream=(loss_grad, None, None))
+        return other(likelihood, tensors, reduction, needed, Asked(upstream=(loss_grad, None, None)))
     gradients = written_gradients(tensors, needed)
     if tensors[0].numel():
         *parameters, target = together = read_together(tensors)

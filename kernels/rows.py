@@ -97,3 +97,24 @@ def needed_of(values: Sequence[Any], needed: Sequence[bool]) -> list[Any]:
 
 def wanted(needed: Sequence[bool]) -> tuple[int, ...]:
     return tuple(k for k, need in enumerate(needed) if need)
+
+
+class Asked(NamedTuple):
+    """What a launch is asked for beside gradients, and given for it: the values to fill and kl, or the upstream
+    gradients of the values; the gradient of kl to fill; beta, the weight of the reconstruction, and grad_scale.
+    """
+
+    values: Sequence[Tensor | None] = (None, None, None)
+    kl: Tensor | None = None
+    upstream: Sequence[Tensor | None] = (None, None, None)
+    kl_grad: Tensor | None = None
+    weights: Sequence[Any] = (1.0, 1.0, 1.0)
+
+    @property
+    def kl_stride(self) -> int:
+        return 0 if self.kl is None else self.kl.stride(0)
+
+    def loss_grad_stride(self, reduction: str) -> int:
+        """Of the upstream gradient of each sample's loss."""
+        loss_grad = self.upstream[0]
+        return loss_grad.stride(0) if reduction == "none" and loss_grad is not None else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import gcd, prod
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from .broadcast import COLUMN, ELEMENT, GROUP, SCALAR, broadcast_kernel
 from .launch import Plan, launch, make_plan, ticket
 from .layout import Strides, dense_strides, has_strides, in_format_of, read_together, remembered, with_strides
-from .rows import constants_of
+from .rows import Asked, constants_of
 from .tiles import power_of_2, reduction_scale
 
 if TYPE_CHECKING:
@@ -109,11 +109,10 @@ def plan_broadcast(
     wanted: tuple[int, ...],
     kl_stride: int,
     loss_grad_stride: int,
-    per_row: bool,
 ) -> tuple[Plan, int, tuple[int, ...]]:
     """The plan; the number of partial sums of the terms; and those of each gradient that is a sum."""
     (kinds, rows_per_sample, groups, columns), batch, strides, itemsize, widest = problem
-    rows = batch * rows_per_sample
+    rows, per_row = batch * rows_per_sample, reduction == "none"
     # Two vectors of 16 bytes per thread and tensor with 4 warps, as in `tiles.cut`.
     size = 4 * 128 if likelihood.heavy else 2 * 128 * 16 // itemsize
     # Rows of one or two cache lines where columns are summed, else as long as a tile.
@@ -163,14 +162,9 @@ def broadcast(
     tensors: Sequence[Tensor],
     reduction: str,
     needed: Sequence[bool],
-    *,
-    values: Sequence[Tensor | None] = (None, None, None),
-    kl: Tensor | None = None,
-    upstream: Sequence[Tensor | None] = (None, None, None),
-    kl_grad: Tensor | None = None,
-    weights: Sequence[Any] = (1.0, 1.0, 1.0),
+    asked: Asked,
 ) -> list[Tensor]:
-    """Fill `values` and kl_grad, those that are given, and return the gradients of the tensors that are needed: of a
+    """Fill what is asked for, and return the gradients of the tensors that are needed: of a
     batch that is not empty. The arguments are those of `broadcast_kernel`.
     """
     *parameters, target = tensors
@@ -202,11 +196,8 @@ def broadcast(
     strides = (together[0].stride(0) // rows_per_sample, target.stride(0) // rows_per_sample)
     sizes = [tensor.element_size() for tensor in together]
     problem = Problem(arrangement, shape[0], strides, sizes[0], max(sizes))
-    per_row = reduction == "none"
-    loss_grad = upstream[0]
-    loss_grad_stride = loss_grad.stride(0) if per_row and loss_grad is not None else 0
     plan, of_terms, of_sums = plan_broadcast(
-        likelihood, problem, reduction, wanted, kl.stride(0) if kl is not None else 0, loss_grad_stride, per_row
+        likelihood, problem, reduction, wanted, asked.kl_stride, asked.loss_grad_stride(reduction)
     )
 
     def partials(count: int) -> Tensor:
@@ -218,16 +209,16 @@ def broadcast(
         target.device,
         read,
         target,
-        kl,
-        *values,
-        *upstream,
+        asked.kl,
+        *asked.values,
+        *asked.upstream,
         tuple(of_element),
-        kl_grad,
+        asked.kl_grad,
         tuple(of_smaller),
-        partials(of_terms) if values[0] is not None else None,
+        partials(of_terms) if asked.values[0] is not None else None,
         tuple(map(partials, of_sums)),
         ticket(target.device),
-        *weights,
+        *asked.weights,
     )
     inputs = [tensors[k] for k in wanted]
     summed = [

@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 
 from .elementwise import load_target, store_values
-from .grouped import factor_of_slopes, in_elements, store_kl_gradient
 from .numerics import exp, load_scalar, reciprocal
 from .special import log1p
 from .tiles import UNSPECIALIZED, drew_last_ticket, sum_groups_in_order, sum_in_order
+from .upstream import factor_of_slopes, in_elements, store_kl_gradient
 
 # The last program joins the parts of so many rows at a time, one for each of its threads.
 ROWS_AT_ONCE = tl.constexpr(256)
