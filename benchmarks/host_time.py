@@ -33,6 +33,7 @@ import torch
 import fastvae
 from cases import EAGER, FUSED, OPERATIONS, Case
 from fastvae.files import replacing
+from fastvae.operations import of_each_kind
 from stand_in import stand_in
 
 IMPORTS = """
@@ -66,9 +67,10 @@ Calls = dict[str, tuple[Callable[[], Any], Callable[[], Any]]]
 
 
 def calls(device: torch.device) -> Calls:
-    """Each public operation, fused and eager: forward, and forward with backward."""
+    """Each kind of operation, fused and eager: forward, and forward with backward."""
     both: Calls = {}
-    for name, operation in OPERATIONS.items():
+    for operation in of_each_kind(list(OPERATIONS.values())):
+        name = operation.name
         if operation.backward is None:
             both[name] = fused_and_eager(name, False, device)
         else:

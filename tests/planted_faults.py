@@ -25,6 +25,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # before the first import of Triton
 import hypothesis  # noqa: F401 - imported once for all
 import pytest
 import torch
+import torch._inductor  # a second, by the fixture that asks for deterministic algorithms
 import triton  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
@@ -207,7 +208,7 @@ FAULTS = (
     Fault(
         "the tile of a row is lost", "kernels/broadcast.py",
         "(first_row + row) * tiles.to(tl.int64) + tile", "(first_row + row) * tiles.to(tl.int64)",
-        f"{VALUES}_Gaussian_logvar_per_channel and float32",
+        "test_sizes and negative_log_likelihood_Gaussian_logvar_per_channel and bfloat16",
     ),
     # Elements that have an axis of their own
     Fault(

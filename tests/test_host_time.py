@@ -14,7 +14,7 @@ import pytest
 
 from conftest import compiling
 from fastvae import functional
-from fastvae.operations import operations
+from fastvae.operations import of_each_kind, operations
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import host_time
@@ -46,8 +46,8 @@ def measurements(tmp_path_factory) -> Callable[[], Iterator[dict]]:
 
 
 @pytest.mark.slow
-def test_importing_fastvae_takes_under_50_ms_more_than_torch(measurements):
-    assert any(found["import_ms"]["fastvae_least"] < 50 for found in measurements())
+def test_importing_fastvae_takes_under_50_ms_more_than_torch():
+    assert any(host_time.import_milliseconds(1)["fastvae_least"] < 50 for _ in range(10))
 
 
 @pytest.mark.slow
@@ -57,9 +57,9 @@ def test_a_fused_step_takes_no_more_host_time_than_the_eager_operations_it_repla
 
 
 @pytest.mark.slow
-def test_every_operation_is_measured(measurements):
+def test_every_kind_of_operation_is_measured(measurements):
     calls = next(measurements())["calls"]
-    measured = [it for it in operations() if it.measured]
+    measured = of_each_kind([it for it in operations() if it.measured])
     assert {name.split()[0] for name in calls} == {it.name for it in measured} | {"ELBO"}
     assert {it.function for it in measured} == {name for name in functional.__all__ if name.islower()}
     assert all(times["fused_us"] > 0 and times["eager_us"] > 0 for times in calls.values())
