@@ -92,7 +92,7 @@ def measure(
     # Of many samples where they share what is written for each dimension, else of long ones.
     shape = (1024, 16) if "dimensions" in operation.kernels["forward"] else (4, 4096)
     if operation.smaller:
-        shape = (64, 8192)  # so that a program goes through several tiles of rows
+        shape = (64, 512)  # the parameter is read, and a sum of it left, for each tile of 16 rows
     elements = shape[0] * shape[1]
     tensors = operation.inputs(Spec(shape, dtype, target_dtype))
     found = {}

@@ -49,9 +49,9 @@ def conditions(operation, direction, target_dtype):
     return [words for words in applying if re.search(rf"\d {words}[,)]", docstring)]
 
 
-def assert_moves(traffic, elements, reads, writes):
+def assert_moves(traffic, elements, reads, writes, further=0.0):
     """Every byte of the formula, and at most 5 % of it for sums, tickets, seeds and scalar arguments."""
-    allowed = 0.05 * (reads + writes)
+    allowed = 0.05 * (reads + writes) + further
     assert reads <= traffic.loaded / elements <= reads + allowed
     assert writes <= traffic.stored / elements <= writes + allowed
     assert traffic.launches == 1
@@ -71,7 +71,8 @@ def cases():
 def test_bytes_and_launches_of_every_operation(operation, dtype, target_dtype, triton_backend):
     for direction, (traffic, elements) in measure(operation, dtype, target_dtype).items():
         reads, writes = operation.bytes_per_element(direction, dtype, target_dtype)
-        assert_moves(traffic, elements, reads, writes)
+        # A tile of 16 rows reads a number of each column, and leaves a sum of it, which is read again.
+        assert_moves(traffic, elements, reads, writes, further=8 / 16 if operation.smaller else 0.0)
         if operation.likelihood is not None and operation.likelihood.grouped:
             continue  # its kernel's bytes depend on how many numbers an element has
         docstring = kernel_of(operation, direction).fn.__doc__
