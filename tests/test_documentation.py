@@ -30,6 +30,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import eager_cost
 import fastvae
 from conftest import Launches
 from fastvae.kernels import INTERPRETED
@@ -297,6 +299,11 @@ def test_the_table_of_operations_is_the_one_made_from_the_list(page, computes):
     assert len(lines) > 5
     wanted = "\n".join(lines)
     assert f"\n\n{wanted}\n\n" in PAGES[page].read_text(encoding="utf-8"), f"the table should be:\n{wanted}"
+
+
+def test_the_cost_of_eager_pytorch_is_the_one_that_is_counted():
+    wanted = "\n".join(eager_cost.table())
+    assert f"\n\n{wanted}\n\n" in PAGES["README.md"].read_text(encoding="utf-8"), f"the table should be:\n{wanted}"
 
 
 def test_milliseconds_are_quoted_from_the_readme():
