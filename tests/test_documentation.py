@@ -220,8 +220,12 @@ def assert_accepted(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None
         sources = [*ROOT.glob("fastvae/**/*.py"), *ROOT.glob("kernels/*.py")]
         assert any(variable in source.read_text(encoding="utf-8") for source in sources), variable
     program, *arguments = command
+    if program == "accelerate":
+        assert arguments.pop(0) == "launch"
+        program = "python"
     if program == "torchrun":
-        program, arguments = "python", [word for word in arguments if not word.startswith("--nproc-per-node=")]
+        of_torchrun = ("--nnodes=", "--nproc-per-node=", "--rdzv-backend=", "--rdzv-endpoint=")
+        program, arguments = "python", [word for word in arguments if not word.startswith(of_torchrun)]
     if program == "python":
         assert_program_accepts(ROOT / arguments[0], arguments[1:], monkeypatch)
     elif program == "pytest":
