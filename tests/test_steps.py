@@ -6,6 +6,7 @@ Without a GPU a captured graph is stood in for by what it would replay; the GPU 
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -15,10 +16,11 @@ from torch.optim import Adam
 import fastvae
 from fastvae import random
 from fastvae.models import ConvVAE
-from fastvae.training import GraphError, MovingAverage, train
+from fastvae.training import GraphError, MovingAverage, Training, train
 from fastvae.training import steps as training_steps
 from fastvae.training.graphs import capture
 from fastvae.training.steps import Steps, training_step
+from listening import listener
 
 
 def images(count, shape, dtype, device):
@@ -65,7 +67,7 @@ def test_an_index_in_the_last_of_many_images(device, triton_backend):
     assert torch.allclose(batch.view(-1), storage[:4] / 255)
 
 
-def make(device, graph: bool | str, count=7 * 12, batch_size=4, seed=1, images_on=None, **options):
+def make(device, graph: bool | str, count=7 * 12, batch_size=4, seed=1, images_on=None, **settings):
     torch.manual_seed(seed)
     model = ConvVAE((1, 8, 6), latent_dim=3, channels=(4, 6)).to(device)
     optimizer = Adam(model.parameters(), lr=0.01, fused=True, capturable=device.type == "cuda")
@@ -73,7 +75,7 @@ def make(device, graph: bool | str, count=7 * 12, batch_size=4, seed=1, images_o
         images_on or device
     )
     graph = {False: "off", True: "auto"}.get(graph, graph)
-    return Steps(model, optimizer, data, batch_size, torch.ones((), device=device), graph, **options)
+    return Steps(model, optimizer, data, Training(batch_size=batch_size, graph=graph, **settings))
 
 
 def epochs(steps, number):
@@ -361,9 +363,9 @@ def test_graph_on_needs_a_cuda_device():
     data = torch.zeros(8, 1, 8, 6, dtype=torch.uint8)
     model = ConvVAE((1, 8, 6), latent_dim=3, channels=(4, 6))
     with pytest.raises(ValueError, match='graph="on" needs a CUDA device, got cpu'):
-        train(model, data, data, epochs=1, batch_size=4, graph="on")
+        train(model, data, data, Training(epochs=1, batch_size=4, graph="on"))
     with pytest.raises(ValueError, match="graph must be"):
-        train(model, data, data, epochs=1, batch_size=4, graph="yes")
+        train(model, data, data, Training(epochs=1, batch_size=4, graph="yes"))
 
 
 # ---------------------------------------------------------------------------------------------------------- on a GPU
@@ -436,10 +438,10 @@ def test_a_schedule_on_a_gpu_goes_on(device):
 
     kept = []
     model = small().to(device)
-    options = {"batch_size": 32, "graph": "on", "schedule": schedule, "on_state": kept.append}
-    whole = train(small().to(device), data, data[:64], epochs=4, **options)
-    train(model, data, data[:64], epochs=2, **options)
-    parts = train(model, data, data[:64], epochs=4, resume=kept[-1], **options)
+    settings = Training(epochs=4, batch_size=32, graph="on", schedule=schedule)
+    whole = train(small().to(device), data, data[:64], settings)
+    train(model, data, data[:64], replace(settings, epochs=2), listeners=[listener(state=kept.append)])
+    parts = train(model, data, data[:64], settings, resume=kept[-1])
     assert [row.learning_rate for row in parts] == [row.learning_rate for row in whole]
     assert len({row.learning_rate for row in parts}) == 4
 
@@ -448,6 +450,6 @@ def test_a_schedule_on_a_gpu_goes_on(device):
 def test_train_with_a_graph(device):
     data = torch.randint(0, 256, (640, 1, 8, 6), dtype=torch.uint8, device=device)
     model = ConvVAE((1, 8, 6), latent_dim=3, channels=(4, 6)).to(device)
-    rows = train(model, data, data[:64], epochs=3, batch_size=32, graph="on")
+    rows = train(model, data, data[:64], Training(epochs=3, batch_size=32, graph="on"))
     assert rows[-1].step == 60
     assert rows[-1].loss < rows[0].loss

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
-from numbers import Integral, Real
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fastvae.likelihoods import Likelihood
 from fastvae.models import VAE
+from fastvae.training.listener import Listener
+from fastvae.training.settings import Training
+from fastvae.training.state import TrainingState
 
 
 def check_model(model: object) -> None:
@@ -42,6 +44,19 @@ def check_images(name: str, images: object, model: nn.Module) -> None:
         raise ValueError(f"{name} must hold at least one image, got none")
 
 
+def check_arguments(settings: object, listeners: object, resume: object) -> None:
+    """Raises ``TypeError`` unless they are what `train` takes by these names."""
+    if not isinstance(settings, Training):
+        raise TypeError(f"settings must be a fastvae.training.Training, got {_kind(settings)}")
+    if not isinstance(listeners, Sequence):
+        raise TypeError(f"listeners must be a sequence of fastvae.training.Listener, got {_kind(listeners)}")
+    for listener in listeners:
+        if not isinstance(listener, Listener):
+            raise TypeError(f"listeners must be objects of fastvae.training.Listener, got {_kind(listener)}")
+    if resume is not None and not isinstance(resume, TrainingState):
+        raise TypeError(f"resume must be a TrainingState, of a listener or a Checkpoint, got {_kind(resume)}")
+
+
 def warn_of_values(name: str, images: Tensor, likelihood: Likelihood) -> None:
     """Warn of values that the likelihood's target does not have. They are looked at on their device, and read once."""
     if not images.is_floating_point():
@@ -68,40 +83,6 @@ def warn_of_warmup(kl_warmup: float, epochs: int) -> None:
             f"{epochs / kl_warmup:.3g} beta",
             stacklevel=3,
         )
-
-
-def integer(name: str, value: object, low: int, high: int | None = None, what: str = "") -> int:
-    """The value, from `low` to `high`; raises ``TypeError`` or ``ValueError``."""
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    converted = int(value)
-    if converted < low or (high is not None and converted > high):
-        expected = f"at least {low}" if high is None else f"{low} to {high}"
-        raise ValueError(f"{name} must be {expected}{what}, got {value}")
-    return converted
-
-
-def number(name: str, value: object, expected: str, fits: Callable[[float], bool]) -> float:
-    """The value as a float; raises ``TypeError`` or ``ValueError`` unless it `fits`, which is what is `expected`."""
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    try:
-        converted = float(value)
-    except OverflowError:
-        converted = math.inf
-    if not fits(converted):
-        raise ValueError(f"{name} must be {expected}, got {value if math.isfinite(converted) else converted}")
-    return converted
-
-
-def positive(value: float) -> bool:
-    return 0 < value < math.inf
-
-
-def not_negative(value: float) -> bool:
-    return 0 <= value < math.inf
 
 
 def _kind(value: object) -> str:

@@ -39,6 +39,11 @@ class TrainingState(NamedTuple):
     batch_size: int | None = None
     threads: int | None = None
 
+    @property
+    def epoch(self) -> int:
+        """How many epochs were trained, an unfinished one included."""
+        return len(self.rows) + (len(self.history) > 0)
+
 
 def state_of(
     steps: Steps, scheduler: LRScheduler | None, rows: list[EpochMetrics], done: int, seconds: float

@@ -16,14 +16,15 @@ import fastvae.functional as F
 from fastvae import random
 from fastvae.backend import backend_for
 from fastvae.functional import ELBO
+from fastvae.kinds import NON_NEGATIVE_NUMBER
 from fastvae.likelihoods import Likelihood
 from fastvae.models import VAE
 from fastvae.models.vae import as_tuple
 from fastvae.training.average import MovingAverage
-from fastvae.training.checks import not_negative, number
 from fastvae.training.distributed import Processes
 from fastvae.training.gradients import limit_gradients
 from fastvae.training.graphs import GraphError, capture, on_side_stream
+from fastvae.training.settings import Training
 
 # A replay costs the host one launch, and the device two fills of the generator's state and two copies, whatever the
 # number of steps. Of these numbers the one is taken that leaves the fewest steps of an epoch over: 13 divides MNIST's
@@ -55,7 +56,7 @@ def training_step(
     Raises ``ValueError`` for a beta, if it is no tensor, that is negative or not finite.
     """
     if not isinstance(beta, Tensor):
-        beta = number("beta", beta, "finite and not negative", not_negative)
+        beta = NON_NEGATIVE_NUMBER.checked("beta", beta)
     # No cache: it would keep casts of the weights of one captured step for the next.
     with torch.autocast(images.device.type, autocast_dtype, autocast_dtype is not None, cache_enabled=False):
         # Only what is asked for: a model's own forward may take images alone.
@@ -81,14 +82,15 @@ class Steps:
     like the betas that some schedules move, are part of the graph: it is captured again when one of them has changed.
     The images' device must be the current one.
 
-    graph: "off"; "auto": with a graph, and without one from where a capture fails, which is a warning; "on": a capture
-    that fails raises `GraphError`.
+    settings: with a batch_size. graph "auto": without a graph from where a capture fails, which is a warning; "on": a
+    capture that fails raises `GraphError`.
 
     Images on the CPU, for a model that is elsewhere, are brought there as many as run at a time.
 
-    order: [N], the images of this epoch, on the images' device. history: [steps, 3 + P], of each of its steps the loss,
-    reconstruction and kl, and the norms of the gradients of the P parameters before they are clipped, on the model's
-    device. (In a graph these norms are 0, unless they are needed: they would be more nodes in each step.)
+    beta: the weight of the divergence, which may be written to. order: [N], the images of this epoch, on the images'
+    device. history: [steps, 3 + P], of each of its steps the loss, reconstruction and kl, and the norms of the
+    gradients of the P parameters before they are clipped, on the model's device. (In a graph these norms are 0, unless
+    they are needed: they would be more nodes in each step.)
     """
 
     def __init__(
@@ -96,24 +98,21 @@ class Steps:
         model: VAE,
         optimizer: Optimizer,
         images: Tensor,
-        batch_size: int,
-        beta: Tensor,
-        graph: str,
-        autocast_dtype: torch.dtype | None = None,
-        clip_norm: float | None = None,
-        skip_nonfinite: bool = False,
+        settings: Training,
+        *,
         average: MovingAverage | None = None,
         processes: Processes | None = None,
-        free_bits: float = 0.0,
     ) -> None:
-        self.model, self.optimizer, self.beta, self.autocast_dtype = model, optimizer, beta, autocast_dtype
-        self.clip_norm, self.skip_nonfinite, self.average = clip_norm, skip_nonfinite, average
-        self.free_bits = free_bits
-        self.images, self.batch_size = images, batch_size
+        assert settings.batch_size is not None
+        self.model, self.optimizer, self.settings, self.average = model, optimizer, settings, average
+        self.images, self.batch_size = images, settings.batch_size
         self.device = device = next(model.parameters()).device
+        self.beta = torch.tensor(settings.beta, device=device)
         self.processes = Processes(device) if processes is None else processes
+        self._graph = graph = settings.graph
+        self._norms = graph == "off" or settings.clip_norm is not None or settings.skip_nonfinite
         self._model = self.processes.wrap(model)
-        self.count = len(images) // batch_size
+        self.count = len(images) // self.batch_size
         self.at_a_time = 1
         if graph != "off":
             self.at_a_time = min(
@@ -123,15 +122,13 @@ class Steps:
         self.history = torch.zeros(self.count, columns, device=device)
         self.order = torch.empty(0, dtype=torch.int64, device=images.device)
         # What the graph reads and writes; plain steps use order and history themselves.
-        self._indices = torch.empty(self.at_a_time * batch_size, dtype=torch.int64, device=device)
+        self._indices = torch.empty(self.at_a_time * self.batch_size, dtype=torch.int64, device=device)
         self._found = torch.zeros(self.at_a_time, columns, device=device)
         # The images that the steps take from: all, or those that were brought for these steps.
         self._source = images
         if images.device != device:
-            self._source = images[: self.at_a_time * batch_size].to(device, memory_format=torch.channels_last)
+            self._source = images[: self.at_a_time * self.batch_size].to(device, memory_format=torch.channels_last)
             self._copied = [torch.cuda.Event() for _ in range(2 * (device.type == "cuda"))]  # type: ignore[no-untyped-call]
-        self._graph = graph
-        self._norms = graph == "off" or clip_norm is not None or skip_nonfinite
         self._warm = False
         self._replay: Callable[[], None] | None = None
         self._captured_numbers: list[dict[str, Any]] = []  # of the optimizer, as they are in the graph
@@ -191,12 +188,12 @@ class Steps:
                 self.optimizer,
                 batch,
                 beta=self.beta,
-                autocast_dtype=self.autocast_dtype,
-                clip_norm=self.clip_norm,
-                skip_nonfinite=self.skip_nonfinite,
+                autocast_dtype=self.settings.autocast_dtype,
+                clip_norm=self.settings.clip_norm,
+                skip_nonfinite=self.settings.skip_nonfinite,
                 gradient_norms=row[3:] if self._norms else None,
                 batch_offset=self.processes.offset(self.batch_size),
-                free_bits=self.free_bits,
+                free_bits=self.settings.free_bits,
             )
             torch.stack(values, out=row[:3])
             if self.average is not None:
