@@ -209,7 +209,7 @@ def test_only_targets_in_the_unit_interval_are_warned_about(device):
             train(model.to(device), images, images, Training(epochs=1, batch_size=8))
         assert [expected in str(it.message) for it in caught] == ([True, True] if expected else [])
     images[0] = math.nan
-    with pytest.warns(UserWarning, match="test_images hold NaN, expected numbers"):
+    with pytest.warns(UserWarning, match="test_data hold NaN, expected numbers"):
         train(laplace_vae().to(device), -images[1:], images, Training(epochs=1, batch_size=7))
 
 
