@@ -29,6 +29,7 @@ from fastvae.evaluation import evaluate
 from fastvae.files import replacing
 from fastvae.models import ConvVAE
 from fastvae.training import Training
+from fastvae.training.data import Arrays, Batch
 from fastvae.training.memory import freed_memory_kept
 from fastvae.training.precision import PRECISIONS, arithmetic
 from fastvae.training.steps import Steps
@@ -80,7 +81,7 @@ def make_epoch(provider: str, model: ConvVAE, optimizer: Adam, images: Tensor) -
     device = images.device
     if provider.endswith("-graph"):
         graph = "on" if device.type == "cuda" else "off"
-        steps = Steps(model, optimizer, images, Training(batch_size=BATCH_SIZE, graph=graph))
+        steps = Steps(model, optimizer, Arrays(Batch(images, images), BATCH_SIZE), Training(graph=graph))
 
         def captured_epoch() -> Tensor:
             steps.shuffle()

@@ -18,6 +18,7 @@ from fastvae import random
 from fastvae.models import ConvVAE
 from fastvae.training import GraphError, MovingAverage, Training, train
 from fastvae.training import steps as training_steps
+from fastvae.training.data import Arrays, Batch
 from fastvae.training.graphs import capture
 from fastvae.training.steps import Steps, training_step
 from listening import listener
@@ -75,7 +76,7 @@ def make(device, graph: bool | str, count=7 * 12, batch_size=4, seed=1, images_o
         images_on or device
     )
     graph = {False: "off", True: "auto"}.get(graph, graph)
-    return Steps(model, optimizer, data, Training(batch_size=batch_size, graph=graph, **settings))
+    return Steps(model, optimizer, Arrays(Batch(data, data), batch_size), Training(graph=graph, **settings))
 
 
 def epochs(steps, number):
@@ -160,11 +161,12 @@ def test_captured_steps_with_every_option(device, stand_in):
 def test_images_that_are_brought_give_the_same_steps(graph, device, stand_in):
     """From another place in memory, a group of steps at a time, and the odd steps of an epoch's end."""
     resident, brought = (make(device, graph, count=23 * 4) for _ in range(2))
-    source = brought._source = torch.empty_like(brought.images[: brought.at_a_time * brought.batch_size])
+    block = torch.empty_like(brought.data.all.input[: len(brought._indices)])
+    source = brought._source = Batch(block, block)
     for steps in (resident, brought):
         torch.manual_seed(3)
         epochs(steps, 2)
-    assert brought._source is source and len(source) < len(brought.images)
+    assert brought._source is source and len(block) < brought.data.size
     assert torch.equal(resident.history, brought.history)
 
 
@@ -176,7 +178,7 @@ def test_images_on_the_cpu_give_the_same_steps(graph, device):
     for steps in (resident, brought):
         torch.manual_seed(3)
         epochs(steps, 2)
-    assert brought._source.is_cuda and not brought.images.is_cuda
+    assert brought._source.input.is_cuda and not brought.data.all.input.is_cuda
     assert torch.equal(resident.history, brought.history)
 
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import DataLoader
 
 import fastvae
 from fastvae.evaluation import Evaluation, evaluate
@@ -389,7 +388,7 @@ def call(arguments):
     [
         ({"epochs": 0}, "epochs must be a positive integer, got 0"),
         ({"batch_size": 0}, "batch_size must be a positive integer, got 0"),
-        ({"batch_size": 21}, "batch_size must be 1 to 20, the number of training images, got 21"),
+        ({"batch_size": 21}, "batch_size must be 1 to 20, the number of training samples, got 21"),
         ({"learning_rate": 0.0}, "learning_rate must be a positive number, got 0.0"),
         ({"learning_rate": float("nan")}, "learning_rate must be a positive number, got nan"),
         ({"learning_rate": float("inf")}, "learning_rate must be a positive number, got inf"),
@@ -398,8 +397,9 @@ def call(arguments):
         ({"kl_warmup": -1}, "kl_warmup must be a number that is not negative, got -1"),
         ({"kl_warmup": float("inf")}, "kl_warmup must be a number that is not negative, got inf"),
         ({"beta": 10**400}, "beta must be a number that is not negative, got inf"),
-        ({"data": images(20, "cpu")[0]}, r"data must have shape \[N, C, H, W\], got \[1, 8, 6\]"),
-        ({"test_data": images(0, "cpu")}, "test_data must hold at least one image"),
+        ({"data": torch.zeros(20)}, r"data must have shape \[N, ...\], got \[20\]"),
+        ({"data": images(20, "cpu")[0]}, r"batch_size must be 1 to 1, the number of training samples, got 4"),
+        ({"test_data": images(0, "cpu")}, "test_data must hold at least one sample"),
         (
             {"data": images(20, "cpu").to("meta")},
             "data must be on the model's device, cpu, or the CPU, got meta",
@@ -416,9 +416,9 @@ def test_errors_name_argument_value_and_expectation(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": images(20, "cpu").numpy()}, "data must be a tensor .* got numpy.ndarray"),
+        ({"data": images(20, "cpu").numpy()}, "data must be a tensor .* or a DataLoader, got numpy.ndarray"),
         ({"test_data": None}, "test_data must be a tensor .* got None"),
-        ({"data": DataLoader(images(20, "cpu"))}, "data must be a tensor .* got torch.*DataLoader"),
+        ({"data": (images(20, "cpu"), 3)}, "data must give tensors, .* got tuple of torch.Tensor, builtins.int"),
         (
             {"data": images(20, "cpu").double() / 255},
             r"data must be uint8 \(read as x / 255\) or of the model's dtype, torch.float32, got torch.float64",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastvae.likelihoods import Likelihood
 from fastvae.models import VAE
+from fastvae.training.data import Batch, tensors
 from fastvae.training.listener import Listener
 from fastvae.training.settings import Training
 from fastvae.training.state import TrainingState
@@ -25,23 +26,24 @@ def check_model(model: object) -> None:
         raise ValueError("model must have a parameter that requires a gradient, got none")
 
 
-def check_images(name: str, images: object, model: nn.Module) -> None:
-    """Raises ``TypeError`` or ``ValueError`` unless they are images that the model can take."""
-    if not isinstance(images, Tensor):
-        raise TypeError(
-            f"{name} must be a tensor [N, C, H, W] of all images, from which batches are made, got {_kind(images)}"
-        )
+def look_at(name: str, samples: Batch, *, model: VAE, first: bool) -> None:
+    """Look at samples before the model does. Raises ``TypeError`` or ``ValueError`` for what it cannot take; the first
+    process warns of targets that its likelihood does not have.
+    """
     parameter = next(model.parameters())
-    if images.dtype not in (torch.uint8, parameter.dtype):
+    if samples.input.dtype not in (torch.uint8, parameter.dtype):
         raise TypeError(
-            f"{name} must be uint8 (read as x / 255) or of the model's dtype, {parameter.dtype}, got {images.dtype}"
+            f"{name} must be uint8 (read as x / 255) or of the model's dtype, {parameter.dtype}, "
+            f"got {samples.input.dtype}"
         )
-    if images.ndim != 4:
-        raise ValueError(f"{name} must have shape [N, C, H, W], got {list(images.shape)}")
-    if images.device != parameter.device and images.device.type != "cpu":
-        raise ValueError(f"{name} must be on the model's device, {parameter.device}, or the CPU, got {images.device}")
-    if len(images) == 0:
-        raise ValueError(f"{name} must hold at least one image, got none")
+    if samples.input.ndim < 2:
+        raise ValueError(f"{name} must have shape [N, ...], got {list(samples.input.shape)}")
+    devices = {part.device for part in tensors(samples)}
+    if len(devices) > 1 or devices - {parameter.device, torch.device("cpu")}:
+        found = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"{name} must be on the model's device, {parameter.device}, or the CPU, got {found}")
+    if first:
+        warn_of_values(name, samples.target, model.likelihood)
 
 
 def check_arguments(settings: object, listeners: object, resume: object) -> None:

@@ -45,7 +45,12 @@ def _width() -> int | None:
         return None
 
 
-class Bar(Display):
+class _Shown(Display):
+    def begin(self, how: str) -> None:
+        print(f"steps     {how}", flush=True)
+
+
+class Bar(_Shown):
     """A progress bar: epoch, steps per second, time left, loss, reconstruction and divergence."""
 
     def __init__(self, epochs: int, tqdm: Any, first_step: int) -> None:
@@ -78,7 +83,7 @@ class Bar(Display):
             self.bar.close()
 
 
-class Lines(Display):
+class Lines(_Shown):
     """A line for each epoch, and one every half minute within it."""
 
     def __init__(self, epochs: int, first_step: int) -> None:

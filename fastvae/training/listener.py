@@ -17,6 +17,11 @@ class Listener:
     Where several processes train, all of them ask `should_stop`, and the first one alone tells of the rest.
     """
 
+    def begin(self, how: str) -> None:
+        """Before the first step, with how steps run, in words: so many at a time as one CUDA graph, or one at a time,
+        and then why.
+        """
+
     def should_stop(self) -> bool:
         """Asked after every step (every graph of steps) and every epoch. True ends training, with the metrics of the
         epoch so far.

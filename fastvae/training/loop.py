@@ -13,23 +13,35 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
 from torch.optim import Adam
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from fastvae.evaluation import Evaluation, evaluate
 from fastvae.models import VAE
 from fastvae.training.average import MovingAverage
-from fastvae.training.checks import check_arguments, check_images, check_model, warn_of_values, warn_of_warmup
+from fastvae.training.checks import check_arguments, check_model, look_at, warn_of_warmup
+from fastvae.training.data import (
+    Arrays,
+    Data,
+    Stream,
+    Whole,
+    formatted,
+    mapped,
+    open_data,
+    open_test,
+    tensors,
+    to_channels_last,
+)
 from fastvae.training.distributed import Processes, losses_named
 from fastvae.training.finite import broken, means
 from fastvae.training.listener import Listener
 from fastvae.training.memory import freed_memory_kept
 from fastvae.training.metrics import EpochMetrics, Progress, best_epoch
 from fastvae.training.precision import arithmetic
-from fastvae.training.settings import DEFAULT_BATCH_SIZE, Training
+from fastvae.training.settings import Training
 from fastvae.training.state import TrainingState, restore, state_of
 from fastvae.training.steps import Steps
+from fastvae.training.testing import evaluate_batches
 from fastvae.training.threads import choose_threads, with_threads
 
 # Each report reads from the device, so it waits for the steps that are queued there; a display needs no more than this.
@@ -38,111 +50,170 @@ _REPORT_SECONDS = 0.5
 
 def train(
     model: VAE,
-    data: Tensor,
-    test_data: Tensor,
+    data: Data,
+    test_data: Data,
     settings: Training = Training(),
     *,
     average: MovingAverage | None = None,
     listeners: Sequence[Listener] = (),
     resume: TrainingState | None = None,
 ) -> list[EpochMetrics]:
-    """Train a model in place, with its likelihood, and convert it to the channels_last memory format.
+    """Train a model in place, with its likelihood, and convert it to the channels_last memory format (not one with
+    weights of volumes, whose format is another).
 
-    Images are reshuffled every epoch; those left over from whole batches are skipped in that epoch.
+    Data are one of these:
 
-    Where torch.distributed has a process group, its processes train together, called alike and each with all images:
-    every batch is shared out evenly, as DistributedDataParallel has it, and the noise is that of the whole batch. The
-    weights and generators are those of the first process at the start; it alone tests, and tells the listeners. Without
-    a CUDA graph.
+    - a tensor [N, ...] of images, signals, volumes, rows of a table: uint8 (the encoder reads x / 255) or of the
+      model's dtype, in [0, 1] where the likelihood's target is "unit" (a warning says where they are not); on the
+      model's device, or on the CPU, from where they are brought as they are needed: sets that do not fit a GPU;
+    - a tuple of tensors, whose meaning ``settings.parts`` says: input, target, condition;
+    - a torch.utils.data.Dataset of such samples, an IterableDataset too, read in this process as it is needed;
+    - a DataLoader, which makes the batches as it was told to: with workers, pinned memory, a sampler.
+
+    Tensors and Datasets are reshuffled every epoch; samples left over from whole batches are skipped in that epoch. A
+    DataLoader is gone through once in an epoch, or for ``settings.steps_per_epoch`` steps, after which the next epoch
+    goes on where it is; one that ends before begins again.
+
+    On a CUDA device several steps run as one CUDA graph, where the shapes of batches are fixed: those of tensors and
+    Datasets are, those of a DataLoader with drop_last. Listeners are told whether, and if not why.
+
+    Where torch.distributed has a process group, its processes train together, called alike and each with all samples:
+    every batch is shared out evenly, as DistributedDataParallel has it, and the noise is that of the whole batch. (A
+    DataLoader gives each process its own part, by a DistributedSampler, of one size in all.) The weights and generators
+    are those of the first process at the start; it alone tests, on all of its test_data, and tells the listeners.
+    Without a CUDA graph.
 
     Args:
-        data, test_data: images [N, C, H, W], uint8 (read as x / 255) or of the model's dtype, in [0, 1] where the
-            likelihood's target is "unit" (a warning says where they are not); on the model's device, or on the CPU,
-            from where they are brought as they are needed: sets that do not fit a GPU.
+        data, test_data: what is trained on, and tested on after each epoch.
         settings: how to train.
         average: takes in the weights after every step; its model is then the one that is tested.
         listeners: are told of the training, in this order, and may end it.
         resume: a state that a listener was given, with the weights of that moment in the model and the other arguments
-            as they were (epochs may be more): training goes on as if it had not stopped, on a CPU bit for bit.
+            as they were (epochs may be more): training goes on as if it had not stopped, on a CPU bit for bit. (A
+            DataLoader begins again, also within an epoch, whose steps that are left then have other samples.)
             `fastvae.training.checkpoint` keeps states in files.
 
     Returns:
         The metrics of every epoch, the unfinished one included.
 
     Raises:
-        ValueError: a batch_size larger than the training set, images on another device, graph="on" without a CUDA
-            device, a model without a parameter to train, or a state of other images, batches or parameters; in several
-            processes a batch_size that they cannot share evenly, or graph="on".
-        TypeError: a model that is no VAE, images that are no tensor or of another dtype, or what is no listener.
+        ValueError: a batch_size larger than the training set, data on another device, of no samples, of several tensors
+            without ``settings.parts``, or without a length and ``settings.steps_per_epoch``; graph="on" without a CUDA
+            device, or with batches that may differ in size; a model without a parameter to train, or a state of other
+            data, batches or parameters; in several processes a batch_size that they cannot share evenly, or graph="on".
+        TypeError: a model that is no VAE, data that are none of those above or of another dtype, or what is no
+            listener.
         FloatingPointError: a loss or a gradient is not finite, or with skip_nonfinite none of an epoch is finite, seen
             at the next report or at the end of its epoch.
         ProcessLost: another process has ended.
         GraphError: with graph="on", a capture failed.
     """
     check_model(model)
-    check_images("data", data, model)
-    check_images("test_data", test_data, model)
     check_arguments(settings, listeners, resume)
     device = next(model.parameters()).device
     on_cuda = device.type == "cuda"
     processes = Processes(device)
-    settings = _resolved(settings, len(data), processes)
+    look = partial(look_at, model=model, first=processes.rank == 0)
+    source = open_data("data", data, settings, processes, look)
+    tested = open_test("test_data", test_data, settings, look)
+    settings, plain = _resolved(settings, source, processes)
     if processes.rank == 0:
-        warn_of_values("data", data, model.likelihood)
-        warn_of_values("test_data", test_data, model.likelihood)
         warn_of_warmup(settings.kl_warmup, settings.epochs)
     # channels_last takes 11 to 25 % off a step on a CPU (batches of 128 and 32, one and two threads, the machine of
     # models/same_padding.py), and on a GPU it spares cuDNN its own conversions.
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    to_channels_last(model)
     if average is not None:
-        average.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if data.is_cuda:  # on a CPU each batch is brought to that format: images may be a file mapped into memory
-        data = data.contiguous(memory_format=torch.channels_last)
+        to_channels_last(average.model)
+    if isinstance(source, Arrays) and source.all.input.is_cuda:
+        # On a CPU each batch is brought to that format: images may be a file mapped into memory.
+        source = Arrays(mapped(source.all, formatted), source.batch_size)
     # What changes must be a tensor on a GPU, for a captured graph to read; a scheduler writes into it.
     moves = on_cuda and settings.schedule != "constant"
     rate = torch.tensor(settings.learning_rate, device=device) if moves else settings.learning_rate
     # Fused: 4 dispatched operations per update; the foreach form takes 39, a loop over the parameters 128.
     optimizer = Adam(model.parameters(), lr=rate, betas=(0.9, 0.999), eps=1e-8, fused=True, capturable=on_cuda)
     scheduler = settings.scheduler(optimizer)
-    threads = settings.threads
-    if on_cuda or (processes.together and threads is None):
-        threads = torch.get_num_threads()
-    elif threads is None:
-        before = None if resume is None else resume.threads
-        assert settings.batch_size is not None
-        threads = choose_threads(model, data, settings.batch_size, precision=settings.precision, before=before)
+    threads = _threads(settings, model, source, processes, resume)
     on_device = torch.cuda.device(device) if on_cuda else freed_memory_kept()
     with losses_named(), arithmetic(settings.precision), with_threads(threads), on_device:
-        steps = Steps(model, optimizer, data, settings, average=average, processes=processes)
+        steps = Steps(model, optimizer, source, settings, average=average, processes=processes)
+        if processes.rank == 0:
+            number = steps.at_a_time
+            how = f"{number} at a time, as one CUDA graph" if plain is None else f"one at a time, because {plain}"
+            for listener in listeners:
+                listener.begin(how)
         try:
-            return _train(steps, scheduler, test_data, listeners, resume)
+            return _train(steps, scheduler, tested, listeners, resume)
         finally:
             steps.release()
 
 
-def _resolved(settings: Training, images: int, processes: Processes) -> Training:
-    """The settings with the batch size that None stands for, and without graphs where there can be none. Raises
-    ``ValueError`` for what these images, this device or these processes do not go with.
+def _resolved(settings: Training, data: Arrays | Stream, processes: Processes) -> tuple[Training, str | None]:
+    """The settings, without graphs where there can be none, and why there are none. Raises ``ValueError`` for what
+    these data, this device or these processes do not go with.
     """
-    batch_size = DEFAULT_BATCH_SIZE if settings.batch_size is None else settings.batch_size
-    if batch_size > images:
-        raise ValueError(f"batch_size must be 1 to {images}, the number of training images, got {batch_size}")
-    on_cuda = processes.device.type == "cuda"
+    batch_size = data.batch_size
+    if data.ordered and (batch_size or 0) > (data.size or 0):
+        raise ValueError(f"batch_size must be 1 to {data.size}, the number of training samples, got {batch_size}")
+    if data.ordered and settings.steps_per_epoch is not None:
+        raise ValueError(f"steps_per_epoch must be None for {data.size} samples, got {settings.steps_per_epoch}")
+    if data.count == 0:
+        raise ValueError(f"data must give at least one batch, got {data.size} samples in batches of {batch_size}")
+    plain = None
     if processes.together:
-        if batch_size % processes.size:
+        if batch_size is not None and batch_size % processes.size:
             raise ValueError(f"batch_size must be a multiple of {processes.size}, the processes, got {batch_size}")
         if settings.graph == "on":
             raise ValueError('graph must be "auto" or "off" where several processes train, got "on"')
-    if settings.graph == "on" and not on_cuda:
-        raise ValueError(f'graph="on" needs a CUDA device, got {processes.device}')
-    graph = settings.graph if on_cuda and not processes.together else "off"
-    return dataclasses.replace(settings, batch_size=batch_size, graph=graph)
+        plain = "several processes train"
+    elif processes.device.type != "cuda":
+        if settings.graph == "on":
+            raise ValueError(f'graph="on" needs a CUDA device, got {processes.device}')
+        plain = f"only a CUDA device has graphs, and the model is on {processes.device}"
+    elif settings.graph == "off":
+        plain = 'graph is "off"'
+    elif data.varying is not None:
+        if settings.graph == "on":
+            raise ValueError(f'graph="on" needs batches of one size: {data.varying}')
+        plain = data.varying
+    return (settings if plain is None else dataclasses.replace(settings, graph="off")), plain
+
+
+def _threads(
+    settings: Training, model: VAE, data: Arrays | Stream, processes: Processes, resume: TrainingState | None
+) -> int:
+    before = None if resume is None else resume.threads
+    if processes.device.type == "cuda":
+        return torch.get_num_threads()
+    if settings.threads is not None:
+        return settings.threads
+    if processes.together or isinstance(data, Stream):
+        return before or torch.get_num_threads()
+    return choose_threads(
+        model,
+        data.all.input,
+        data.batch_size,
+        target=data.all.target,
+        condition=data.all.condition,
+        precision=settings.precision,
+        before=before,
+    )
+
+
+def _evaluated(model: VAE, data: Arrays | Whole, beta: float) -> Evaluation:
+    """The test of a model."""
+    if isinstance(data, Arrays) and len(tensors(data.all)) == 1:
+        return evaluate(model, data.all.input, beta=beta)
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[]):  # a loader draws a seed when it begins, and augmentation more
+        batches = (mapped(batch, lambda part: part.to(device)) for batch in data.whole())
+        return evaluate_batches(model, batches, beta=beta)
 
 
 def _train(
     steps: Steps,
     scheduler: LRScheduler | None,
-    test_data: Tensor,
+    test_data: Arrays | Whole,
     listeners: Sequence[Listener],
     resume: TrainingState | None,
 ) -> list[EpochMetrics]:
@@ -167,6 +238,8 @@ def _train(
         processes.share_generators()  # of every epoch: a listener, or a test, may have drawn in the first process alone
         if done == 0:
             steps.shuffle()
+        else:
+            steps.go_on(done)
         reported = done
         while done < steps.count and not stopped:
             step = (epoch - 1) * steps.count + done
@@ -193,7 +266,7 @@ def _train(
         if skipped == steps.count:
             raise FloatingPointError(f"training diverged: none of the steps of epoch {epoch}, to {step}, was finite")
         tested = steps.model if steps.average is None else steps.average.model
-        test = Evaluation(*processes.by_first(partial(evaluate, tested, test_data, beta=beta), 2))
+        test = Evaluation(*processes.by_first(partial(_evaluated, tested, test_data, beta), 2))
         if not math.isfinite(test.loss) and broken(steps):  # the last step's update did it
             raise FloatingPointError(
                 f"training diverged: after step {step}, at the end of epoch {epoch}, these are not finite: "

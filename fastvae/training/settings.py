@@ -16,6 +16,8 @@ from fastvae.training.precision import PRECISIONS
 
 DEFAULT_BATCH_SIZE = 128  # of the reference example
 
+PARTS = ("input", "target", "condition")
+
 _NORM = Kind("a positive number", float, lambda value: value > 0)  # of inf the norms are computed, and nothing is cut
 
 
@@ -52,7 +54,7 @@ class Training:
 
     Args:
         epochs: how often all training data are gone through.
-        batch_size: samples of a step, of all processes together; None: 128.
+        batch_size: samples of a step, of all processes together; None: 128, or those of a DataLoader.
         learning_rate: Adam's.
         beta: the weight of the divergence.
         kl_warmup: the epochs, whole or not, in which that weight grows from 0 to beta in equal steps (Bowman et al.,
@@ -73,6 +75,10 @@ class Training:
             the device.
         threads: of a CPU's steps; None: those with which a step takes the least time (`choose_threads`), or in a run
             that goes on those that it had. Of several processes each has those that torch has.
+
+        parts: what each sample of the data holds, where that is more than one tensor: ("input", "target"), ("input",
+            "condition") or all three, in the order of the data; None for a tensor that is left out.
+        steps_per_epoch: of a stream, which has no length, or of a DataLoader.
 
     Raises:
         TypeError: what is no number, or no bool.
@@ -122,6 +128,8 @@ class Training:
         "auto", "run the steps as CUDA graphs, default: where possible", choices=("auto", "on", "off"), exact=False
     )
     threads: int | None = setting(None, kind=POSITIVE_INTEGER)
+    parts: tuple[str | None, ...] | None = setting(None)
+    steps_per_epoch: int | None = setting(None, kind=POSITIVE_INTEGER)
 
     def __post_init__(self) -> None:
         for field, (name, known) in zip(dataclasses.fields(self), settings_of(self), strict=True):
@@ -134,6 +142,10 @@ class Training:
                 raise ValueError(f"{name} must be one of {', '.join(known.choices)}, got {value!r}")
             elif isinstance(field.default, bool) and not isinstance(value, bool):
                 raise TypeError(f"{name} must be True or False, got {value!r}")
+        if self.parts is not None:
+            named = [part for part in self.parts if part is not None]
+            if "input" not in named or len(set(named)) < len(named) or not set(named) <= set(PARTS):
+                raise ValueError(f"parts must be some of {', '.join(PARTS)}, with input, each once, got {self.parts!r}")
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
