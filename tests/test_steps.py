@@ -12,13 +12,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.optim import Adam
+from torch.utils.data import DataLoader, TensorDataset
 
 import fastvae
 from fastvae import random
 from fastvae.models import ConvVAE
 from fastvae.training import GraphError, MovingAverage, Training, train
 from fastvae.training import steps as training_steps
-from fastvae.training.data import Arrays, Batch
+from fastvae.training.data import Arrays, Batch, open_data
 from fastvae.training.graphs import capture
 from fastvae.training.steps import Steps, training_step
 from listening import listener
@@ -168,6 +169,60 @@ def test_images_that_are_brought_give_the_same_steps(graph, device, stand_in):
         epochs(steps, 2)
     assert brought._source is source and len(block) < brought.data.size
     assert torch.equal(resident.history, brought.history)
+
+
+def from_a_stream(device, graph, data, batch_size=4, **settings):
+    """Steps on what `open_data` makes of a Dataset or a DataLoader."""
+    steps = make(device, graph)
+    asked = None if isinstance(data, DataLoader) else batch_size
+    settings = replace(steps.settings, batch_size=asked, **settings)
+    stream = open_data("data", data, settings, steps.processes, lambda name, batch: None)
+    return Steps(steps.model, steps.optimizer, stream, settings)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a real graph draws other noise on some versions of torch")
+@pytest.mark.parametrize("kind", ["Dataset", "DataLoader", "of two sizes"])
+def test_captured_steps_of_a_stream_are_the_plain_steps(kind, device, stand_in):
+    """And those on the tensor. Batches of another size run as they are, and so do all that would run with them."""
+    data = make(device, False, count=21 * 4 + 3).data.all.input
+    sizes = [4, 4, 4, 3, *[4] * 18]
+    samplers = torch.arange(sum(sizes)).split(sizes)
+    given = {
+        "Dataset": TensorDataset(data),
+        "DataLoader": DataLoader(data, 4, drop_last=True, generator=torch.Generator()),
+        "of two sizes": DataLoader(data, batch_sampler=[it.tolist() for it in samplers], generator=torch.Generator()),
+    }[kind]
+    plain, captured = (from_a_stream(device, graph, given) for graph in (False, True))
+    if kind == "of two sizes":  # it says no batch size, so that train would run it without a graph
+        captured._samples, captured._indices = 4, torch.empty(4 * captured.at_a_time, dtype=torch.int64, device=device)
+    resident = make(device, False, count=21 * 4 + 3)
+    histories = []
+    for steps in (plain, captured, resident):
+        torch.manual_seed(3)
+        histories.append(epochs(steps, 3)[0][..., :3])
+    assert torch.equal(histories[0], histories[1])
+    assert torch.equal(histories[0], histories[2]) is (kind == "Dataset")
+    groups = 3 * (captured.count // captured.at_a_time)
+    assert captured.at_a_time > 1
+    assert len(stand_in) == groups - (4 if kind == "of two sizes" else 1)  # of each epoch the first group was odd
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize("kind", ["Dataset", "DataLoader"])
+def test_a_stream_gives_the_same_steps_on_a_gpu(kind, pinned, device):
+    """With a graph; what is loaded is what is trained on."""
+    data = images(128 * 23, (1, 8, 6), torch.uint8, torch.device("cpu"))
+    loader = DataLoader(data, 128, drop_last=True, pin_memory=pinned, generator=torch.Generator())
+    given = TensorDataset(data) if kind == "Dataset" else loader
+    plain, captured = (from_a_stream(device, graph, given, 128) for graph in (False, True))
+    losses = []
+    for steps in (plain, captured):
+        torch.manual_seed(3)
+        losses.append(epochs(steps, 4)[0][-1, :, :3].mean(0))
+        steps.release()
+    assert captured._source is not None and captured._source.input.is_cuda
+    assert torch.allclose(*losses, rtol=0.03)
 
 
 @pytest.mark.gpu

@@ -107,7 +107,7 @@ def test_flags_are_made_from_the_fields(monkeypatch, capsys):
 def test_every_setting_of_a_run_says_whether_it_may_change():
     """A new flag is refused, or taken over, by a run that goes on; or it is of no run."""
     free = {name for name, known in settings_of(RunSettings) if known.exact is None}
-    assert free == {"threads", "out", "resume", "quiet"}
+    assert free == {"threads", "parts", "steps_per_epoch", "out", "resume", "quiet"}
 
 
 # ------------------------------------------------------------------------------------------------------------ a run

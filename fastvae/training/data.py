@@ -177,7 +177,7 @@ class Stream:
         if self.ordered:
             assert self.batch_size is not None
             batches = torch.split(order[: self.count * self.batch_size], self.batch_size)[done:]
-            chosen = [self.processes.part(batch).tolist() for batch in batches]
+            chosen = (self.processes.part(batch).tolist() for batch in batches)
             # A generator of its own: a loader draws a seed when it begins, which would be other noise for the steps.
             loader: Any = DataLoader(self.dataset, batch_sampler=chosen, generator=torch.Generator())
             self._iterator = iter(loader)

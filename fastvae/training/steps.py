@@ -198,10 +198,14 @@ class Steps:
 
     def release(self) -> None:
         """Give the graph's memory back, the gradients in it included, and end what loads data."""
-        self._replay = None
-        self.optimizer.zero_grad()
+        self._forget()
         if isinstance(self.data, Stream):
             self.data.end()
+
+    def _forget(self) -> None:
+        """The graph, and the gradients in it."""
+        self._replay = None
+        self.optimizer.zero_grad()
 
     def _fit(self, batches: list[Batch]) -> bool:
         """Whether all batches of a stream have the shapes and dtypes that the graph reads: those of the first ones."""
@@ -291,7 +295,7 @@ class Steps:
         if self._replay is not None and _same(numbers, self._captured_numbers):
             self._replay()
             return True
-        self.release()  # so that the gradients are allocated in the graph
+        self._forget()  # so that the gradients are allocated in the graph
         try:
             replay = capture(lambda: self._take(self._indices, self._found), self.device)
             # A graph without work is no error to CUDA. No step has this reconstruction.
@@ -300,7 +304,7 @@ class Steps:
             if self._found[:, 1].isneginf().any():
                 raise RuntimeError("the captured graph is empty")
         except Exception as error:
-            self.release()
+            self._forget()
             cause = f"{type(error).__name__}: {error}"
             if self._graph == "on":
                 raise GraphError(f"the capture of a CUDA graph failed: {cause}") from error
