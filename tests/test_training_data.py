@@ -107,10 +107,12 @@ def test_tensors_of_any_rank(make, shape, dtype, backend, device):
         assert found[-1].test_loss == pytest.approx(evaluate(model, data[8:]).loss, rel=1e-6)
 
 
-def test_a_model_of_float64_trains_on_bytes_and_on_float64():
-    data = torch.randint(0, 256, (8, 2, 8), dtype=torch.uint8)
-    for given in (data, data.double() / 255):
-        assert train(signal_model().double(), given, given, SMALL)[-1].step == 4
+@pytest.mark.parametrize(("dtype", "backend"), [(torch.float64, "reference"), (torch.bfloat16, "triton")])
+def test_models_of_other_dtypes_train_on_bytes_and_on_their_own(dtype, backend, device):
+    data = torch.randint(0, 256, (8, 2, 8), dtype=torch.uint8, device=device)
+    with fastvae.use_backend(backend):
+        for given in (data, data.to(dtype) / 255):
+            assert train(signal_model().to(device, dtype), given, given, SMALL)[-1].step == 4
 
 
 # ------------------------------------------------------------------------------------------------- Datasets and loaders
@@ -231,18 +233,40 @@ class Conditional(VAE):
         return VAEOutput(self.decode(z, condition), z, kl)
 
 
+def of_classes(device="cpu"):
+    """The mean of a row is about its class."""
+    classes = torch.arange(24, device=device) % CLASSES
+    return classes[:, None] + 0.1 * rows(24, device), classes
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("kind", ["tensors", "Dataset", "DataLoader"])
-def test_a_conditional_model(kind):
-    """Each sample comes with its own condition, in training and in the test, and the loss falls."""
-    classes = torch.arange(24) % CLASSES
-    data = (classes[:, None] + 0.1 * rows(24), classes)
-    given = {"tensors": data, "Dataset": Rows(*data), "DataLoader": DataLoader(TensorDataset(*data), 8, shuffle=True)}
-    model = Conditional()
-    size = None if kind == "DataLoader" else 8
-    settings = Training(epochs=30, batch_size=size, learning_rate=0.03, parts=("input", "condition"))
-    found = train(model, given[kind], data if kind == "tensors" else Rows(*data), settings)
+def test_each_sample_comes_with_its_condition(kind, backend, device):
+    """In training and in the test."""
+    data = of_classes(device)
+    loaded = TensorDataset(*(it.cpu() for it in data))
+    given = {"tensors": data, "Dataset": loaded, "DataLoader": DataLoader(loaded, 8, shuffle=True)}[kind]
+    model = Conditional().to(device)
+    settings = Training(epochs=1, batch_size=None if kind == "DataLoader" else 8, parts=("input", "condition"))
+    with fastvae.use_backend(backend):
+        train(model, given, given, settings)
+    assert len(model.seen) == 6
     assert all(torch.equal(x.mean(1).round().long(), condition) for x, condition in model.seen)
+
+
+def test_a_conditional_model_learns():
+    data = of_classes()
+    settings = Training(epochs=30, batch_size=8, learning_rate=0.03, parts=("input", "condition"))
+    found = train(Conditional(), data, data, settings)
     assert found[-1].test_mse < 0.2 * found[0].test_mse
+
+
+def test_all_of_a_test_counts():
+    """The last partial batch too."""
+    model, test = table_model(), rows(7)
+    settings = dataclasses.replace(SMALL, parts=("input", "target"))
+    found = train(model, (rows(8), rows(8)), (test, test), settings)
+    assert found[-1].test_mse == pytest.approx(evaluate(model, test).mse, rel=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
