@@ -310,7 +310,8 @@ def test_tensorboard_shows_the_mean(device, monkeypatch):
 
     shown = {}
     model, images = laplace_vae().to(device), some_images(device, 8)
-    tensorboard.TensorBoard(Writer()).epoch(EpochMetrics(1, 1, 2.0, 1.0, 1.0, 2.0, 0.1, 1.0, 0, 1e-3), model, images)
+    board = tensorboard.TensorBoard(Writer(), model, images)
+    board.epoch(EpochMetrics(1, 1, 2.0, 1.0, 1.0, 2.0, 0.1, 1.0, 0, 1e-3))
     expected = plots.tile(torch.cat([images / 255, model.reconstruct(images, deterministic=True)]), 8)
     assert (shown["reconstructions"] == expected).all()
 
