@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from fastvae.data import find_dataset
+from fastvae.program import default_batch_size
 from fastvae.training import read_checkpoint
 
 Image = pytest.importorskip("PIL.Image")
@@ -23,6 +24,7 @@ SCRIPT = Path(__file__).parents[1] / "examples" / "train.py"
 def example():
     spec = importlib.util.spec_from_file_location("train_example", SCRIPT)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclass is looked up there
     spec.loader.exec_module(module)
     return module
 
@@ -190,8 +192,8 @@ def test_other_mistakes(tmp_path, run, capsys):
     )
 
 
-def test_default_batch_sizes(example):
-    sizes = [example.default_batch_size("folder", images) for images in (1, 99, 2500, 12_799, 12_800, 10**6)]
+def test_default_batch_sizes():
+    sizes = [default_batch_size("folder", images) for images in (1, 99, 2500, 12_799, 12_800, 10**6)]
     assert sizes == [1, 16, 25, 127, 128, 128]
-    assert example.default_batch_size("kmnist", 60_000) == 128
-    assert example.default_batch_size("digits", 1500) == 32
+    assert default_batch_size("kmnist", 60_000) == 128
+    assert default_batch_size("digits", 1500) == 32
