@@ -237,7 +237,7 @@ def run(
     channels, height, width = train_images.shape[1:]
     if checkpoint is not None and checkpoint.model.image_shape != (channels, height, width):
         raise UserError(
-            f"--resume: the images were {shape_in_words(checkpoint.model.image_shape)}, "
+            f"--resume: the images were {shape_in_words(checkpoint.model.image_shape)}, "  # type: ignore[arg-type]
             f"they are {shape_in_words((channels, height, width))}"
         )
     # Made on the CPU, so that a seed means the same initial weights on every device.
@@ -245,7 +245,7 @@ def run(
         likelihood = LIKELIHOODS[arguments.likelihood]
         model = ConvVAE((channels, height, width), arguments.latent_dim, likelihood=likelihood)
     else:
-        model = checkpoint.model
+        model = checkpoint.model  # type: ignore[assignment]
     model.to(device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
 
