@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from fastvae.models.conv_vae import ConvVAE
+from fastvae.models.tabular_vae import TabularVAE
 from fastvae.models.vae import VAE
 
 # Those that a file alone gives back, by the names in files.
-BUILT: dict[str, type[VAE]] = {"fastvae.models.ConvVAE": ConvVAE}
+BUILT: dict[str, type[VAE]] = {"fastvae.models.ConvVAE": ConvVAE, "fastvae.models.TabularVAE": TabularVAE}
 
 
 class Stored(NamedTuple):
