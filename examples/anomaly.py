@@ -3,6 +3,7 @@
     python examples/anomaly.py runs/mnist-...          which test images stand out
     python examples/anomaly.py RUN --against digits    how well the images of another dataset are told apart
     python examples/anomaly.py RUN --normal 0 1 2      how well other labels are, by a model trained on these alone
+    python examples/anomaly.py RUN                     the same, of a run that train.py --labels 0 1 2 made
 
 RUN is a folder that train.py wrote, or a checkpoint file. An image is flagged whose score is above the threshold: a
 percentile of the scores of the training images, with --normal of those of its labels. Normal test images may be flagged
@@ -13,7 +14,8 @@ Files in --out, each written atomically; those of an earlier call are removed fi
     anomaly.json            threshold, counts, and with --against or --normal the area under the curve
     scores.csv              a row for each test image, and each image of --against
     score_histogram.png     the scores and the threshold
-    most_anomalous.png      the images with the highest scores and their reconstructions, highest first
+    most_anomalous.png      the images with the highest scores and their reconstructions, highest first; not of tables
+                            and signals
     roc.png                 with --against or --normal: the rates at every threshold
 """
 
@@ -62,7 +64,9 @@ def main() -> int:
 def find_anomalies() -> None:
     arguments = parse_arguments()
     say: Callable[[str], None] = (lambda line: None) if arguments.quiet else print
-    run = open_run(arguments)
+    run = open_run(arguments, of_all_labels=arguments.against is None)
+    if arguments.normal is None and arguments.against is None:
+        arguments.normal = run.trained_labels
     training = normal_training_images(run, arguments)
     images, anomalous, columns = images_to_judge(run, arguments)
     folder = prepare_folder(arguments.out or run.checkpoint.parent / "anomaly", FILES)
@@ -96,13 +100,14 @@ def find_anomalies() -> None:
         rates = [counts[name]["above"] / counts[name]["images"] for name in ("normal", "anomalies")]
         plots.plot_roc(folder / "roc.png", curve, (rates[0], rates[1]))
     most = scores.argsort(descending=True, stable=True)[:MOST].to(images.device)
-    plots.plot_reconstructions(
-        folder / "most_anomalous.png",
-        images[most].float() / 255,
-        run.model.reconstruct(images[most], deterministic=True),
-        deterministic=True,
-        title="The most anomalous images",
-    )
+    if run.dataset.has_pictures:
+        plots.plot_reconstructions(
+            folder / "most_anomalous.png",
+            images[most].float() / 255,
+            run.model.reconstruct(images[most], deterministic=True),
+            deterministic=True,
+            title="The most anomalous images",
+        )
     marks = [None] * len(images) if anomalous is None else anomalous.int().tolist()
     write_csv(
         folder / "scores.csv",
@@ -134,10 +139,11 @@ def find_anomalies() -> None:
 
 def normal_training_images(run: Run, arguments: argparse.Namespace) -> Tensor:
     """Those that the model has seen, of the normal labels, on its device."""
+    seen = run.dataset if run.trained_labels is None else run.dataset.of_classes(run.trained_labels)
     count = min(run.trained_images or sys.maxsize, arguments.limit or sys.maxsize)
-    images = run.dataset.train_images[:count]
+    images = seen.train_images[:count]
     if arguments.normal is not None:
-        labels = run.dataset.train_labels
+        labels = seen.train_labels
         if labels is None or run.labels is None:
             raise UserError(f"--normal needs labels, and {run.dataset.name} has none")
         images = images[torch.isin(labels[:count], torch.tensor(arguments.normal))]
@@ -162,7 +168,8 @@ def images_to_judge(run: Run, arguments: argparse.Namespace) -> tuple[Tensor, Te
         return run.images, anomalous, columns
     if arguments.against is None:
         return run.images, None, columns
-    other = open_dataset("--against", arguments.against, arguments.against_dir, run.model)
+    settings = {} if run.dataset.standardisation is None else {"standardisation": run.dataset.standardisation._asdict()}
+    other = open_dataset("--against", arguments.against, arguments.against_dir, run.model, settings)
     others = other.test_images[: arguments.limit].to(run.images.device)
     labels = other.test_labels
     columns[0] += [other.name] * len(others)

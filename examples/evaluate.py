@@ -16,7 +16,7 @@ Files in --out, each written atomically; those of an earlier evaluation are remo
     images.csv                 a row for each image: label, mean squared error, bounds
     error_histogram.png        the mean squared error of each image, with z = mu
     kl_per_dimension.png       the divergence of each latent dimension, and which are active
-    worst_reconstructions.png  the images with the largest error, largest first
+    worst_reconstructions.png  the images with the largest error, largest first; not of tables and signals
 """
 
 from __future__ import annotations
@@ -117,13 +117,14 @@ def evaluate_run() -> None:
     write_csv(folder / "images.csv", ("image", "label", "mse", "elbo", "log_likelihood"), rows)
     plots.plot_errors(folder / "error_histogram.png", errors, deterministic=True)
     plots.plot_kl_per_dimension(folder / "kl_per_dimension.png", kl, active, threshold=ACTIVE)
-    plots.plot_reconstructions(
-        folder / "worst_reconstructions.png",
-        images[worst].float() / 255,
-        model.reconstruct(images[worst], deterministic=True),
-        deterministic=True,
-        title="The test images with the largest error",
-    )
+    if run.dataset.has_pictures:
+        plots.plot_reconstructions(
+            folder / "worst_reconstructions.png",
+            images[worst].float() / 255,
+            model.reconstruct(images[worst], deterministic=True),
+            deterministic=True,
+            title="The test images with the largest error",
+        )
     write_summary(
         folder / "evaluation.json",
         {
@@ -152,11 +153,13 @@ def evaluate_run() -> None:
             "versions": versions(),
         },
     )
-    say(f"written         {folder}: {', '.join(FILES)}")
+    say(f"written         {folder}: {', '.join(name for name in FILES if (folder / name).exists())}")
 
 
 def is_probability(likelihood: Likelihood, images: torch.Tensor) -> bool:
     """Whether p(x) of images, uint8, is a probability, which adds up to 1 over all images, and not a density."""
+    if images.dtype is not torch.uint8:
+        return False
     if isinstance(likelihood, Bernoulli):
         return bool(((images == 0) | (images == 255)).all())
     return isinstance(likelihood, DiscretizedLogistic) and likelihood.bins == 256

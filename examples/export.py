@@ -52,8 +52,9 @@ def run(arguments: argparse.Namespace) -> None:
     folder = arguments.out or (arguments.run if arguments.run.is_dir() else arguments.run.parent)
     # Not what was read: an export of model.safetensors beside it writes it again.
     prepare_folder(folder, [name for name in FILES if folder / name != arguments.run])
-    images, latents = f"images [B, {', '.join(map(str, model.image_shape))}]", f"[B, {model.latent_dim}]"
     encoder, decoder = Encoder(model), Decoder(model)
+    data, latents = (f"[B, {', '.join(map(str, half.examples[0].shape[1:]))}]" for half in (encoder, decoder))
+    images = f"{encoder.input_names[0]} {data}"
 
     missing: dict[str, list[str]] = {}  # what needs a package that is not installed: the files, by the error's words
 

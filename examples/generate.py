@@ -66,6 +66,8 @@ def generate() -> None:
     arguments = parser.parse_args()
     say: Callable[[str], None] = (lambda line: None) if arguments.quiet else print
     run = open_run(arguments)
+    if not run.dataset.has_pictures:
+        raise UserError(f"{run.dataset.name} has no pictures: fastvae.load gives the model, which samples and decodes")
     for flag, numbers in (("--between", arguments.between or []), ("--around", [arguments.around or 0])):
         if max(numbers, default=0) >= len(run.images):
             raise UserError(f"{flag} must be at most {len(run.images) - 1}, the last test image, got {max(numbers)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar, overload
 
 # In a checkout, which holds kernels/ beside fastvae/, so that it works where Python finds it by its path alone.
 if not Path(__file__).with_name("kernels").is_dir():
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from fastvae import models as models
     from fastvae import plots as plots
     from fastvae import training as training
-    from fastvae.models import ConvVAE
+    from fastvae.models import VAE
+
+Model = TypeVar("Model", bound="VAE")
 
 __version__ = "0.1.0"
 
@@ -40,23 +42,32 @@ if not TYPE_CHECKING:  # else a name that does not exist would have a type
         raise AttributeError(f"module 'fastvae' has no attribute {name!r}")
 
 
-def load(path: str | os.PathLike[str]) -> ConvVAE:
+@overload
+def load(path: str | os.PathLike[str]) -> VAE: ...
+@overload
+def load(path: str | os.PathLike[str], model: Model | type[Model]) -> Model: ...
+def load(path: str | os.PathLike[str], model: VAE | type[VAE] | None = None) -> VAE:
     """The model of a run: of its folder, or of its checkpoint.pt, see `fastvae.training.write_checkpoint`; or of a file
     whose name ends in .safetensors, see `fastvae.export.write_safetensors`.
 
+    A file builds fastvae's own models, such as `ConvVAE`. For one of your own give ``model``: any model of the same
+    layers, of which a copy gets the file's weights; or its class, if its models have an attribute ``settings``, a dict
+    of the arguments that the class is called with.
+
     Of a run that kept a moving average of the weights, the model has the average. It is on the CPU, in evaluation mode,
     and has the dtypes that it was written with. Raises ``OSError`` where there is no such file, and ``ValueError``
-    where it holds no such model or is damaged, or where its likelihood is your own and not imported yet.
+    where it holds no such model or is damaged, where ``model`` is needed or does not fit, or where the likelihood is
+    your own and not imported yet.
     """
     path = Path(path)
-    model: ConvVAE
+    found: VAE
     # Imported here, so that importing fastvae stays quick.
     if path.suffix == ".safetensors":
         from fastvae.export import read_safetensors
 
-        model = read_safetensors(path)
+        found = read_safetensors(path, model)
     else:
         from fastvae.training.checkpoint import read_checkpoint
 
-        model = read_checkpoint(path / "checkpoint.pt" if path.is_dir() else path).in_use
-    return model.eval()
+        found = read_checkpoint(path / "checkpoint.pt" if path.is_dir() else path, model).in_use
+    return found.eval()

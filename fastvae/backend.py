@@ -50,7 +50,8 @@ class use_backend:
 
     Works outside and inside a function compiled by torch.compile. Asking for "triton" where it cannot run makes the
     operations raise ``RuntimeError`` saying what is missing; but where torch must see the operations, in torch.func
-    transforms inside torch.compile and in torch.jit.trace, they are the specification on every choice. The choice is
+    transforms inside torch.compile, in torch.jit.trace and in torch.onnx.export, they are the specification on every
+    choice. The choice is
     process-wide, as is torch's own backend selection: where several threads are in such blocks, the one that was
     entered last holds for all, and none holds when all have left.
     """
@@ -122,6 +123,8 @@ def choose(tensor: torch.Tensor, inductor_fuses: bool) -> Backend:
         return Backend("reference", "torch.compile loses gradients of fused operations in torch.func transforms")
     if torch._C._get_tracing_state() is not None:
         return Backend("reference", "torch.jit.trace records plain PyTorch")
+    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        return Backend("reference", "ONNX has plain operations only")
     if requested == "auto" and tensor.device.type == "cpu":
         return Backend("reference", "CPU tensors run plain PyTorch")
     obstacle = _obstacle(tensor)

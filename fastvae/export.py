@@ -5,6 +5,9 @@
     write_onnx(path, Decoder(model))            z [B, K] -> images [B, C, H, W], the likelihood's means
     write_program(path, Decoder(model))         torch.export.load(path).module()(z), without fastvae
 
+Of a model of your own: fastvae.load(path, model), Encoder(model, some data), and of a conditional one
+Encoder(model, some data, their conditions), Decoder(model, conditions).
+
 Batches may have any size. Everything is float32. What is written is first run, and compared with the model.
 """
 
@@ -23,9 +26,10 @@ from torch import Tensor, nn
 
 from fastvae.backend import use_backend
 from fastvae.files import checksum, replacing
-from fastvae.likelihoods import NotImported
-from fastvae.models import VAE, ConvVAE
-from fastvae.models.stored import restored, stored
+from fastvae.likelihoods import NotImported, SigmoidMSE
+from fastvae.models import VAE
+from fastvae.models.stored import ModelNeeded, Stored, restored, stored
+from fastvae.models.vae import given
 
 # What an exported model may differ by, relative to 1 + |value|: a fortieth of a grey level of 256. Float32 leaves 1e-6,
 # and a layer that is read wrongly 1e-2 or more.
@@ -36,43 +40,59 @@ _UNSEALED = "0" * 64
 
 
 class Encoder(nn.Module):
-    """(mu, logvar), [B, K] each, of images [B, C, H, W] in [0, 1]: a float32 copy of the model's encoder on the CPU."""
+    """(mu, logvar), [B, K] each, of data [B, ...]: a float32 copy of the model's encoder on the CPU.
 
-    input_name = "images"
+    Args:
+        data: some samples [N, ...], which show the shape, and on which the exported encoder is compared with this one;
+            None: numbers drawn from [0, 1], of a model with a ``data_shape``, the shape of one sample.
+        condition: of a conditional model, that of each sample.
+
+    Raises ``ValueError`` where data are needed, or the condition has not as many rows.
+    """
+
     output_names = ("mu", "logvar")
 
-    def __init__(self, model: ConvVAE) -> None:
+    def __init__(self, model: VAE, data: Tensor | None = None, condition: Tensor | None = None) -> None:
         super().__init__()
         self.model = _copied(model)
+        if data is None:
+            shape = getattr(model, "data_shape", None)
+            if shape is None:
+                name = type(model).__name__
+                raise ValueError(f"data must be given, some samples [N, ...], because {name} has no data_shape")
+            data = torch.rand(3, *shape, generator=torch.Generator().manual_seed(0))
+        if data.dtype is torch.uint8:
+            data = data.float() / (255 if model.likelihood.target == "unit" else 1)
+        self.examples = _examples(data, condition)
+        self.input_names = ("images" if data.ndim == 4 else "data", "condition")[: len(self.examples)]
         self.model.decoder = nn.Identity()  # not to be written
-        self.image_shape = model.image_shape
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return self.model.encode(images).chunk(2, 1)
-
-    def example(self, batch: int) -> Tensor:
-        return torch.rand(batch, *self.image_shape, generator=torch.Generator().manual_seed(batch))
+    def forward(self, data: Tensor, condition: Tensor | None = None) -> tuple[Tensor, ...]:
+        return self.model.posterior(data, **given(condition))
 
 
 class Decoder(nn.Module):
-    """Images [B, C, H, W] of z, the likelihood's means: a float32 copy of the model's decoder on the CPU."""
+    """Data [B, ...] of z, the likelihood's means: a float32 copy of the model's decoder on the CPU.
 
-    input_name = "z"
-    output_names = ("images",)
+    condition: of a conditional model, some conditions [N, ...], which show its shape.
+    """
 
-    def __init__(self, model: VAE) -> None:
+    def __init__(self, model: VAE, condition: Tensor | None = None) -> None:
         super().__init__()
         self.model = _copied(model)
         self.model.encoder = nn.Identity()  # not to be written
+        count = 3 if condition is None else len(condition)
+        z = torch.randn(count, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+        self.examples = _examples(z, condition)
+        self.input_names = ("z", "condition")[: len(self.examples)]
+        with torch.no_grad(), use_backend("reference"):
+            self.output_names = ("images" if self(*_rows(self, 1)).ndim == 4 else "data",)
 
-    def forward(self, z: Tensor) -> Tensor:
-        return self.model.decode_mean(z)
-
-    def example(self, batch: int) -> Tensor:
-        return torch.randn(batch, *self.model.latent_shape, generator=torch.Generator().manual_seed(batch))
+    def forward(self, z: Tensor, condition: Tensor | None = None) -> Tensor:
+        return self.model.decode_mean(z, **given(condition))
 
 
-def write_onnx(path: Path, half: Encoder | Decoder) -> float | None:
+def write_onnx(path: str | os.PathLike[str], half: Encoder | Decoder) -> float | None:
     """Write ONNX (operator set 20), with named inputs and outputs whose first dimension is "batch".
 
     Returns what `half` and onnxruntime differ by at most, |difference| / (1 + |value|), and None where onnxruntime is
@@ -89,9 +109,10 @@ def write_onnx(path: Path, half: Encoder | Decoder) -> float | None:
         _traced(half),
         dynamo=True,
         opset_version=20,
-        input_names=[half.input_name],
+        input_names=half.input_names,
         output_names=half.output_names,
-        dynamic_shapes={half.input_name: {0: "batch"}},
+        # All inputs have the batch of the first.
+        dynamic_shapes=({0: "batch"}, None)[: len(half.input_names)],
         verbose=False,
     )
     assert exported is not None
@@ -101,13 +122,19 @@ def write_onnx(path: Path, half: Encoder | Decoder) -> float | None:
         import onnxruntime
 
         session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-        difference = _difference(path, half, lambda x: session.run(half.output_names, {half.input_name: x.numpy()}))
-    with replacing(path) as file:
+        difference = _difference(
+            path,
+            half,
+            lambda *inputs: session.run(
+                half.output_names, {name: x.numpy() for name, x in zip(half.input_names, inputs, strict=True)}
+            ),
+        )
+    with replacing(Path(path)) as file:
         file.write(content)
     return difference
 
 
-def write_program(path: Path, half: Encoder | Decoder) -> float:
+def write_program(path: str | os.PathLike[str], half: Encoder | Decoder) -> float:
     """Write a program for ``torch.export.load(path).module()``, which takes and gives what `half` does.
 
     Returns what the two differ by at most, as `write_onnx`. Raises ``RuntimeError`` where that is too much, before
@@ -117,40 +144,48 @@ def write_program(path: Path, half: Encoder | Decoder) -> float:
     torch.export.save(_traced(half), buffer)
     buffer.seek(0)
     program = torch.export.load(buffer).module()
-    difference = _difference(path, half, lambda x: _as_tuple(program(x)))
-    with replacing(path) as file:
+    difference = _difference(path, half, lambda *inputs: _as_tuple(program(*inputs)))
+    with replacing(Path(path)) as file:
         file.write(buffer.getvalue())
     return difference
 
 
-def write_safetensors(path: Path, model: ConvVAE) -> None:
-    """The model's weights, bit for bit and under their names in its state_dict, with its settings as metadata, and a
-    checksum: "sha256", of the file with 64 zeros in its place.
+def write_safetensors(path: str | os.PathLike[str], model: VAE) -> None:
+    """The model's weights, bit for bit and under their names in its state_dict, with its class, its settings (see
+    `fastvae.training.write_checkpoint`) and its likelihood as metadata, and a checksum: "sha256", of the file with 64
+    zeros in its place.
 
-    Raises ``ImportError`` where safetensors is not installed, ``OSError``, and ``ValueError`` or ``TypeError`` for a
-    model that its settings do not build, because a layer was replaced.
+    Raises ``ImportError`` where safetensors is not installed, ``OSError``, ``ValueError`` for a ConvVAE that its
+    settings do not build, because a layer was replaced, and ``TypeError`` for what is no VAE, or settings that no file
+    can hold.
     """
     try:
         from safetensors.torch import save
     except ImportError as error:
         raise ImportError('model.safetensors needs safetensors: pip install "fastvae[export]"') from error
-    settings, tensors = stored(model)
-    # "format" is what other readers of safetensors ask for.
-    metadata = {"format": "pt", "model": "fastvae.models.ConvVAE", "settings": json.dumps(settings)}
-    content = save(tensors, {**metadata, "sha256": _UNSEALED})
+    held = stored(model)
+    metadata = {
+        "format": "pt",  # what other readers of safetensors ask for
+        "model": held.model,
+        "settings": json.dumps(held.settings),
+        "likelihood": held.likelihood,
+        "sha256": _UNSEALED,
+    }
+    # Copies, because safetensors refuses parameters that are shared.
+    content = save({name: value.clone() for name, value in held.tensors.items()}, metadata)
     # The header comes first, so this is the place.
     content = content.replace(_UNSEALED.encode(), checksum(content).encode(), 1)
-    with replacing(path) as file:
+    with replacing(Path(path)) as file:
         file.write(content)
 
 
-def read_safetensors(path: str | os.PathLike[str]) -> ConvVAE:
-    """The model that `write_safetensors` wrote, on the CPU.
+def read_safetensors(path: str | os.PathLike[str], model: VAE | type[VAE] | None = None) -> VAE:
+    """The model that `write_safetensors` wrote, on the CPU; ``model`` as in `fastvae.load`.
 
     Raises ``ImportError`` where safetensors is not installed, ``OSError`` where there is no such file, and
     ``ValueError`` where it does not hold such a model, or is damaged: its checksum is another one (files that were
-    written before there was one have none); or where the module of its likelihood, which the error names, is to be
-    imported first.
+    written before there was one have none); where ``model`` is needed or does not fit; or where the module of its
+    likelihood, which the error names, is to be imported first.
     """
     try:
         from safetensors import safe_open
@@ -160,14 +195,21 @@ def read_safetensors(path: str | os.PathLike[str]) -> ConvVAE:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if "settings" not in metadata:
-                raise ValueError("it holds no settings of a ConvVAE")
+                raise ValueError("it holds no settings of a model")
             if "sha256" in metadata and not _whole(Path(path), metadata["sha256"]):
                 raise ValueError("it is damaged: its checksum is not that of its content")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return restored(json.loads(metadata["settings"]), tensors)
+            settings = json.loads(metadata["settings"])
+            held = Stored(
+                # What files of before do not hold.
+                metadata.get("model", "fastvae.models.ConvVAE"),
+                settings,
+                metadata.get("likelihood", (settings or {}).get("likelihood", SigmoidMSE().key)),
+                {name: file.get_tensor(name) for name in file.keys()},  # noqa: SIM118
+            )
+            return restored(held, model)
     except OSError:
         raise
-    except NotImported as error:
+    except (NotImported, ModelNeeded) as error:
         raise ValueError(f"{path}: {error}") from error
     except Exception as error:  # a damaged file raises errors of many kinds
         raise ValueError(f"{path} is not a model of fastvae: {' '.join(str(error).split())}") from error
@@ -182,24 +224,36 @@ def _copied(model: VAE) -> VAE:
     return own.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload, no-any-return]
 
 
+def _examples(data: Tensor, condition: Tensor | None) -> tuple[Tensor, ...]:
+    """What a half is traced and compared with: on the CPU, floats in float32."""
+    if condition is not None and len(condition) != len(data):
+        raise ValueError(f"condition must have a row for each of the {len(data)} samples, got {list(condition.shape)}")
+    given = (data,) if condition is None else (data, condition)
+    return tuple((it.float() if it.is_floating_point() else it).detach().cpu() for it in given)
+
+
+def _rows(half: Encoder | Decoder, count: int) -> tuple[Tensor, ...]:
+    """The first examples, from the start again where there are fewer."""
+    return tuple(it[torch.arange(count) % len(it)] for it in half.examples)
+
+
 def _traced(half: Encoder | Decoder) -> torch.export.ExportedProgram:
     # Two samples, because a size of 1 is taken for a constant. The reference, because fused operations exist nowhere
     # else.
+    batch = torch.export.Dim("batch")
     with use_backend("reference"):
-        program = torch.export.export(
-            half, (half.example(2),), dynamic_shapes={half.input_name: {0: torch.export.Dim("batch")}}
-        )
+        program = torch.export.export(half, _rows(half, 2), dynamic_shapes=tuple({0: batch} for _ in half.examples))
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # the paths of this machine's files
     return program
 
 
-def _difference(path: Path, half: Encoder | Decoder, run: Callable[[Tensor], Sequence[object]]) -> float:
+def _difference(path: str | os.PathLike[str], half: Encoder | Decoder, run: Callable[..., Sequence[object]]) -> float:
     """Of `run` from `half`, over batches of 1 and 3; raises ``RuntimeError`` beyond TOLERANCE."""
     differences = []
     for batch in (1, 3):
-        x = half.example(batch)
-        for actual, expected in zip(run(x), _as_tuple(half(x)), strict=True):
+        inputs = _rows(half, batch)
+        for actual, expected in zip(run(*inputs), _as_tuple(half(*inputs)), strict=True):
             difference = (torch.as_tensor(actual) - expected).abs() / (1 + expected.abs())
             differences.append(float(difference.max()))
     if not all(difference <= TOLERANCE for difference in differences):  # so that a NaN is refused too

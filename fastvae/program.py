@@ -6,17 +6,18 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastvae import plots
-from fastvae.data import OWN_DATASETS, DownloadError, ImageDataset, load_dataset
+from fastvae.data import OWN_DATASETS, DownloadError, ImageDataset, Standardisation, load_dataset
 from fastvae.kinds import POSITIVE_INTEGER, SEED
-from fastvae.models import ConvVAE
+from fastvae.models import VAE
 from fastvae.training import Training, read_checkpoint
 from fastvae.training.settings import settings_of
 
@@ -130,21 +131,25 @@ class Run(NamedTuple):
 
     checkpoint: its file. epoch: how many epochs it was trained. model: on the device, in evaluation mode. dataset: on
     the CPU. trained_images: how many of the dataset's training images the model has seen, the first ones; None where
-    the checkpoint does not say, or names another dataset. images, uint8, and labels (None where the dataset has none):
-    the test images, on the device.
+    the checkpoint does not say, or names another dataset. trained_labels: the only labels that it has seen, if they
+    were chosen (``--labels``). images, uint8, and labels (None where the dataset has none): the test images, on the
+    device.
     """
 
     checkpoint: Path
     epoch: int
-    model: ConvVAE
+    model: VAE
     dataset: ImageDataset
     trained_images: int | None
     images: Tensor
     labels: Tensor | None
+    trained_labels: list[int] | None = None
 
 
-def open_run(arguments: argparse.Namespace) -> Run:
-    """The run that the flags of `add_run_flags` name. Raises `UserError`, ``ImportError``, ``OSError``."""
+def open_run(arguments: argparse.Namespace, *, of_all_labels: bool = False) -> Run:
+    """The run that the flags of `add_run_flags` name; of a run with ``--labels`` its dataset has these labels alone,
+    unless ``of_all_labels``. Raises `UserError`, ``ImportError``, ``OSError``.
+    """
     plots.require_matplotlib()
     device = choose_device(arguments.device)
     path = arguments.run / "checkpoint.pt" if arguments.run.is_dir() else arguments.run
@@ -160,7 +165,14 @@ def open_run(arguments: argparse.Namespace) -> Run:
         raise UserError(f"--dataset must be given: {path} does not say what it was trained on")
     same = name == settings.get("dataset")
     data_dir = arguments.data_dir or (settings.get("data_dir") if same else None)
-    dataset = open_dataset("--dataset", name, data_dir, model, settings if same else None)
+    trained_labels = settings.get("labels") if same else None
+    dataset = open_dataset("--dataset", name, data_dir, model, settings, trained=same)
+    if trained_labels:
+        try:
+            chosen = dataset.of_classes(trained_labels)
+        except ValueError as error:
+            raise UserError(f"--dataset {name}: {error}") from error
+        dataset = dataset if of_all_labels else chosen
     labels = dataset.test_labels
     return Run(
         path,
@@ -170,6 +182,7 @@ def open_run(arguments: argparse.Namespace) -> Run:
         settings.get("images") if same else None,
         dataset.test_images[: arguments.limit].to(device),
         None if labels is None else labels[: arguments.limit],
+        trained_labels,
     )
 
 
@@ -179,26 +192,34 @@ def images_in_words(run: Run) -> str:
 
 
 def open_dataset(
-    flag: str, name: str, data_dir: Path | None, model: ConvVAE, settings: dict[str, Any] | None = None
+    flag: str,
+    name: str,
+    data_dir: Path | None,
+    model: VAE,
+    settings: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    trained: bool = False,
 ) -> ImageDataset:
     """The dataset that a flag names, with test images that the model, and figures, can take. Raises `UserError`.
 
-    settings: of the run that was trained on it.
+    settings: of the model's run; trained: whether it was trained on this dataset.
     """
+    shape = tuple(getattr(model, "data_shape", ()))
+    options: dict[str, Any] = {}
+    if name == "folder" and trained:  # as training asked for them, so that what it decoded is found
+        options["image_size"] = settings.get("image_size")
+    elif name == "folder" and len(shape) == 3:  # pictures of any size are brought to the model's
+        options.update(image_size=shape[1:], channels=shape[0])
+    elif name in ("table", "signal") and settings.get("standardisation") is not None:
+        options["standardisation"] = Standardisation(**settings["standardisation"])
     try:
-        if name == "folder" and settings is not None:  # as training asked for them, so that what it decoded is found
-            dataset = load_dataset(name, data_dir, image_size=settings.get("image_size"))
-        elif name == "folder":  # pictures of any size are brought to the model's
-            channels, height, width = model.image_shape
-            dataset = load_dataset(name, data_dir, image_size=(height, width), channels=channels)
-        else:
-            dataset = load_dataset(name, data_dir)
+        dataset = load_dataset(name, data_dir, **options)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{flag} {name}: {error}") from error
-    shape = tuple(dataset.test_images.shape[1:])
-    if shape != tuple(model.image_shape):
-        raise UserError(f"{flag} {name}: its images have shape {list(shape)}, the model's {list(model.image_shape)}")
-    if shape[0] not in (1, 3):
+    found = tuple(dataset.test_images.shape[1:])
+    if found != shape:
+        raise UserError(f"{flag} {name}: its images have shape {list(found)}, the model's {list(shape)}")
+    if dataset.has_pictures and shape[0] not in (1, 3):
         raise UserError(f"{flag} {name}: figures are of images with 1 or 3 channels, got {shape[0]}")
     if len(dataset.test_images) == 0:
         raise UserError(f"{flag} {name}: it has no test images")

@@ -45,7 +45,7 @@ class TensorBoard(Listener):
         device = device_of(model)
         images = self.images[:_ENCODED].to(device)
         with evaluation_mode(model):
-            mu, logvar = model.encode(images).chunk(2, 1)
+            mu, logvar = model.posterior(images)
             reconstructions = model.decode_mean(mu[:_RECONSTRUCTED])
             samples = model.sample(_SAMPLED, torch.Generator(device).manual_seed(0))
         kl = F.gaussian_kl(mu, logvar, reduction="per_dimension")

@@ -388,7 +388,7 @@ def damaged(model: ConvVAE, path: Path, how: str) -> None:
         ("other settings", "latent_dim must be a positive integer, got 0"),
         ("unknown settings", "layers"),
         ("no JSON", ""),
-        ("no metadata", "it holds no settings of a ConvVAE"),
+        ("no metadata", "it holds no settings of a model"),
         ("cut in the weights", ""),
         ("cut in the header", ""),
         ("empty", ""),

@@ -11,13 +11,17 @@ import pytest
 import scipy.io
 import torch
 
+import fastvae
 from fastvae.models import conv_vae_from_matlab
+from fastvae.training import write_checkpoint
 
 
 class Network(NamedTuple):
     image_shape: tuple[int, int, int]
     channels: tuple[int, ...]
     latent_dim: int
+    projection: int | None = None  # its channels, if not the encoder's last
+    older: bool = False  # the decoder begins with a transposed convolution and ReLU
 
 
 # No two sizes are equal in the first, so that no two axes can be exchanged; in the second MATLAB drops dimensions.
@@ -25,6 +29,9 @@ NETWORKS = {
     "example's form": Network((2, 12, 8), (3, 5), 4),
     "sizes of 1": Network((1, 4, 2), (1,), 1),
     "one convolution of many": Network((1, 2, 6), (7,), 2),
+    "another projection": Network((1, 4, 8), (2, 3), 2, projection=5),
+    "older release": Network((1, 12, 8), (3, 4), 3, older=True),
+    "older release, another projection": Network((2, 4, 2), (3,), 1, projection=4, older=True),
 }
 
 
@@ -39,7 +46,12 @@ def learnables(network: Network, precision=np.float32) -> dict[str, np.ndarray]:
         shapes[f"conv{level}"] = (3, 3, depth, filters), (1, 1, filters)
         depth = filters
     shapes["moments"] = (2 * network.latent_dim, inputs), (2 * network.latent_dim, 1)
-    shapes["project"] = (inputs, network.latent_dim), (inputs, 1)
+    depth = network.projection or depth
+    size = height // 2**levels, width // 2**levels
+    outputs = size[0] * size[1] * depth
+    shapes["project"] = (outputs, network.latent_dim), (outputs, 1)
+    if network.older:
+        shapes["project"] = (*size, depth, network.latent_dim), (1, 1, depth)
     for level, filters in enumerate(reversed(network.channels), 1):
         shapes[f"transposed_conv{level}"] = (3, 3, filters, depth), (1, 1, filters)
         depth = filters
@@ -105,8 +117,13 @@ def encoder(arrays: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
 
 def decoder(arrays: dict[str, np.ndarray], z: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """The image [H, W, C] before the sigmoid; `size` is that of the projection."""
-    column = arrays["project_Weights"].astype(np.float64) @ z + arrays["project_Bias"].ravel()
-    x = column.reshape(*size, -1, order="F")  # MATLAB's reshape(X, h, w, [])
+    weights, bias = arrays["project_Weights"].astype(np.float64), arrays["project_Bias"].ravel()
+    if weights.ndim > 2:  # transposedConv2dLayer(size, F, Stride=size, Cropping="same") of [1, 1, K], and reluLayer
+        x = np.zeros((*size, bias.size))
+        for i, j, f in np.ndindex(x.shape):
+            x[i, j, f] = max(0, bias[f] + sum(at(weights, i, j, f, k) * z[k] for k in range(len(z))))
+    else:
+        x = (weights @ z + bias).reshape(*size, -1, order="F")  # MATLAB's reshape(X, h, w, [])
     level = 1
     while f"transposed_conv{level}_Weights" in arrays:
         weights, bias = arrays[f"transposed_conv{level}_Weights"], arrays[f"transposed_conv{level}_Bias"]
@@ -138,6 +155,16 @@ def test_the_network_computes_what_matlab_would(network, tmp_path) -> None:
     expected = decoder(arrays, z, (height // factor, width // factor)).transpose(2, 0, 1)
     actual = model.decode(torch.from_numpy(z)[None])[0]
     torch.testing.assert_close(actual, torch.from_numpy(expected), rtol=1e-12, atol=1e-12)
+
+
+def test_a_file_gives_the_older_network_back(tmp_path) -> None:
+    network = NETWORKS["older release, another projection"]
+    model = conv_vae_from_matlab(learnables(network), network.image_shape)
+    assert (model.projection_channels, model.projection_relu) == (4, True)
+    write_checkpoint(tmp_path / "checkpoint.pt", model, 1)
+    loaded = fastvae.load(tmp_path / "checkpoint.pt")
+    z = torch.randn(3, 1)
+    assert torch.equal(loaded.decode(z), model.decode(z))
 
 
 def test_the_examples_own_sizes() -> None:
@@ -190,6 +217,24 @@ def test_wrong_arrays_are_named(change, message) -> None:
     arrays = {**learnables(network), **change}
     with pytest.raises(ValueError, match=re.escape(message)):
         conv_vae_from_matlab({k: v for k, v in arrays.items() if v is not None}, network.image_shape)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"project_Weights": np.zeros((3, 2, 4, 2))},
+            "project_Weights must have shape [3, 2, 4, 3], as of a transposed convolution of [1, 1, 3] to the size "
+            "[3, 2], got [3, 2, 4, 2]",
+        ),
+        ({"project_Bias": np.zeros((24, 1))}, "project_Bias must have shape [1, 1, 4], got [24, 1]"),
+        ({"transposed_conv1_Weights": np.zeros((3, 3, 4, 3))}, "transposed_conv1_Weights must have shape [3, 3, 4, 4]"),
+    ],
+)
+def test_wrong_arrays_of_the_older_release_are_named(change, message) -> None:
+    network = NETWORKS["older release"]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        conv_vae_from_matlab({**learnables(network), **change}, network.image_shape)
 
 
 @pytest.mark.parametrize("image_shape", [(2, 11, 8), (2, 12, 6)], ids=str)

@@ -20,7 +20,7 @@ import fastvae.program
 from fastvae import evaluation
 from fastvae.data import ImageDataset, load_dataset
 from fastvae.likelihoods import Bernoulli, DiscretizedLogistic, Gaussian, SigmoidMSE
-from fastvae.models import ConvVAE
+from fastvae.models import ConvVAE, TabularVAE
 from fastvae.training import write_checkpoint
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -59,7 +59,7 @@ def datasets(monkeypatch):
 
     def load(name, data_dir, **options):
         asked.append((name, data_dir))
-        if name == "folder":
+        if name in ("folder", "table"):
             return load_dataset(name, data_dir, **options)
         if name == "absent":
             raise ValueError(f'name must be "mnist" or "digits", got {name!r}')
@@ -329,6 +329,74 @@ def test_anomalies_of_other_labels(saved, run):
     threshold = np.percentile(-evaluation.elbo(model, training, seed=2).numpy(), 99)
     assert result["threshold"] == pytest.approx(threshold, rel=1e-6)
     assert (result["normal"]["images"], result["anomalies"]["images"]) == (10, 15)
+
+
+def test_anomalies_of_a_run_with_chosen_labels(saved, run):
+    """As by --normal, of the first images that were trained on."""
+    model = fastvae.load(saved)
+    settings = {"images": 9, "dataset": "plain", "data_dir": "there", "labels": [1, 4]}
+    write_checkpoint(saved / "checkpoint.pt", model, 7, run=settings)
+    assert run("anomaly", saved, "--quiet") == 0
+    result = json.loads((saved / "anomaly" / "anomaly.json").read_text())
+    dataset, normal = data("plain"), torch.arange(25) % 5 % 3 == 1
+    assert result["normal_labels"] == [1, 4]
+    assert result["training_images"] == 9
+    training = dataset.of_classes([1, 4]).train_images[:9]
+    threshold = np.percentile(scores_of(model, training), 99)
+    assert result["threshold"] == pytest.approx(threshold, rel=1e-5)
+    assert (result["normal"]["images"], result["anomalies"]["images"]) == (normal.sum(), (~normal).sum())
+    # Of another dataset's images the normal ones are those of the labels that were trained on.
+    assert run("anomaly", saved, "--against", "dark", "--quiet") == 0
+    result = json.loads((saved / "anomaly" / "anomaly.json").read_text())
+    assert (result["normal"]["images"], result["anomalies"]["images"]) == (10, 25)
+    assert run("evaluate", saved, "--samples", 2, "--quiet") == 0
+    evaluated = json.loads((saved / "evaluation" / "evaluation.json").read_text())
+    assert evaluated["dataset"]["images"] == 10
+    write_checkpoint(saved / "checkpoint.pt", model, 7, run={**settings, "labels": [8]})
+    assert run("evaluate", saved) == 2
+
+
+@pytest.fixture
+def of_table(tmp_path) -> Path:
+    """The run of a table."""
+    generator = np.random.default_rng(0)
+    values = generator.normal([1.0, -20.0, 300.0], [1.0, 5.0, 10.0], (60, 3))
+    rows = [["a", "b", "c", "label"], *([*map(repr, map(float, row)), str(i % 3)] for i, row in enumerate(values))]
+    (tmp_path / "t.csv").write_text("\n".join(map(",".join, rows)))
+    dataset = load_dataset("table", tmp_path)
+    model = TabularVAE(3, 2, (5,), Gaussian(min_logvar=-7.0))
+    run = {
+        "images": 54,
+        "dataset": "table",
+        "data_dir": str(tmp_path),
+        "standardisation": dataset.standardisation._asdict(),
+    }
+    write_checkpoint(tmp_path / "checkpoint.pt", model, 2, run=run)
+    return tmp_path
+
+
+@torch.no_grad()
+def test_programs_on_a_table(of_table, run, capsys):
+    """Standardised as in training, also another table; no pictures."""
+    model, dataset = fastvae.load(of_table), load_dataset("table", of_table)
+    assert run("evaluate", of_table, "--samples", 2) == 0
+    check_files(of_table / "evaluation", FILES["evaluate"] - {"worst_reconstructions.png"})
+    assert "worst" not in capsys.readouterr().out
+    result = json.loads((of_table / "evaluation" / "evaluation.json").read_text())
+    expected = evaluation.evaluate(model, dataset.test_images)
+    assert result["loss"] == pytest.approx(expected.loss, rel=1e-5)
+    assert result["elbo"]["bits_per_dimension"] is None
+    other = of_table / "other.npy"
+    np.save(other, np.random.default_rng(1).normal(0, 1, (40, 3)))
+    assert run("anomaly", of_table, "--against", "table", "--against-dir", other, "--quiet") == 0
+    check_files(of_table / "anomaly", FILES["anomaly"] - {"most_anomalous.png"} | {"roc.png"})
+    rows = read(of_table / "anomaly" / "scores.csv")
+    others = load_dataset("table", other, standardisation=dataset.standardisation).test_images
+    scores = scores_of(model, torch.cat([dataset.test_images, others]))
+    assert [float(row["score"]) for row in rows] == pytest.approx(scores.tolist(), rel=1e-5)
+    assert run("anomaly", of_table, "--normal", 0, "--quiet") == 0
+    assert run("generate", of_table) == 2
+    assert "table has no pictures" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------------------- all three

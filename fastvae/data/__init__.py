@@ -1,4 +1,6 @@
-"""Image datasets as uint8 tensors: published ones, a small bundled default that needs no network, and one's own."""
+"""Datasets: images as uint8 tensors, published ones, a small bundled default that needs no network, and one's own; and
+tables and signals of one's own, standardised.
+"""
 
 from .dataset import ImageDataset, SkippedFile
 from .digits import load_digits
@@ -16,7 +18,9 @@ from .mnist import (
     load_mnist,
 )
 from .named import DATASETS, OWN_DATASETS, find_dataset, load_dataset
+from .numbers import load_signals, load_table
 from .numpy_files import load_npy, load_npz
+from .standardisation import Standardisation
 
 __all__ = [
     "DATASETS",
@@ -27,6 +31,7 @@ __all__ = [
     "DownloadError",
     "ImageDataset",
     "SkippedFile",
+    "Standardisation",
     "default_data_dir",
     "find_dataset",
     "load_dataset",
@@ -38,5 +43,7 @@ __all__ = [
     "load_mnist",
     "load_npy",
     "load_npz",
+    "load_signals",
+    "load_table",
     "read_idx",
 ]

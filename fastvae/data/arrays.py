@@ -35,21 +35,26 @@ def dataset_of(name: str, train: Part, test: Part | None) -> ImageDataset:
     Raises ``ValueError``, naming the source, for what is none of this, for images above 8192 x 8192 pixels, for fewer
     than two images without a test set, and for a test set whose images have another shape.
     """
-    train_images, train_labels = _images(train), _labels(train)
+    train_images, train_labels = _images(train), labels_of(train)
     if test is not None:
-        test_images, test_labels = _images(test), _labels(test)
+        test_images, test_labels = _images(test), labels_of(test)
         if train_images.shape[1:] != test_images.shape[1:]:
             raise ValueError(
                 f"{test.images_source} has images of shape {list(test_images.shape[1:])}, expected "
                 f"{list(train_images.shape[1:])}, the shape of those in {train.images_source}"
             )
         return ImageDataset(name, train_images, train_labels, test_images, test_labels)
-    count = len(train_images)
-    if count < 2:
-        raise ValueError(f"{train.images_source} has {count} image, expected two or more: one is kept for the test set")
-    first = count - max(1, count // 10)
+    first = first_of_test(train)
     labels = (None, None) if train_labels is None else (train_labels[:first], train_labels[first:])
     return ImageDataset(name, train_images[:first], labels[0], train_images[first:], labels[1])
+
+
+def first_of_test(train: Part) -> int:
+    """Where the last tenth begins, which is the test set where there is none. Raises ``ValueError``."""
+    count = len(train.images)
+    if count < 2:
+        raise ValueError(f"{train.images_source} has {count} image, expected two or more: one is kept for the test set")
+    return count - max(1, count // 10)
 
 
 def _images(part: Part) -> Tensor:
@@ -89,7 +94,8 @@ def _bytes(array: NDArray[Any], source: str) -> NDArray[np.uint8]:
     return result
 
 
-def _labels(part: Part) -> Tensor | None:
+def labels_of(part: Part) -> Tensor | None:
+    """int64 [N], or None where there are none. Raises ``ValueError``."""
     array, source = part.labels, part.labels_source
     if array is None:
         return None

@@ -1,13 +1,16 @@
-"""What every loader of images returns."""
+"""What every loader returns."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from .standardisation import Standardisation
 
 MOST_PIXELS = 1 << 26  # of an image, 8192 x 8192: a larger one is a mistake, and what is made of it fills the memory
 
@@ -24,6 +27,10 @@ class ImageDataset(NamedTuple):
 
     Images may lie in a file that is mapped into memory: what is not used takes none, and they must not be written to.
     class_names: of the labels 0, 1, ..., where classes have names. skipped: the files that were left out.
+
+    Of a table or of signals, train_images and test_images are float32, [N, F] or [N, C, 1, L], and standardised.
+    standardisation: with the means and scales of the training set. columns: the names of the columns, where they have
+    names.
     """
 
     name: str
@@ -33,6 +40,30 @@ class ImageDataset(NamedTuple):
     test_labels: Tensor | None
     class_names: tuple[str, ...] = ()
     skipped: tuple[SkippedFile, ...] = ()
+    standardisation: Standardisation | None = None
+    columns: tuple[str, ...] = ()
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether its samples can be shown."""
+        return self.standardisation is None
+
+    def of_classes(self, labels: Sequence[int]) -> ImageDataset:
+        """The samples with one of these labels, in both sets.
+
+        Raises ``ValueError`` where there are no labels, or a set has no sample with one of them.
+        """
+        parts: dict[str, Any] = {}
+        for name in ("train", "test"):
+            images, numbers = getattr(self, f"{name}_images"), getattr(self, f"{name}_labels")
+            if numbers is None:
+                raise ValueError(f"labels were chosen, and {self.name} has none")
+            chosen = torch.isin(numbers, torch.tensor(labels))
+            if not chosen.any():
+                found = ", ".join(map(str, numbers.unique().tolist()[:20]))
+                raise ValueError(f"labels must be some of the {name} set's, {found}, got {', '.join(map(str, labels))}")
+            parts[f"{name}_images"], parts[f"{name}_labels"] = images[chosen], numbers[chosen]
+        return self._replace(**parts)
 
 
 def tensor_of(array: NDArray[Any]) -> Tensor:

@@ -37,11 +37,7 @@ def load_npy(path: str | os.PathLike[str]) -> ImageDataset:
 
     Raises ``ValueError``, naming the file, for what is none of this, objects (pickles) among it, and ``OSError``.
     """
-    path = Path(path).expanduser()
-    if not path.is_dir():
-        return dataset_of("npy", Part(_read_npy(path), str(path)), None)
-    files = {file.stem: file for file in path.glob("*.npy")}
-    return _named("npy", path, files, lambda name: _read_npy(files[name]), lambda name: str(files[name]))
+    return dataset_of("npy", *npy_parts(Path(path).expanduser()))
 
 
 def load_npz(path: str | os.PathLike[str]) -> ImageDataset:
@@ -50,7 +46,25 @@ def load_npz(path: str | os.PathLike[str]) -> ImageDataset:
     The names of its arrays are those of `load_npy`'s files without ".npy", and so are the arrays. They are read into
     memory. Raises as `load_npy` does.
     """
-    path = Path(path).expanduser()
+    return dataset_of("npz", *npz_parts(Path(path).expanduser()))
+
+
+def numpy_parts(path: Path) -> tuple[Part, Part | None]:
+    """The arrays of the training set and of the test set, if there is one, in .npy or .npz files."""
+    npz = path.suffix == ".npz" if path.is_file() else not any(path.glob("*.npy"))
+    return npz_parts(path) if npz else npy_parts(path)
+
+
+def npy_parts(path: Path) -> tuple[Part, Part | None]:
+    """`numpy_parts` of .npy files."""
+    if not path.is_dir():
+        return Part(_read_npy(path), str(path)), None
+    files = {file.stem: file for file in path.glob("*.npy")}
+    return _named(path, files, lambda name: _read_npy(files[name]), lambda name: str(files[name]))
+
+
+def npz_parts(path: Path) -> tuple[Part, Part | None]:
+    """`numpy_parts` of an .npz file."""
     if path.is_dir():
         files = sorted(path.glob("*.npz"))
         if len(files) != 1:
@@ -67,16 +81,15 @@ def load_npz(path: str | os.PathLike[str]) -> ImageDataset:
         return array
 
     with archive:
-        return _named("npz", path, archive.files, read, lambda name: f"{name} in {path}")
+        return _named(path, archive.files, read, lambda name: f"{name} in {path}")
 
 
 def _named(
-    kind: str,
     path: Path,
     names: Collection[str],
     read: Callable[[str], NDArray[Any]],
     source: Callable[[str], str],
-) -> ImageDataset:
+) -> tuple[Part, Part | None]:
     def part(images: str, labels: str) -> Part:
         if labels not in names:
             return Part(read(images), source(images))
@@ -84,7 +97,7 @@ def _named(
 
     for train, test in _NAMES:
         if train[0] in names:
-            return dataset_of(kind, part(*train), part(*test) if test is not None and test[0] in names else None)
+            return part(*train), part(*test) if test is not None and test[0] in names else None
     expected = " or ".join(train[0] for train, _ in _NAMES)
     raise ValueError(f"{path} has arrays named {', '.join(sorted(names)[:10]) or 'nothing'}, expected {expected}")
 

@@ -15,8 +15,15 @@ from fastvae.models import VAE
 SCORES = ("reconstruction", "elbo")
 
 
-def anomaly_scores(model: VAE, images: Tensor, *, score: str = "reconstruction", seed: int = 0) -> Tensor:
-    """How anomalous each image is, [N]; more is more anomalous. Images as in `evaluate`.
+def anomaly_scores(
+    model: VAE,
+    images: Tensor,
+    *,
+    score: str = "reconstruction",
+    seed: int = 0,
+    condition: Tensor | None = None,
+) -> Tensor:
+    """How anomalous each image is, [N]; more is more anomalous. Images and condition as in `evaluate`.
 
     "reconstruction": the mean squared error of its reconstruction's pixels with z = mu. "elbo": minus the evidence
     lower bound, in nats (see `elbo`), which also counts how far the posterior is from the prior; z is sampled.
@@ -24,9 +31,9 @@ def anomaly_scores(model: VAE, images: Tensor, *, score: str = "reconstruction",
     Raises ``ValueError`` for another score, or if there are no images.
     """
     if score == "reconstruction":
-        return reconstruction_errors(model, images, deterministic=True)
+        return reconstruction_errors(model, images, deterministic=True, condition=condition)
     if score == "elbo":
-        return -elbo(model, images, seed=seed)
+        return -elbo(model, images, seed=seed, condition=condition)
     raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
 
 

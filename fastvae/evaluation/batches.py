@@ -1,16 +1,18 @@
-"""Images in batches, and noise that is the same each time and leaves the random numbers of training where they were."""
+"""Data in batches, and noise that is the same each time and leaves the random numbers of training where they were."""
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastvae.models import VAE
+from fastvae.models.vae import given
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -19,17 +21,46 @@ Result = TypeVar("Result")
 _PIXELS = 512 * 28 * 28
 
 
-def batch_size(images: Tensor) -> int:
-    """How many images [N, C, H, W] are looked at together: 512 of 28x28, fewer larger ones."""
-    return max(1, min(512, _PIXELS // (images.shape[-2] * images.shape[-1])))
+class Batch(NamedTuple):
+    """What a model is measured on: input [B, ...], the target of its reconstruction, and its condition, if any."""
+
+    input: Tensor
+    target: Tensor
+    condition: Tensor | None = None
+
+    @property
+    def given(self) -> dict[str, Tensor]:
+        """The condition as an argument of the model's methods."""
+        return given(self.condition)
 
 
-def batches(model: VAE, images: Tensor) -> Iterator[Tensor]:
-    """All images, the last partial batch too, on the model's device. Raises ``ValueError`` if there are none."""
+def batch_size(data: Tensor) -> int:
+    """How many samples [N, ...] are looked at together: 512 images of 28x28, fewer larger ones."""
+    places = data.shape[2:] if data.ndim == 4 else data.shape[1:]  # an image's channels do not count
+    return max(1, min(512, _PIXELS // max(1, math.prod(places))))
+
+
+def batches(
+    model: VAE, images: Tensor, target: Tensor | None = None, condition: Tensor | None = None
+) -> Iterator[Batch]:
+    """All samples [N, ...], the last partial batch too, on the model's device. Without a target these are the target.
+
+    Raises ``ValueError`` if there are none, or where target or condition have another number of rows.
+    """
     if images.shape[0] == 0:
         raise ValueError(f"images must hold at least one image, got shape {list(images.shape)}")
-    for batch in torch.split(images, batch_size(images)):
-        yield batch.to(device_of(model))
+    for name, rows in (("target", target), ("condition", condition)):
+        if rows is not None and len(rows) != len(images):
+            raise ValueError(f"{name} must have a row for each of the {len(images)} samples, got {list(rows.shape)}")
+    device, count = device_of(model), batch_size(images)
+    for first in range(0, len(images), count):
+        part = slice(first, first + count)
+        inputs = images[part].to(device)
+        yield Batch(
+            inputs,
+            inputs if target is None else target[part].to(device),
+            None if condition is None else condition[part].to(device),
+        )
 
 
 def seeded_generator(model: VAE, seed: int = 0) -> torch.Generator:

@@ -24,17 +24,17 @@ class Posteriors(NamedTuple):
 
 
 @measuring
-def posteriors(model: VAE, images: Tensor) -> Posteriors:
+def posteriors(model: VAE, images: Tensor, *, condition: Tensor | None = None) -> Posteriors:
     """The posteriors of images as in `evaluate`.
 
     Raises ``ValueError`` if there are no images.
     """
     means = []
     kl = torch.zeros((), dtype=torch.float64, device=device_of(model))
-    for batch in batches(model, images):
-        mu, logvar = model.encode(batch).chunk(2, 1)
+    for batch in batches(model, images, condition=condition):
+        mu, logvar = model.posterior(batch.input, **batch.given)
         means.append(mu)
-        kl = kl + F.gaussian_kl(mu, logvar, reduction="per_dimension").double() * (len(batch) / len(images))
+        kl = kl + F.gaussian_kl(mu, logvar, reduction="per_dimension").double() * (len(mu) / len(images))
     return Posteriors(torch.cat(means), kl)
 
 

@@ -18,15 +18,19 @@ import torch
 from torch import Tensor
 
 import fastvae.functional as F
-from fastvae.evaluation.batches import batch_size, batches, measuring, seeded_generator
+from fastvae.evaluation.batches import Batch, batch_size, batches, measuring, seeded_generator
 from fastvae.models import VAE
+from fastvae.models.vae import sample_kl
 
 
 @measuring
-def elbo(model: VAE, images: Tensor, *, seed: int = 0) -> Tensor:
+def elbo(
+    model: VAE, images: Tensor, *, seed: int = 0, target: Tensor | None = None, condition: Tensor | None = None
+) -> Tensor:
     """The evidence lower bound of each image, log p(x|z) - KL(q(z|x) || p(z)) with one sampled z, float64 [N], in nats.
 
-    Images as in `evaluate`; with the same seed, 0, the mean is minus its loss, less what the likelihood omits.
+    Images, target and condition as in `evaluate`; with the same seed, 0, the mean is minus its loss, less what the
+    likelihood omits.
 
     Raises ``ValueError`` if there are no images.
 
@@ -34,21 +38,29 @@ def elbo(model: VAE, images: Tensor, *, seed: int = 0) -> Tensor:
     """
     generator = seeded_generator(model, seed)
     bounds = []
-    for batch in batches(model, images):
-        z, kl = F.gaussian_sample_kl_packed(model.encode(batch), generator=generator)
+    for batch in batches(model, images, target, condition):
+        z, kl = sample_kl(model.encode(batch.input, **batch.given), generator=generator)
         bounds.append(_log_density(model, z, batch) - kl.double())
     return torch.cat(bounds)
 
 
 @measuring
-def log_likelihood(model: VAE, images: Tensor, *, samples: int = 100, seed: int = 0) -> Tensor:
+def log_likelihood(
+    model: VAE,
+    images: Tensor,
+    *,
+    samples: int = 100,
+    seed: int = 0,
+    target: Tensor | None = None,
+    condition: Tensor | None = None,
+) -> Tensor:
     """log p(x) of each image by importance sampling, float64 [N], in nats.
 
     log(1/S sum_s w_s), w_s = p(x|z_s) p(z_s) / q(z_s|x), with S = ``samples`` draws of z_s ~ q(z|x). In expectation it
     is a lower bound of log p(x) which grows with S, from the evidence lower bound at S = 1 towards log p(x).
 
-    Images as in `evaluate`. The memory is that of `evaluate`, whatever N and S. The noise of an image follows from the
-    seed and its number among the images, not from how they are batched.
+    Images, target and condition as in `evaluate`. The memory is that of `evaluate`, whatever N and S. The noise of an
+    image follows from the seed and its number among the images, not from how they are batched.
 
     Raises ``ValueError`` if there are no images, or samples is not a positive integer.
 
@@ -58,11 +70,11 @@ def log_likelihood(model: VAE, images: Tensor, *, samples: int = 100, seed: int 
         raise ValueError(f"samples must be a positive integer, got {samples!r}")
     results: list[Tensor] = []
     first = 0
-    for batch in batches(model, images):
+    for batch in batches(model, images, target, condition):
         generator = seeded_generator(model, seed)
-        mu, logvar = (half.contiguous() for half in model.encode(batch).chunk(2, 1))
-        at_once = max(1, batch_size(images) // len(batch))
-        total = torch.full((len(batch),), -math.inf, dtype=torch.float64, device=batch.device)
+        mu, logvar = (half.contiguous() for half in model.posterior(batch.input, **batch.given))
+        at_once = max(1, batch_size(images) // len(mu))
+        total = torch.full((len(mu),), -math.inf, dtype=torch.float64, device=mu.device)
         for done in range(0, samples, at_once):
             # A draw for each sample, addressed by the images' numbers, so that batching does not show in the noise.
             draws = [
@@ -72,7 +84,7 @@ def log_likelihood(model: VAE, images: Tensor, *, samples: int = 100, seed: int 
             log_weights = _log_weights(model, batch, mu, logvar, torch.stack(draws))
             total = torch.logaddexp(total, torch.logsumexp(log_weights, 0))
         results.append(total - math.log(samples))
-        first += len(batch)
+        first += len(mu)
     return torch.cat(results)
 
 
@@ -85,17 +97,23 @@ def bits_per_dimension(nats: float, dimensions: int) -> float:
     return -nats / (dimensions * math.log(2))
 
 
-def _log_weights(model: VAE, images: Tensor, mu: Tensor, logvar: Tensor, z: Tensor) -> Tensor:
+def _log_weights(model: VAE, batch: Batch, mu: Tensor, logvar: Tensor, z: Tensor) -> Tensor:
     """log p(x|z) + log p(z) - log q(z|x) of S samples z [S, B, ...] for each of B images: float64 [S, B]."""
     wide, wide_mu, wide_logvar = z.double(), mu.double(), logvar.double()
     # The two Gaussians' constants cancel.
     ratio = 0.5 * (wide_logvar + (wide - wide_mu).square() * torch.exp(-wide_logvar) - wide.square())
-    density = _log_density(model, z.flatten(0, 1), images.repeat(len(z), *[1] * (images.ndim - 1)))
-    return density.view(len(z), len(images)) + ratio.flatten(2).sum(2)
+
+    def repeated(rows: Tensor) -> Tensor:
+        return rows.repeat(len(z), *[1] * (rows.ndim - 1))
+
+    condition = None if batch.condition is None else repeated(batch.condition)
+    density = _log_density(model, z.flatten(0, 1), Batch(batch.input, repeated(batch.target), condition))
+    return density.view(len(z), len(mu)) + ratio.flatten(2).sum(2)
 
 
-def _log_density(model: VAE, z: Tensor, images: Tensor) -> Tensor:
-    """log p(x|z) of each pair, float64 [B]."""
-    likelihood = model.likelihood
-    values = F.negative_log_likelihood(model.decode(z), images, likelihood, reduction="none").double()
-    return -(likelihood.reconstruction_weight * values + likelihood.omitted * images[0].numel())
+def _log_density(model: VAE, z: Tensor, batch: Batch) -> Tensor:
+    """log p(x|z) of each pair of a z and a target, float64 [B]."""
+    likelihood, target = model.likelihood, batch.target
+    parameters = model.decode(z, **batch.given)
+    values = F.negative_log_likelihood(parameters, target, likelihood, reduction="none").double()
+    return -(likelihood.reconstruction_weight * values + likelihood.omitted * target[0].numel())

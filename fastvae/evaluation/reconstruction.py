@@ -5,14 +5,17 @@ Every epoch is measured with the same noise, see `fastvae.evaluation.batches`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 import fastvae.functional as F
-from fastvae.evaluation.batches import batches, measuring, seeded_generator
+from fastvae.evaluation.batches import Batch, batches, measuring, seeded_generator
 from fastvae.models import VAE
+from fastvae.models.vae import halves, sample_kl
 from fastvae.reference.precision import in_precision
 
 
@@ -27,43 +30,72 @@ class Evaluation(NamedTuple):
     mse: float
 
 
-@measuring
-def evaluate(model: VAE, images: Tensor, *, beta: float | Tensor = 1.0) -> Evaluation:
+def evaluate(
+    model: VAE,
+    images: Tensor,
+    *,
+    beta: float | Tensor = 1.0,
+    target: Tensor | None = None,
+    condition: Tensor | None = None,
+) -> Evaluation:
     """The test loss and error of a model on images [N, C, H, W], uint8 or floats in [0, 1], on its device or the CPU.
 
-    Where the target of the model's likelihood is "number", floats may be any, and it reads uint8 as it is.
+    Data of another shape, [N, ...], do too, if the model takes them. Where the target of the model's likelihood is not
+    "unit", floats may be any, and uint8 is read as it is. ``target``: what is to be reconstructed, if it is not the
+    images; ``condition``: of a conditional model, that of each sample.
 
-    Raises ``ValueError`` if there are no images.
+    Raises ``ValueError`` if there are no images, or target or condition have not as many rows.
     """
+    return evaluate_batches(model, batches(model, images, target, condition), beta=beta)
+
+
+@measuring
+def evaluate_batches(model: VAE, batches: Iterable[Batch], *, beta: float | Tensor = 1.0) -> Evaluation:
+    """`evaluate` on batches, on the model's device, as a loader makes them. Raises ``ValueError`` if there are none."""
     generator, likelihood = seeded_generator(model), model.likelihood
     losses, errors = [], []
-    for batch in batches(model, images):
-        moments = model.encode(batch)
-        z, kl = F.gaussian_sample_kl_packed(moments, generator=generator)
-        values = F.negative_log_likelihood(model.decode(z), batch, likelihood, reduction="none")
+    for batch in batches:
+        moments = model.encode(batch.input, **batch.given)
+        z, kl = sample_kl(moments, generator=generator)
+        parameters = model.decode(z, **batch.given)
+        values = F.negative_log_likelihood(parameters, batch.target, likelihood, reduction="none")
         losses.append(likelihood.reconstruction_weight * values + beta * kl)
-        errors.append(_squared_errors(model, moments.chunk(2, 1)[0], batch))
+        errors.append(_squared_errors(model, halves(moments)[0], batch))
+    if not losses:
+        raise ValueError("batches must hold at least one batch, got none")
     loss, mse = torch.stack([torch.cat(losses).mean(), torch.cat(errors).mean()]).tolist()
     return Evaluation(loss, mse)
 
 
 @measuring
-def reconstruction_errors(model: VAE, images: Tensor, *, deterministic: bool = False) -> Tensor:
+def reconstruction_errors(
+    model: VAE,
+    images: Tensor,
+    *,
+    deterministic: bool = False,
+    target: Tensor | None = None,
+    condition: Tensor | None = None,
+) -> Tensor:
     """The mean squared error of each reconstruction's pixels, mean((X - Y)^2), [N].
 
-    Images as in `evaluate`. z is sampled, or z = mu with ``deterministic=True``.
+    Images, target and condition as in `evaluate`. z is sampled, or z = mu with ``deterministic=True``. Of classes, X is
+    1 for a pixel's class and 0 for the others, and Y has their probabilities.
     """
     generator = seeded_generator(model)
     errors = []
-    for batch in batches(model, images):
-        moments = model.encode(batch)
-        mu = moments.chunk(2, 1)[0]
-        z = mu if deterministic else F.gaussian_sample_kl_packed(moments, generator=generator)[0]
+    for batch in batches(model, images, target, condition):
+        moments = model.encode(batch.input, **batch.given)
+        z = halves(moments)[0] if deterministic else sample_kl(moments, generator=generator)[0]
         errors.append(_squared_errors(model, z, batch))
     return torch.cat(errors)
 
 
-def _squared_errors(model: VAE, z: Tensor, images: Tensor) -> Tensor:
+def _squared_errors(model: VAE, z: Tensor, batch: Batch) -> Tensor:
     """The mean over each image's pixels, [B], of the squared error of the likelihood's mean."""
-    *parameters, target = in_precision(model.decode(z), images, model.likelihood)
-    return (model.likelihood.mean(*parameters) - target).square().flatten(1).mean(1)
+    likelihood = model.likelihood
+    *parameters, target = in_precision(model.decode(z, **batch.given), batch.target, likelihood)
+    mean = likelihood.mean(*parameters)
+    if likelihood.target == "class" and target.ndim < mean.ndim:
+        axis = likelihood.grouping(parameters[0].shape, target.shape).axis
+        target = one_hot(target, mean.shape[axis]).movedim(-1, axis)
+    return (mean - target).square().flatten(1).mean(1)

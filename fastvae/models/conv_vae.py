@@ -8,7 +8,8 @@ At the defaults, with shapes (C, H, W):
     convolution, ReLU            64, 7, 7      transposed convolution, ReLU       32, 28, 28
     fully connected      32 = mu | logvar      transposed convolution, stride 1    1, 28, 28 = logits
 
-Kernels are 3x3, strides 2 but for the last layer's. Nothing is applied to the projection. 228,193 parameters in 14
+Kernels are 3x3, strides 2 but for the last layer's. Nothing is applied to the projection; in older releases of the
+example a transposed convolution, 7x7, had its place, and ReLU followed (``projection_relu``). 228,193 parameters in 14
 tensors: Glorot uniform weights and zero biases. Where the likelihood has several parameters, the last layer has so many
 times the channels.
 """
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from fastvae.functional.checks import check_is_likelihood
 from fastvae.likelihoods import Likelihood, SigmoidMSE, from_key
 from fastvae.models.same_padding import KERNEL, Downsample, Upsample, halved
-from fastvae.models.vae import VAE, positive_integers
+from fastvae.models.vae import VAE, Moments, positive_integers
 
 
 class Split(nn.Module):
@@ -52,6 +53,8 @@ class ConvVAE(VAE):
         channels: the output channels of the encoder's convolutions, first to last.
         likelihood: of the images, or its ``key``, as `settings` hold it. The last layer has C channels for each of its
             parameters, one after the other.
+        projection_channels: of the projection; None: as many as the encoder's last convolution has.
+        projection_relu: apply ReLU to the projection, as older releases of the example did.
 
     Raises:
         TypeError: a likelihood that is none.
@@ -65,6 +68,8 @@ class ConvVAE(VAE):
         latent_dim: int = 16,
         channels: tuple[int, ...] = (32, 64),
         likelihood: Likelihood | str = SigmoidMSE(),
+        projection_channels: int | None = None,
+        projection_relu: bool = False,
     ) -> None:
         if isinstance(likelihood, str):
             likelihood = from_key(likelihood)
@@ -75,6 +80,10 @@ class ConvVAE(VAE):
             raise ValueError(f"latent_dim must be a positive integer, got {latent_dim!r}")
         if not channels or not positive_integers(*channels):
             raise ValueError(f"channels must be one or more positive integers, got {channels}")
+        if projection_channels is None:
+            projection_channels = channels[-1]
+        if not positive_integers(projection_channels):
+            raise ValueError(f"projection_channels must be a positive integer or None, got {projection_channels!r}")
         encoder: OrderedDict[str, nn.Module] = OrderedDict()
         depth, height, width = image_shape
         sizes = []  # of the image before each convolution: what the decoder has to restore
@@ -87,7 +96,10 @@ class ConvVAE(VAE):
         encoder["moments"] = nn.Linear(depth * height * width, 2 * latent_dim)
 
         decoder: OrderedDict[str, nn.Module] = OrderedDict()
+        depth = projection_channels
         decoder["project"] = nn.Linear(latent_dim, depth * height * width)
+        if projection_relu:
+            decoder["relu0"] = nn.ReLU()
         decoder["unflatten"] = nn.Unflatten(1, (depth, height, width))
         for level, outputs in enumerate(reversed(channels), start=1):
             decoder[f"transposed_conv{level}"] = Upsample(depth, outputs, sizes.pop())
@@ -101,17 +113,31 @@ class ConvVAE(VAE):
         self.image_shape = tuple(image_shape)
         self.latent_dim = latent_dim
         self.channels = tuple(channels)
+        self.projection_channels, self.projection_relu = projection_channels, projection_relu
         self.reset_parameters()
 
     @property
+    def data_shape(self) -> tuple[int, ...]:
+        """The shape of one sample: ``image_shape``."""
+        return self.image_shape
+
+    @property
     def settings(self) -> dict[str, Any]:
-        """The arguments this model was made with, by name; of the likelihood its key, because files hold no objects."""
-        return {
+        """The arguments this model was made with, by name; of the likelihood its key, because files hold no objects.
+
+        Those of the projection are among them where they are not the defaults.
+        """
+        settings: dict[str, Any] = {
             "image_shape": self.image_shape,
             "latent_dim": self.latent_dim,
             "channels": self.channels,
             "likelihood": self.likelihood.key,
         }
+        if self.projection_channels != self.channels[-1]:
+            settings["projection_channels"] = self.projection_channels
+        if self.projection_relu:
+            settings["projection_relu"] = True
+        return settings
 
     def reset_parameters(self) -> None:
         """Glorot uniform weights, within sqrt(6 / (fan_in + fan_out)) of 0, and zero biases."""
@@ -121,12 +147,14 @@ class ConvVAE(VAE):
             else:
                 nn.init.zeros_(parameter)
 
-    def encode(self, x: Tensor) -> Tensor:
+    def encode(self, x: Tensor, condition: Tensor | None = None) -> Moments:
         """The moments [mu | logvar], [B, 2K], of the posteriors of images [B, C, H, W].
 
-        Images are floating point in [0, 1], or uint8, which is read as x / 255. Raises ``ValueError`` for another
-        shape, ``TypeError`` for another dtype.
+        Images are floating point, or uint8 (see `VAE.encode`). Raises ``ValueError`` for another shape or a condition,
+        ``TypeError`` for another dtype.
         """
+        if condition is not None:
+            raise ValueError("condition must be None for a ConvVAE, whose encoder takes images alone: see VAE")
         if x.ndim != 4 or tuple(x.shape[1:]) != self.image_shape:
             raise ValueError(f"x must have shape [B, {', '.join(map(str, self.image_shape))}], got {list(x.shape)}")
         return super().encode(x)
