@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .elementwise import load_target, store_values
-from .numerics import exp, load_scalar, reciprocal
+from .numerics import exp, load_scalar, product, reciprocal
 from .special import log1p
 from .tiles import UNSPECIALIZED, drew_last_ticket, sum_groups_in_order, sum_in_order
 from .upstream import factor_of_slopes, in_elements, store_kl_gradient
@@ -85,7 +85,7 @@ def row_sums_kernel(
         below = tl.where(inside, block_m - logit, 0.0)
         if TARGET_HAS_AXIS:
             target = load_target(targets + start + place, inside, False)
-            block_t, block_d = tl.sum(target), tl.sum(target * below)
+            block_t, block_d = tl.sum(target), tl.sum(product(target, below))
         else:
             hit = inside & (start + place == own_class)
             block_t, block_d = tl.sum(hit.to(tl.float32)), tl.sum(tl.where(hit, below, 0.0))
