@@ -52,7 +52,7 @@ def row_sums_kernel(
     COLUMNS. Units are of ALIGNMENT elements, those of a target of classes of one. part is float32 [4, rows * parts],
     row float32 [2, rows], value float32 [rows], ticket int32 [1], zero. SUMS is as in `grouped_kernel`. Where only
     gradients are wanted, value and loss are None.
-    Bytes per float32 element: reads 8 (4 where the target is a class), writes 0; and 32 a part, 16 a row.
+    Bytes per float32 element: reads 8 (5 with a uint8 target, 4 where it is a class), writes 0; and 32 a part, 16 a row.
     Launches: 1. Roundings: as in `grouped_kernel`, one more for each level of a sum. Deterministic: no floating-point
     atomics, the parts of a row are joined in order.
     """
@@ -156,7 +156,7 @@ def row_gradient_kernel(
     """scale * weight * (loss_grad + reconstruction_grad) * slope, or, with loss_ptr, the gradient of grad_scale * loss.
 
     Shapes: as in `row_sums_kernel`, which has made row. A program has one of `chunks` of a row.
-    Bytes per float32 element: reads 8 (4 where the target is a class), writes 4.
+    Bytes per float32 element: reads 8 (5 with a uint8 target, 4 where it is a class), writes 4.
     Launches: 1. Roundings: as in `grouped_kernel`. Deterministic.
     """
     if kl_grad_ptr is not None:

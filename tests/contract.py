@@ -33,10 +33,11 @@ ONE_OF_EACH_SHAPE = (None, SigmoidMSE(), LearnedGaussian(), Multinomial())
 ALWAYS_OR_SLOW = (*ONE_OF_EACH_SHAPE, Bernoulli(), *OWN)
 
 
-def each(operations: Sequence[Operation] = EVERY, *, shared: bool = False) -> Any:
+def each(operations: Sequence[Operation] = EVERY, *, shared: bool = False, long_rows: bool = False) -> Any:
     """A test of each operation. With `shared` it is one of kernels, launchers and Functions, which are the same for
     all likelihoods: those of one likelihood of each shape run always, a few more, and those of smaller parameters
-    and of long rows, with --slow. A test that depends on the term of a likelihood runs for all.
+    with --slow, and if asked for those of long rows, which take long on the interpreter. A test that depends on the term
+    of a likelihood runs for all.
     """
 
     def is_slow(operation: Operation) -> bool:
@@ -44,6 +45,7 @@ def each(operations: Sequence[Operation] = EVERY, *, shared: bool = False) -> An
 
     if shared:
         operations = [it for it in operations if it.smaller or it.likelihood in ALWAYS_OR_SLOW]
+        operations = [it for it in operations if long_rows or not it.long_rows]
     marked = [pytest.param(it, marks=pytest.mark.slow if is_slow(it) else (), id=it.name) for it in operations]
     return pytest.mark.parametrize("operation", marked)
 
