@@ -45,6 +45,7 @@ from disassembly import (
     PARTS,
     bits_moved,
     classify,
+    fused_sums,
     gcn_accesses,
     narrow_arithmetic,
     read_sass,
@@ -87,6 +88,7 @@ class Code:
     bulk: dict[str, int] | None = None  # how many accesses there are of each width
     narrow: dict[str, int] | None = None  # those of them that are not of `Launch.widths`
     others: int | None = None  # accesses of single numbers, the finishing apart
+    fused_sums: int | None = None  # see `disassembly.fused_sums`
 
 
 def inspect(launch: Launch, target: GPUTarget, **options: Any) -> Code:
@@ -117,8 +119,9 @@ def inspect(launch: Launch, target: GPUTarget, **options: Any) -> Code:
         )
     registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
     parts: dict[str, list[str]] = {part: [] for part in PARTS}
+    instructions = read_sass(sass)
     for instruction, part in classify(
-        read_sass(sass), compiled.asm["ttgir"], launch.tile, source_lines(drew_last_ticket)
+        instructions, compiled.asm["ttgir"], launch.tile, source_lines(drew_last_ticket)
     ):
         parts[part].append(instruction.operation)
     count = {part: len(operations) for part, operations in parts.items()}
@@ -146,6 +149,7 @@ def inspect(launch: Launch, target: GPUTarget, **options: Any) -> Code:
         bulk=bits_moved(bulk),
         narrow=bits_moved([access for access in bulk if access.bits not in launch.widths]),
         others=len(others),
+        fused_sums=fused_sums(instructions),
     )
 
 
@@ -198,6 +202,8 @@ def complaints(table: Table, committed: Table) -> Iterator[str]:
         if code["narrow"]:
             what = ", ".join(f"{count} of {bits} bits" for bits, count in code["narrow"].items())
             yield f"{name}: bulk tensors are accessed in pieces narrower than they could be: {what}"
+        if code["fused_sums"]:
+            yield f"{name}: {code['fused_sums']} sums over threads add a product before it is rounded"
         for line in code["overflows"]:
             yield f"{name}: an offset is made in 32 bits: {line}"
         if name not in committed:

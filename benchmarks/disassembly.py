@@ -99,6 +99,25 @@ def classify(
             yield instruction, "fixed"
 
 
+def fused_sums(instructions: list[Instruction]) -> int:
+    """How many sums over threads add a product in the instruction that makes it: a * b + c, where c is another thread's
+    product. Each of the two threads then has rounded only the other's, and their sums differ.
+    """
+    products: set[str] = set()
+    shuffled: set[str] = set()  # products of another thread
+    found = 0
+    for operation, _ in instructions:
+        registers = re.findall(r"\bR\d+\b", operation)
+        if re.search(r"\bFFMA\S* ", operation) and len(registers) > 1 and registers[-1] in shuffled:
+            found += 1
+        if registers:
+            is_product = re.search(r"\bFMUL", operation)
+            is_shuffled = re.search(r"\bSHFL\.BFLY\b", operation) and registers[1] in products
+            for those, are in ((products, is_product), (shuffled, is_shuffled)):
+                (those.add if are else those.discard)(registers[0])
+    return found
+
+
 class Access(NamedTuple):
     kind: str  # load or store
     bits: int

@@ -58,14 +58,18 @@ class Launch:
 
     @property
     def tile(self) -> int:
-        """The elements of a program."""
-        return self.constants["ROWS"] * self.constants["COLUMNS"]
+        """The elements of a program; those that have an axis of their own count once for each place of it."""
+        if "INNER" in self.constants:
+            return self.constants["ELEMENTS"] * self.constants["INNER"]
+        return self.constants.get("ROWS", 1) * self.constants["COLUMNS"]
 
     @property
     def widths(self) -> set[int]:
         """Of the accesses of whole tiles, in bits: 128, and of a tensor of a narrower dtype as many elements; and one
         element each of those behind the last that 16 divides, and of sums.
         """
+        if "INNER" in self.constants and not self.constants["TARGET_HAS_AXIS"]:
+            return {128, 8 * self.arguments["target_ptr"].itemsize}  # a number for each colour of a pixel, one by one
         if "VECTOR" not in self.constants:
             return {128}
         tensors = (*self.arguments["parameter_ptrs"], self.arguments["target_ptr"], *self.arguments["gradient_ptrs"])
@@ -190,8 +194,7 @@ class Configuration(NamedTuple):
                 for name, root in zip(self.operation.outputs, roots, strict=False)
             ]
             launches["backward"] = record(lambda: torch.autograd.grad(roots, leaves, upstream))
-        (launch,) = launches[self.direction]
-        return launch
+        return launches[self.direction][-1]  # of long rows, after the sums
 
 
 # The operations of the posterior share kernels; these are the forms that differ. "rows" are samples of which a program
@@ -220,7 +223,10 @@ def configurations(dtype: torch.dtype) -> Iterator[tuple[str, Configuration]]:
     }
     for operation in operations():
         for direction in operation.directions:
-            if operation.likelihood is None:
+            if operation.long_rows:
+                if dtype is torch.float32 and operation.reductions:  # each of the kernels once
+                    yield "long", Configuration(operation, direction, Spec((16, 65536), dtype), {"reduction": "none"})
+            elif operation.likelihood is None:
                 # The packed moments are those of the bound, which takes the divergence of each sample.
                 options = {"reduction": "none"} if operation.name == "gaussian_sample_kl_packed" else {}
                 for size in POSTERIOR.get((operation.name, direction), ()):
@@ -228,7 +234,8 @@ def configurations(dtype: torch.dtype) -> Iterator[tuple[str, Configuration]]:
             elif operation.measured and (dtype is torch.float32 or operation.likelihood in BY_DTYPE):
                 if operation.likelihood not in BY_DTYPE and not operation.smaller and operation.backward is not None:
                     continue  # what differs is the term, and the loss with its gradient has all of it
-                yield from ((size, it) for size, it in _of_likelihood(operation, direction, sizes["long"]))
+                long = Spec((16, 3, 32, 32), dtype) if operation.numbers_of_an_element else sizes["long"]
+                yield from ((size, it) for size, it in _of_likelihood(operation, direction, long))
 
 
 def _of_likelihood(operation: Operation, direction: str, long: Spec) -> Iterator[tuple[str, Configuration]]:

@@ -90,9 +90,13 @@ def measure(
 ) -> dict[str, tuple[Traffic, int]]:
     """The traffic of an operation in each direction, and the number of elements that it was made for."""
     # Of many samples where they share what is written for each dimension, else of long ones.
-    shape = (1024, 16) if "dimensions" in operation.kernels["forward"] else (4, 4096)
+    shape = (1024, 16) if "dimensions" in operation.kernels["forward"][0] else (4, 4096)
     if operation.smaller:
         shape = (64, 512)  # the parameter is read, and a sum of it left, for each tile of 16 rows
+    elif operation.long_rows:
+        shape = (2, 6000)
+    elif numbers := operation.numbers_of_an_element:
+        shape = (2, 4096 // max(numbers.values()))
     elements = shape[0] * shape[1]
     tensors = operation.inputs(Spec(shape, dtype, target_dtype))
     found = {}

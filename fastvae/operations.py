@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from math import gcd, prod
 from typing import Any
 
 import torch
@@ -18,11 +19,14 @@ from torch import Tensor
 
 from fastvae.likelihoods import (
     Bernoulli,
+    Categorical,
     ContinuousBernoulli,
     DiscretizedLogistic,
+    DiscretizedLogisticMixture,
     Gaussian,
     Laplace,
     Likelihood,
+    Multinomial,
     NegativeBinomial,
     Poisson,
     SigmoidMSE,
@@ -43,9 +47,14 @@ LIKELIHOODS = (
     Poisson(),
     NegativeBinomial(),
     ZeroInflatedNegativeBinomial(),
+    DiscretizedLogisticMixture(),
+    Categorical(),
+    Multinomial(),
 )
 # Likelihoods of which a parameter is also tried with one number for each column or channel.
 SMALLER = ((NegativeBinomial(), {"dispersion": "column"}), (Gaussian(), {"logvar": "channel"}))
+# Likelihoods that are also tried with rows that no program can hold.
+LONG_ROWS = (Multinomial(),)
 # A gradient has so many roundings more than its slope, because the kernel multiplies it by a factor: a product of up to
 # four numbers.
 FACTOR = 5
@@ -55,7 +64,7 @@ FACTOR = 5
 class Spec:
     """The tensors on which an operation is tried."""
 
-    shape: tuple[int, ...]  # of z, or of the target
+    shape: tuple[int, ...]  # of z, or of the target, or as `Operation.elements` reads it
     dtype: torch.dtype = torch.float32
     target_dtype: torch.dtype | None = None  # dtype, unless given
     layout: Callable[[Tensor], Tensor] = Tensor.contiguous  # of every tensor but kl
@@ -79,7 +88,7 @@ class Operation:
     roots: int  # a training step differentiates so many of the outputs, the first ones
     forward: str
     backward: str | None  # None: the gradients are among the outputs
-    kernels: Mapping[str, str]  # "forward", "backward": "module.kernel" of fastvae.kernels
+    kernels: Mapping[str, tuple[str, ...]]  # "forward", "backward": in order, "module.kernel" of fastvae.kernels
     roundings: Mapping[str, int]  # of each output and gradient, without the levels of sums: the kernels' docstrings
     launches: Mapping[str, int]  # "forward", "backward": Triton launches and operations of torch
     options: Mapping[str, Any] = field(default_factory=dict)  # what the function is called with
@@ -90,6 +99,7 @@ class Operation:
     computes: str | None = None  # the text of its row in the documentation; None: it has no row
     measured: bool = True  # by the benchmarks
     smaller: Mapping[str, str] = field(default_factory=dict)  # parameters with one number per "column" or "channel"
+    long_rows: bool = False  # a shape is that of the logits, of which no program can hold those along dimension 1
 
     def __call__(self, library: Any, *tensors: Tensor, **options: Any) -> tuple[Tensor, ...]:
         """The outputs. `library` has the function: it is fastvae.functional, or a module with the same names."""
@@ -102,8 +112,11 @@ class Operation:
         if self.likelihood:
             names = (*self.likelihood.parameters, "target")
             # There is one number of each column or channel also where there are no elements.
-            shape = tuple(max(1, size) for size in spec.shape) if self.smaller else spec.shape
+            shape = tuple(max(1, size) for size in spec.shape) if self.smaller else self.elements(spec.shape)
             drawn = dict(zip(names, self.likelihood.draw(shape, generator), strict=True))
+            if self.long_rows:  # of independent numbers, in any order
+                count = prod(spec.shape)
+                drawn = {name: values.flatten()[:count].view(spec.shape) for name, values in drawn.items()}
         tensors = []
         for name in self.arguments:
             if name == "moments":
@@ -121,10 +134,20 @@ class Operation:
                 if self.smaller:
                     values = values[tuple(map(slice, spec.shape))]
                 if dtype is torch.uint8:
-                    values = (255 * values).round() if self.target_kind == "unit" else values.clamp(0, 255)
+                    values = values.clamp(0, 255) if self.target_kind == "number" else (255 * values).round()
                 tensor = spec.layout(values.to(spec.device, dtype))
             tensors.append(tensor.requires_grad_(name in self.gradients and tensor.is_floating_point()))
         return tuple(tensors)
+
+    def elements(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of what has a value of the formula, given that of a `Spec`. If an element has an axis of its own,
+        that takes the place of the channels of images.
+        """
+        if self.long_rows:
+            assert self.likelihood is not None
+            return (-(-prod(shape) // self.likelihood.draw((1,))[0].numel()),)  # whose numbers fill those rows
+        grouped = self.likelihood is not None and self.likelihood.grouped
+        return (shape[0], *shape[2:]) if grouped and len(shape) == 4 else shape
 
     @property
     def target_kind(self) -> str | None:
@@ -148,21 +171,23 @@ class Operation:
         self, direction: str, dtype: torch.dtype = torch.float32, target_dtype: torch.dtype | None = None
     ) -> tuple[int, int]:
         """Bytes read and written per element of z or of the likelihood."""
+        numbers = self.numbers_of_an_element
 
         def size(names: list[str]) -> int:
             of_target = (target_dtype or dtype).itemsize
             sizes = [of_target if name.startswith("target") else dtype.itemsize for name in names]
-            return sum(size * self._numbers(name) for size, name in zip(sizes, names, strict=True))
+            return sum(size * numbers.get(name.removesuffix("_grad"), 1) for size, name in zip(sizes, names, strict=True))
 
         read, written = self.tensors_moved(direction)
         return size(read), size(written)
 
-    def _numbers(self, name: str) -> int:
-        """How many numbers of this tensor belong to an element: more than one, if it has an axis of its own."""
-        if self.likelihood is None or not self.likelihood.grouped:
-            return 1
-        of_one = dict(zip((*self.likelihood.parameters, "target"), self.likelihood.draw((1,)), strict=True))
-        return of_one[name.removesuffix("_grad")].numel()
+    @property
+    def numbers_of_an_element(self) -> dict[str, int]:
+        """How many numbers of each tensor belong to an element that has an axis of its own."""
+        if self.likelihood is None or not self.likelihood.grouped or self.long_rows:
+            return {}
+        names = (*self.likelihood.parameters, "target")
+        return {name: of_one.numel() for name, of_one in zip(names, self.likelihood.draw((1,)), strict=True)}
 
 
 def _one_of_each(kind: str, values: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -195,15 +220,17 @@ def flattened(result: Any) -> tuple[Tensor, ...]:
 def operations(extra: Sequence[Likelihood] = ()) -> list[Operation]:
     """Every public operation, and those of likelihoods that are not fastvae's own."""
     of_likelihoods = [it for likelihood in (*LIKELIHOODS, *extra) for it in of_likelihood(likelihood)]
-    return [*_of_posterior(), *of_likelihoods, *(it for entry in SMALLER for it in of_smaller(*entry))]
+    smaller = [it for entry in SMALLER for it in of_smaller(*entry)]
+    return [*_of_posterior(), *of_likelihoods, *smaller, *(it for each in LONG_ROWS for it in of_long_rows(each))]
 
 
 def of_each_kind(operations: Sequence[Operation]) -> list[Operation]:
-    """Those of the posterior, and of a few likelihoods: of one parameter, of two, and of one that is smaller.
+    """Those of the posterior, and of a few likelihoods: of one parameter, of two, of one that is smaller, of elements
+    that have an axis of their own, and of long rows.
 
     Launches, bytes and layouts are those of kernels and launchers, which do not depend on a likelihood's term.
     """
-    return [it for it in operations if it.likelihood in (None, SigmoidMSE(), Bernoulli(), Gaussian())]
+    return [it for it in operations if it.likelihood in (None, SigmoidMSE(), Bernoulli(), Gaussian(), Multinomial())]
 
 
 def named(operations: Sequence[Operation]) -> dict[str, Operation]:
@@ -212,15 +239,15 @@ def named(operations: Sequence[Operation]) -> dict[str, Operation]:
 
 def kernel_names(operations: Sequence[Operation]) -> list[str]:
     """Their kernels, each once: "module.kernel" of fastvae.kernels."""
-    return sorted({kernel for operation in operations for kernel in operation.kernels.values()})
+    return sorted({kernel for operation in operations for kernels in operation.kernels.values() for kernel in kernels})
 
 
 def _of_posterior() -> list[Operation]:
     halves, packed = ("mu", "logvar"), ("moments",)
     reductions = (*REDUCTIONS, "per_dimension")
     of_dimensions = {
-        "forward": "posterior.dimensions_forward_kernel",
-        "backward": "posterior.dimensions_backward_kernel",
+        "forward": ("posterior.dimensions_forward_kernel",),
+        "backward": ("posterior.dimensions_backward_kernel",),
     }
     sample = Operation(
         name="gaussian_sample",
@@ -231,7 +258,10 @@ def _of_posterior() -> list[Operation]:
         roots=1,
         forward="mu + logvar -> z",
         backward="logvar + z_grad -> mu_grad + logvar_grad",
-        kernels={"forward": "posterior.gaussian_forward_kernel", "backward": "posterior.gaussian_backward_kernel"},
+        kernels={
+            "forward": ("posterior.gaussian_forward_kernel",),
+            "backward": ("posterior.gaussian_backward_kernel",),
+        },
         roundings={"z": 6, "kl": 10, "mu_grad": 4, "logvar_grad": 10},  # mu_grad: 3, and one for the upstream factor
         launches={"forward": 1, "backward": 1},
         draws_noise=True,
@@ -331,8 +361,8 @@ def of_likelihood(likelihood: Likelihood) -> list[Operation]:
         forward=f"{read} ->",
         backward=f"{read} -> {written}",
         kernels={
-            "forward": "groups.grouped_kernel" if likelihood.grouped else "likelihood.value_kernel",
-            "backward": "groups.grouped_kernel" if likelihood.grouped else "likelihood.gradient_kernel",
+            "forward": ("groups.grouped_kernel" if likelihood.grouped else "likelihood.value_kernel",),
+            "backward": ("groups.grouped_kernel" if likelihood.grouped else "likelihood.gradient_kernel",),
         },
         roundings=roundings,
         launches={"forward": 1, "backward": 1},
@@ -345,7 +375,10 @@ def of_likelihood(likelihood: Likelihood) -> list[Operation]:
         loss,
         name=f"elbo_loss{suffix}",
         function="elbo_loss",
-        kernels={direction: kernel.replace("likelihood.", "elbo.") for direction, kernel in loss.kernels.items()},
+        kernels={
+            direction: tuple(kernel.replace("likelihood.", "elbo.") for kernel in kernels)
+            for direction, kernels in loss.kernels.items()
+        },
         arguments=(*parameters, "target", "kl"),
         gradients=(*parameters, "kl"),
         outputs=("loss", "reconstruction", "kl"),
@@ -400,13 +433,40 @@ def of_smaller(likelihood: Likelihood, smaller: Mapping[str, str]) -> list[Opera
             replace(
                 entry,
                 name=f"{entry.name}_{kinds}",
-                kernels=dict.fromkeys(entry.directions, "smaller.broadcast_kernel"),
+                kernels=dict.fromkeys(entry.directions, ("smaller.broadcast_kernel",)),
                 forward=formulas["forward"],
                 backward=formulas.get("backward"),
                 smaller=smaller,
                 computes=entry.computes
                 and f"the same with {', '.join(f'{name} {shapes[kind]}' for name, kind in smaller.items())}",
                 measured=entry.name.startswith("negative_log_likelihood"),
+            )
+        )
+    return entries
+
+
+def of_long_rows(likelihood: Likelihood) -> list[Operation]:
+    """The operations of softmax over rows that no program can hold: the sums of each row, and then its gradient, for
+    which everything is read again.
+    """
+    entries = []
+    for entry in of_likelihood(likelihood)[:3]:
+        formulas, kernels = {}, {}
+        for direction in entry.directions:
+            read, written = (" + ".join(names) for names in entry.tensors_moved(direction))
+            formulas[direction] = f"{read} + {read} -> {written}" if written else f"{read} ->"
+            kernels[direction] = ("long_rows.row_sums_kernel", *(["long_rows.row_gradient_kernel"] if written else []))
+        entries.append(
+            replace(
+                entry,
+                name=f"{entry.name}_long_rows",
+                kernels=kernels,
+                launches={direction: len(each) for direction, each in kernels.items()},
+                forward=formulas["forward"],
+                backward=formulas.get("backward"),
+                long_rows=True,
+                computes=entry.computes and "the same with rows of more than 4096 numbers",
+                measured=False,
             )
         )
     return entries
@@ -427,13 +487,16 @@ def table(operations: Sequence[Operation], computes: bool) -> list[str]:
 
 
 def _row(operation: Operation) -> list[str]:
+    # What belongs together: a logit and its number in the target, or all of a mixture's pixel.
+    share = gcd(*operation.numbers_of_an_element.values()) or 1
+
     def both_directions(number: Callable[[str], int]) -> str:
         numbers = [str(number(direction)) for direction in operation.directions]
         return " + ".join(numbers) if len(numbers) > 1 else f"{numbers[0]} in all"
 
-    moved = both_directions(lambda direction: sum(operation.bytes_per_element(direction)))
+    moved = both_directions(lambda direction: sum(operation.bytes_per_element(direction)) // share)
     if operation.target_kind == "unit":
-        of_uint8 = both_directions(lambda d: sum(operation.bytes_per_element(d, target_dtype=torch.uint8)))
+        of_uint8 = both_directions(lambda d: sum(operation.bytes_per_element(d, target_dtype=torch.uint8)) // share)
         moved += f"; {of_uint8.removesuffix(' in all')} with a uint8 target"
     given = list(operation.arguments)
     if operation.likelihood and (count := len(operation.likelihood.parameters)) > 1:

@@ -38,7 +38,7 @@ def grouped_kernel(
     chunks contribute; "element" for one of each element, where a sample has only one and FLAT makes them a row.
     ALIGNMENTS are those of the ten numbers in units.
     partial is float32 [programs], or None where a program makes a sum alone, and ticket int32 [1], zero.
-    Bytes per float32 element: reads 4 (SLOTS * SIZE + TARGETS), writes 0, with a gradient 4 SLOTS * SIZE.
+    Bytes: parameters and target are read once, and the gradient is written once.
     Launches: 1 in each direction, and 1 for values and gradients together. Roundings: a term those of the likelihood,
     a gradient 5 more than a slope, the values 4 more and one per level of a sum. Deterministic: no floating-point
     atomics, partial sums are added in order.

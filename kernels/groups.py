@@ -13,7 +13,7 @@ from .grouped import grouped_kernel
 from .launch import Plan, launch, make_plan, ticket
 from .layout import Strides, gradient_strides, in_format_of, remembered
 from .rows import Asked
-from .tiles import power_of_2, reduction_scale, sum_blocks
+from .tiles import cut_elements, power_of_2, reduction_scale, sum_blocks
 
 if TYPE_CHECKING:
     from fastvae.likelihoods import Likelihood
@@ -108,10 +108,8 @@ def plan_grouped(
     if flat:
         lies = [None if each is None else joined(each, batch, elements) for each in lies]
         rows, elements = 1, batch * elements
-    # A program has 64 pixels of a mixture of 16. More would not stay in the L1 cache where the channels are innermost,
-    # and each slot is a part of the same lines. With one slot, it has 16 numbers per thread.
     inner = max(2, power_of_2(size))
-    width = max(1, min((1024 if slots > 1 else 2048) // inner, power_of_2(max(1, elements))))
+    width = cut_elements(elements, slots, inner)
     num_warps = 8 if width * inner > 2048 else 4
     chunks = max(1, -(-elements // width))
     programs = rows * chunks

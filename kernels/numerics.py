@@ -16,6 +16,17 @@ from triton.language import core  # by this name, because the interpreter knows 
 
 
 @triton.jit
+def product(a, b):
+    """a * b as a term of a sum over threads, rounded before it is added.
+
+    The compiler would make a * b + c one instruction, with one rounding, in the sum's first addition. Then two threads
+    that hold the same sum have rounded different products of it, so their sums differ in the last bit, and which of
+    them is stored where both store is not determined. It leaves an instruction that is written as one alone.
+    """
+    return tl.fma(a, b, 0.0)
+
+
+@triton.jit
 def to_float32(x, FAST: tl.constexpr):
     """What was loaded, in float32. The fast form of bfloat16 takes apart two elements by two instructions, where the
     compiler takes three.

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .elementwise import load_target, store_values
-from .numerics import exp, load_scalar, reciprocal
+from .numerics import exp, load_scalar, product, reciprocal
 from .special import log1p
 from .tiles import UNSPECIALIZED, drew_last_ticket, sum_groups_in_order, sum_in_order
 from .upstream import factor_of_slopes, in_elements, store_kl_gradient
@@ -52,7 +52,7 @@ def row_sums_kernel(
     COLUMNS. Units are of ALIGNMENT elements, those of a target of classes of one. part is float32 [4, rows * parts],
     row float32 [2, rows], value float32 [rows], ticket int32 [1], zero. SUMS is as in `grouped_kernel`. Where only
     gradients are wanted, value and loss are None.
-    Bytes per float32 element: reads 8 (4 where the target is a class), writes 0; and 32 a part, 16 a row.
+    Bytes per float32 element: reads 8 (5 with a uint8 target, 4 where it is a class), writes 0; and 32 a part, 16 a row.
     Launches: 1. Roundings: as in `grouped_kernel`, one more for each level of a sum. Deterministic: no floating-point
     atomics, the parts of a row are joined in order.
     """
@@ -85,7 +85,7 @@ def row_sums_kernel(
         below = tl.where(inside, block_m - logit, 0.0)
         if TARGET_HAS_AXIS:
             target = load_target(targets + start + place, inside, False)
-            block_t, block_d = tl.sum(target), tl.sum(target * below)
+            block_t, block_d = tl.sum(target), tl.sum(product(target, below))
         else:
             hit = inside & (start + place == own_class)
             block_t, block_d = tl.sum(hit.to(tl.float32)), tl.sum(tl.where(hit, below, 0.0))
@@ -156,7 +156,7 @@ def row_gradient_kernel(
     """scale * weight * (loss_grad + reconstruction_grad) * slope, or, with loss_ptr, the gradient of grad_scale * loss.
 
     Shapes: as in `row_sums_kernel`, which has made row. A program has one of `chunks` of a row.
-    Bytes per float32 element: reads 8 (4 where the target is a class), writes 4.
+    Bytes per float32 element: reads 8 (5 with a uint8 target, 4 where it is a class), writes 4.
     Launches: 1. Roundings: as in `grouped_kernel`. Deterministic.
     """
     if kl_grad_ptr is not None:

@@ -55,6 +55,15 @@ def cut(rows: int, columns: int, itemsize: int, heavy: bool = False) -> Tiling:
     return Tiling(rows, columns, 1, size, 4)
 
 
+def cut_elements(elements: int, slots: int, inner: int) -> int:
+    """How many elements a program has that have an axis of their own: `slots` times `inner` numbers.
+
+    It has 64 pixels of a mixture of 16. More would not stay in the L1 cache where the channels are innermost, and each
+    slot is a part of the same lines. With one slot, it has 16 numbers per thread.
+    """
+    return max(1, min((1024 if slots > 1 else 2048) // inner, power_of_2(max(1, elements))))
+
+
 # Kernel arguments that no address is aligned by: specialising on them (divisible by 16, equal to 1) would only
 # compile the same code again.
 UNSPECIALIZED = (

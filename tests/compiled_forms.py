@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import fastvae.functional as F
 from codegen import TARGETS
 from fastvae.kernels import batch
-from fastvae.operations import Operation, Spec, of_each_kind, operations
+from fastvae.operations import Operation, Spec, named, of_each_kind, operations
 from launches import Launch, record
 from traffic import takes_bytes
 
@@ -93,17 +93,31 @@ def of_posterior(operation: Operation, dtype: torch.dtype) -> Iterator[Given]:
 
 def of_likelihood(operation: Operation, dtype: torch.dtype, target_dtype: torch.dtype) -> Iterator[Given]:
     one = torch.ones(())
-    for shape in IMAGES:
-        event = [torch.empty(shape, dtype=dtype) for _ in operation.likelihood.parameters]
-        event.append(torch.empty(shape, dtype=target_dtype))
+    for event in events(operation, dtype, target_dtype):
         if "kl" not in operation.arguments:
             yield from ((event, {"reduction": reduction}) for reduction in operation.reductions)
             continue
+        batch = len(event[0])
         scales = ({}, {"grad_scale": 8.0}, {"grad_scale": one}) if operation.backward is None else ({},)
-        for beta, kl, scale in product(
-            (0.5, one, one.double()), (torch.empty(shape[:1]), one.expand(shape[0])), scales
-        ):
+        for beta, kl, scale in product((0.5, one, one.double()), (torch.empty(batch), one.expand(batch)), scales):
             yield [*event, kl], {"beta": beta, **scale}
+
+
+def events(operation: Operation, dtype: torch.dtype, target_dtype: torch.dtype) -> Iterator[list[torch.Tensor]]:
+    """The parameters and the target."""
+    if not operation.likelihood.grouped:
+        for shape in IMAGES:
+            yield [torch.empty(shape, dtype=it) for it in (*[dtype] * len(operation.likelihood.parameters), target_dtype)]
+        return
+    shapes = [(6, 5000), (2000, 4099)] if operation.long_rows else [(6, 3, 4, 4), (5, 3, 3, 3), (2, 3, 70, 71), (7, 1)]
+    for shape in shapes:
+        spec = Spec(shape, dtype, target_dtype)
+        parameters, target = (it.detach() for it in operation.inputs(spec)[:2])
+        yield [parameters, target]
+        if parameters.ndim == 4:
+            yield [it.contiguous(memory_format=torch.channels_last) for it in (parameters, target)]
+        if operation.target_kind == "class":
+            yield [parameters, target.argmax(1).to(torch.uint8 if target_dtype is torch.uint8 else torch.int64)]
 
 
 def run(operation: Operation, tensors: list[torch.Tensor], options: dict[str, Any], needs: tuple[str, ...]) -> None:
@@ -137,7 +151,9 @@ def batch_calls() -> Iterator[Callable[[], Any]]:
 
 
 def calls() -> Iterator[Callable[[], Any]]:
-    for operation in of_each_kind(operations()):
+    every = operations()
+    terms = [it for it in every if it.numbers_of_an_element]  # a term of several slots is read by other lines
+    for operation in named([*of_each_kind(every), *terms]).values():
         if operation.likelihood is None:
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 yield from operation_calls(operation, of_posterior(operation, dtype))

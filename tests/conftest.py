@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask of cuBLAS
 # Training keeps to it, so that equal seeds give equal bits; with pytest-xdist each core has a process of its own.
@@ -69,9 +70,10 @@ def _count_launches() -> None:
     CompiledKernel.__getitem__ = counted_compiled
 
 
-def _remember_what_the_interpreter_looks_for() -> None:
-    """At every call of a Triton function the interpreter lists all members of triton.language to find the builtin ones,
-    which takes half of the time of a launch. Their names are always the same.
+def _make_the_interpreter_faster() -> None:
+    """At every call of a Triton function the interpreter replaces the builtin functions of triton.language by its own.
+    That took most of the time of a launch: it lists all members to find the builtin ones, whose names are always the
+    same, and in a launch they are replaced already.
     """
     from triton.language.core import is_builtin
     from triton.runtime import interpreter
@@ -85,6 +87,27 @@ def _remember_what_the_interpreter_looks_for() -> None:
 
     interpreter.inspect = SimpleNamespace(**{**vars(inspect), "getmembers": getmembers})
 
+    @functools.cache
+    def modules_of(function: Any) -> frozenset[str]:
+        """What is replaced for a function: what it sees of triton.language and triton.language.core."""
+        modules = (interpreter.tl, interpreter.tl.core)
+        return frozenset(it.__name__ for it in function.__globals__.values() if any(it is module for module in modules))
+
+    replaced: set[frozenset[str]] = set()  # since the launch began
+    patch_lang, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+
+    def patch_once(function: Any) -> Any:
+        if (modules := modules_of(function)) in replaced:
+            return None  # of a function that a kernel calls; the interpreter does not look at it
+        replaced.add(modules)
+        return patch_lang(function)
+
+    def launch_and_forget(self: Any, *arguments: Any, **options: Any) -> Any:
+        replaced.clear()
+        return launch(self, *arguments, **options)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_and_forget
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run also the tests that take longer than ten seconds")
@@ -93,7 +116,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     try:
         _count_launches()
-        _remember_what_the_interpreter_looks_for()
+        _make_the_interpreter_faster()
     except ModuleNotFoundError:
         raise pytest.UsageError('the tests need Triton: pip install -e ".[test]" on Linux') from None
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 import fastvae
 import fastvae.functional as F
-from conftest import Launches
-from fastvae.likelihoods import Bernoulli, SigmoidMSE
+from conftest import Launches, plan_anew
+from fastvae.kernels import groups, long_rows, templates
+from fastvae.likelihoods import Bernoulli, Multinomial, SigmoidMSE
 from fastvae.operations import Operation, Spec, operations
 from layouts import assert_strides_of, memory
 from oracle import check_results, oracle
@@ -25,25 +26,39 @@ EVERY = operations(OWN)
 DOCUMENTED = [it for it in EVERY if it.computes]  # without the variants of what is given
 OF_LIKELIHOOD = [it for it in EVERY if it.likelihood]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-# One parameter, and a target with a slope; two parameters. None: the operations of the posterior.
-ONE_OF_EACH_SHAPE = (None, SigmoidMSE(), LearnedGaussian())
+# One parameter, and a target with a slope; two parameters; elements with an axis of their own. None: the operations of
+# the posterior.
+ONE_OF_EACH_SHAPE = (None, SigmoidMSE(), LearnedGaussian(), Multinomial())
 # And with --slow two more. What all likelihoods share needs no others.
 ALWAYS_OR_SLOW = (*ONE_OF_EACH_SHAPE, Bernoulli(), *OWN)
 
 
-def each(operations: Sequence[Operation] = EVERY, *, shared: bool = False) -> Any:
+def each(operations: Sequence[Operation] = EVERY, *, shared: bool = False, long_rows: bool = False) -> Any:
     """A test of each operation. With `shared` it is one of kernels, launchers and Functions, which are the same for
-    all likelihoods: those of one likelihood of each shape run always, a few more, and those of smaller parameters,
-    with --slow. A test that depends on the term of a likelihood runs for all.
+    all likelihoods: those of one likelihood of each shape run always, a few more, and those of smaller parameters
+    with --slow, and if asked for those of long rows, which take long on the interpreter. A test that depends on the term
+    of a likelihood runs for all.
     """
 
     def is_slow(operation: Operation) -> bool:
-        return shared and operation.likelihood not in ONE_OF_EACH_SHAPE
+        return shared and (operation.likelihood not in ONE_OF_EACH_SHAPE or operation.long_rows)
 
     if shared:
         operations = [it for it in operations if it.smaller or it.likelihood in ALWAYS_OR_SLOW]
+        operations = [it for it in operations if long_rows or not it.long_rows]
     marked = [pytest.param(it, marks=pytest.mark.slow if is_slow(it) else (), id=it.name) for it in operations]
     return pytest.mark.parametrize("operation", marked)
+
+
+@pytest.fixture(autouse=True)
+def small_rows_are_long(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No program holds a row where long rows are tried, so that they are tried on small tensors, in several blocks."""
+    operation = getattr(request.node, "callspec", None) and request.node.callspec.params.get("operation")
+    if getattr(operation, "long_rows", False):
+        plan_anew(monkeypatch)
+        monkeypatch.setattr(long_rows, "_COLUMNS", 4)
+        for module in (groups, templates):
+            monkeypatch.setattr(module, "LONGEST", 0)
 
 
 def reductions(operation: Operation) -> list[dict[str, str]]:

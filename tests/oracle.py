@@ -12,7 +12,7 @@ from torch import Tensor
 import fastvae
 import fastvae.functional as F
 from bounds import assert_within
-from fastvae.likelihoods.checking import exact
+from fastvae.likelihoods import Likelihood, checking
 from fastvae.operations import Operation
 from fastvae.reference.precision import reduce_event
 
@@ -36,10 +36,18 @@ def levels(n: int) -> int:
     return math.ceil(math.log2(max(n, 1))) + 3
 
 
-def oracle(
+class Call(NamedTuple):
+    """A call in float64: its tensors, upstream gradients and options by name, and what comes out."""
+
+    given: dict[str, Tensor]
+    grads: dict[str, Tensor]
+    options: dict[str, Any]
+    values: dict[str, Tensor]
+
+
+def in_double(
     operation: Operation, tensors: tuple[Tensor, ...], upstream: Mapping[str, Tensor], **options: Any
-) -> dict[str, Exact]:
-    """Of each output, and of the gradient in each argument of `operation.gradients` ("mu_grad")."""
+) -> Call:
     options = {name: in_float64(value) for name, value in {**operation.options, **options}.items()}
     unit = operation.target_kind == "unit"
     given = {name: in_float64(tensor, unit) for name, tensor in zip(operation.arguments, tensors, strict=True)}
@@ -59,7 +67,14 @@ def oracle(
         values |= {f"{name}_grad": grad for name, grad in zip(operation.gradients, gradients, strict=True)}
     else:  # the gradients of the loss are among the outputs
         grads = {"loss": torch.as_tensor(options.get("grad_scale") or 1.0, dtype=torch.float64)}
-    given = {name: tensor.detach() for name, tensor in given.items()}
+    return Call({name: tensor.detach() for name, tensor in given.items()}, grads, options, values)
+
+
+def oracle(
+    operation: Operation, tensors: tuple[Tensor, ...], upstream: Mapping[str, Tensor], **options: Any
+) -> dict[str, Exact]:
+    """Of each output, and of the gradient in each argument of `operation.gradients` ("mu_grad")."""
+    given, grads, options, values = in_double(operation, tensors, upstream, **options)
     of_family = _of_likelihood if operation.likelihood else _of_posterior
     scales = of_family(operation, given, grads, options)
     return {name: Exact(value, *scales[name]) for name, value in values.items()}
@@ -81,7 +96,7 @@ def _of_likelihood(
     tensors = [given[name] for name in names]
     if operation.smaller:
         tensors = [tensor.expand(target.shape) for tensor in tensors]
-    condition = exact(likelihood, tensors)
+    condition = _condition(likelihood, tensors)
     value, *slopes = (condition.scale(i, roundings) for i, roundings in enumerate(likelihood.roundings))
     batch = max(1, target.shape[0])
     absolute = {name: grad.abs() for name, grad in grads.items()}
@@ -111,6 +126,19 @@ def _of_likelihood(
         roundings = k[f"{name}_grad"] + (levels(summed) if summed > 1 else 0)
         scales[f"{name}_grad"] = scale.sum_to_size(given[name].shape), roundings
     return scales
+
+
+_conditions: dict[Any, checking.Exact] = {}
+
+
+def _condition(likelihood: Likelihood, tensors: list[Tensor]) -> checking.Exact:
+    """`exact` of numbers that the operations and reductions of a test share, worked out once: second derivatives."""
+    key = likelihood, *[(tensor.shape, tensor.numpy().tobytes()) for tensor in tensors]
+    if key not in _conditions:
+        if len(_conditions) == 16:
+            del _conditions[next(iter(_conditions))]
+        _conditions[key] = checking.exact(likelihood, tensors)
+    return _conditions[key]
 
 
 def _weight_of_terms(like: Tensor, reduction: str, upstream: Tensor) -> Tensor:

@@ -21,7 +21,10 @@ from conftest import compiling
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import codegen
 import disassembly
+from fastvae.operations import operations
 from launches import configurations
+
+GROUPED = {it.name for it in operations() if it.numbers_of_an_element}
 
 
 def bulk_sizes() -> dict[str, list[int]]:
@@ -30,7 +33,8 @@ def bulk_sizes() -> dict[str, list[int]]:
     for dtype, name in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
         for size, (operation, direction, spec, _) in configurations(dtype):
             target = (spec.target_dtype or dtype).itemsize
-            names = [moved for names in operation.tensors_moved(direction) for moved in names]
+            # Each once: of long rows, which are read again for the gradient, the table has the kernel of that.
+            names = dict.fromkeys(moved for names in operation.tensors_moved(direction) for moved in names)
             found[f"{operation.name} {direction} {size} {name}"] = [
                 target if moved.startswith("target") else dtype.itemsize for moved in names
             ]
@@ -69,6 +73,11 @@ def test_bulk_tensors_move_in_vectors_of_128_bits(table):
         if name.startswith("gfx"):
             continue
         kernel = name.split(" ", 1)[1]
+        if kernel.split()[0] in GROUPED:
+            # How many there are follows from how the compiler spreads an axis over threads: of 5 classes it is 8 places.
+            widths = {"128", "32"} if "Mixture" in kernel else {"128"}  # colours are read one by one
+            assert set(code["bulk"]) == widths and code["others"] <= 5, name
+            continue
         expected: Counter[str] = Counter()
         for size in sizes[kernel]:
             # A copy takes 16 bytes of each dtype; what is computed with, as many elements of each.
@@ -117,11 +126,11 @@ def test_the_parts_of_a_kernel_are_what_they_are_called(table):
 
 SOUND = {
     "sm_90 kernel float32": {
-        "spilled_bytes": 0, "narrow": {}, "overflows": [], "body": 20.0, "instructions": 30.0, "finishing": 300,
+        "spilled_bytes": 0, "narrow": {}, "overflows": [], "fused_sums": 0, "body": 20.0, "instructions": 30.0, "finishing": 300,
         "widest_load": 128, "widest_store": 128,
     },
     "gfx942 kernel float32": {
-        "spilled_bytes": 0, "narrow": None, "overflows": [], "body": None, "instructions": None, "finishing": None,
+        "spilled_bytes": 0, "narrow": None, "overflows": [], "fused_sums": None, "body": None, "instructions": None, "finishing": None,
         "widest_load": 128, "widest_store": 0,
     },
 }  # fmt: skip
@@ -136,6 +145,7 @@ def test_a_sound_table_has_no_complaint():
     [
         ("spilled_bytes", 8, "8 bytes of registers are spilled"),
         ("narrow", {"64": 2}, "narrower than they could be: 2 of 64 bits"),
+        ("fused_sums", 1, "1 sums over threads add a product before it is rounded"),
         ("overflows", ["%start = arith.muli %pid, %c1024_i32 : i32"], "an offset is made in 32 bits: %start"),
         ("widest_load", 64, "widest_load 64 bits, committed 128"),
         ("body", 22.2, "body 22.2 instructions, committed 20.0"),
@@ -202,6 +212,7 @@ def test_a_planted_kernel_without_fault_has_no_complaint(planted):
     [
         ("strided", "narrower than they could be: 32 of 32 bits"),
         ("reads twice", "body 10"),
+        ("adds products", "1 sums over threads add a product before it is rounded"),
         ("without registers", "bytes of registers are spilled"),
     ],
 )

@@ -22,6 +22,7 @@ from contract import (
     noise,
     reductions,
     run,
+    small_rows_are_long,  # noqa: F401 - a fixture of every test
     upstream_of,
 )
 from fastvae.operations import Operation, Spec
@@ -333,7 +334,7 @@ def wrong_first(name: str, tensor: Tensor) -> list[Wrong]:
         (tensor.int(), TypeError, f"{name} must be float16, bfloat16, float32 or float64, got torch.int32"),
         (tensor > 0, TypeError, f"{name} must be float16, bfloat16, float32 or float64, got torch.bool"),
         (tensor.to_sparse(), TypeError, f"{name} must be a dense tensor, got layout torch.sparse_coo"),
-        (tensor[0], ValueError, f"{rank} {list(tensor[0].shape)}"),
+        (tensor.flatten(), ValueError, f"{rank} [{tensor.numel()}]"),
         (tensor.sum(), ValueError, f"{rank} []"),
     ]
 
@@ -342,7 +343,7 @@ def wrong_like(name: str, first: str, tensor: Tensor) -> list[Wrong]:
     shape, device = list(tensor.shape), tensor.device
     return [
         (None, TypeError, f"{name} must be a torch.Tensor, got NoneType"),
-        (tensor[:, 1:], ValueError, f"{name} must have the shape of {first}, {shape}, got {[shape[0], shape[1] - 1]}"),
+        (tensor[:, 1:], ValueError, f"{name} must have the shape of {first}, {shape}, got {[shape[0], shape[1] - 1, *shape[2:]]}"),
         (tensor.to_sparse(), TypeError, f"{name} must be a dense tensor, got layout torch.sparse_coo"),
         (tensor.to("meta"), ValueError, f"{name} must be on the device of {first}, {device}, got meta"),
     ]

@@ -22,7 +22,8 @@ from traffic import Traffic, documented_bytes, measure, metered, takes_bytes
 
 pytestmark = pytest.mark.skipif(not kernels.INTERPRETED, reason="bytes are counted on Triton's interpreter")
 
-OPERATIONS = named(of_each_kind(operations()))
+# And of every likelihood whose elements have an axis of their own, because its bytes depend on how many numbers that has.
+OPERATIONS = named([*of_each_kind(operations()), *(it for it in operations() if it.numbers_of_an_element)])
 # When these words of a kernel's docstring apply, by the tensors that are read and written and the upstream gradients.
 CONDITIONS = {
     "with eps": lambda names: "eps" in names,
@@ -34,27 +35,28 @@ CONDITIONS = {
 }
 
 
-def kernel_of(operation, direction):
-    module, _, name = operation.kernels[direction].partition(".")
-    return getattr(importlib.import_module(f"fastvae.kernels.{module}"), name)
+def kernels_of(operation, direction):
+    """What they say of themselves, in one line each."""
+    for kernel in operation.kernels[direction]:
+        module, _, name = kernel.partition(".")
+        yield " ".join(getattr(importlib.import_module(f"fastvae.kernels.{module}"), name).fn.__doc__.split())
 
 
-def conditions(operation, direction, target_dtype):
+def conditions(operation, direction, target_dtype, docstring):
     read, written = operation.tensors_moved(direction)
     upstream = [f"{name}_grad" for name in operation.outputs] if direction == "backward" else []
-    docstring = " ".join(kernel_of(operation, direction).fn.__doc__.split())
     applying = [words for words, apply in CONDITIONS.items() if apply({*read, *written, *upstream})]
     if target_dtype is torch.uint8:
         applying.append("with a uint8 target")
     return [words for words in applying if re.search(rf"\d {words}[,)]", docstring)]
 
 
-def assert_moves(traffic, elements, reads, writes, further=0.0):
+def assert_moves(traffic, elements, reads, writes, launches=1, further=0.0):
     """Every byte of the formula, and at most 5 % of it for sums, tickets, seeds and scalar arguments."""
     allowed = 0.05 * (reads + writes) + further
     assert reads <= traffic.loaded / elements <= reads + allowed
     assert writes <= traffic.stored / elements <= writes + allowed
-    assert traffic.launches == 1
+    assert traffic.launches == launches
 
 
 def cases():
@@ -72,13 +74,19 @@ def test_bytes_and_launches_of_every_operation(operation, dtype, target_dtype, t
     for direction, (traffic, elements) in measure(operation, dtype, target_dtype).items():
         reads, writes = operation.bytes_per_element(direction, dtype, target_dtype)
         # A tile of 16 rows reads a number of each column, and leaves a sum of it, which is read again.
-        assert_moves(traffic, elements, reads, writes, further=8 / 16 if operation.smaller else 0.0)
-        if operation.likelihood is not None and operation.likelihood.grouped:
-            continue  # its kernel's bytes depend on how many numbers an element has
-        docstring = kernel_of(operation, direction).fn.__doc__
-        read, written = documented_bytes(docstring, *conditions(operation, direction, target_dtype))
-        if operation.likelihood:
-            assert "4 more of each for each further parameter" in " ".join(docstring.split())
+        further = 8 / 16 if operation.smaller else 0.0
+        assert_moves(traffic, elements, reads, writes, len(operation.kernels[direction]), further)
+        docstrings = list(kernels_of(operation, direction))
+        if operation.numbers_of_an_element:  # on which the kernel's bytes depend
+            assert all("Bytes: parameters and target are read once" in docstring for docstring in docstrings)
+            continue
+        each = [
+            documented_bytes(docstring, *conditions(operation, direction, target_dtype, docstring))
+            for docstring in docstrings
+        ]
+        read, written = (sum(numbers) for numbers in zip(*each, strict=True))
+        if operation.likelihood and not operation.long_rows:
+            assert all("4 more of each for each further parameter" in docstring for docstring in docstrings)
             further = 4 * (len(operation.likelihood.parameters) - 1 - len(operation.smaller))
             read, written = read + further, written + further * (written > 0)
         assert (read, written) == operation.bytes_per_element(direction, torch.float32, target_dtype), direction
@@ -93,10 +101,8 @@ def test_every_kernel_is_of_an_operation_in_the_list():
         for name in vars(importlib.import_module(f"fastvae.kernels.{module}"))
         if name.endswith("_kernel")
     }
-    # Those of elements that have an axis of their own: `test_grouped_likelihoods.py`.
-    of_groups = {"grouped_kernel", "row_sums_kernel", "row_gradient_kernel"}
     listed = {name.split(".")[1] for name in kernel_names(OPERATIONS.values())}
-    assert every == listed | of_groups | {"gather_batch_kernel"}
+    assert every == listed | {"gather_batch_kernel"}
 
 
 def test_only_active_lanes_are_counted(triton_backend):

@@ -40,7 +40,7 @@ def term(slots, targets, place, SIZE: tl.constexpr, SETTINGS: tl.constexpr, FAST
         slope = weights - tl.where(hit, 1.0, 0.0)
     else:
         total = tl.sum(target, axis=1, keep_dims=True)
-        value = total * spread + tl.sum(target * below, axis=1, keep_dims=True)
+        value = total * spread + tl.sum(numerics.product(target, below), axis=1, keep_dims=True)
         slope = total * weights - target
     return value, (slope,)
 

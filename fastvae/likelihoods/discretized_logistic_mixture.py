@@ -61,7 +61,7 @@ def term(slots, targets, place, SIZE: tl.constexpr, SETTINGS: tl.constexpr, FAST
         value += value_green + value_blue
 
     missing = -numerics.expm1(-value, numerics.exp(-value, FAST))
-    missed = tl.sum(weights * missing, axis=1, keep_dims=True)
+    missed = tl.sum(numerics.product(weights, missing), axis=1, keep_dims=True)
     kept = numerics.reciprocal(tl.maximum(1.0 - missed, 0.5), FAST)
     joint = relative - value
     most = tl.max(joint, axis=1, keep_dims=True)
