@@ -57,8 +57,7 @@ class NegativeBinomial(Likelihood):
         return value if self.constant else value - log_factorial(target)
 
     def slopes(self, mean: Tensor, dispersion: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        by_dispersion = reference.slope_by_dispersion(mean, dispersion, target, self.eps)
-        return reference.slope_by_mean(mean, dispersion, target, self.eps), by_dispersion
+        return reference.slopes(mean, dispersion, target, self.eps)
 
     def mean(self, mean: Tensor, *_: Tensor) -> Tensor:
         return mean

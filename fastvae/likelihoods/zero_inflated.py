@@ -97,8 +97,7 @@ class ZeroInflatedNegativeBinomial(Likelihood):
         of_zero = not_inflated * torch.expm1(-n) * torch.sigmoid(zero_logits + n)
         by_logits = torch.lerp(of_zero, torch.sigmoid(zero_logits), nonzero)
         factor = torch.lerp(share, torch.ones_like(share), nonzero)
-        by_mean = reference.slope_by_mean(mean, dispersion, target, self.eps)
-        by_dispersion = reference.slope_by_dispersion(mean, dispersion, target, self.eps)
+        by_mean, by_dispersion = reference.slopes(mean, dispersion, target, self.eps)
         return factor * by_mean, factor * by_dispersion, by_logits
 
     def mean(self, mean: Tensor, dispersion: Tensor, zero_logits: Tensor) -> Tensor:
