@@ -1,7 +1,7 @@
 """How probable a model finds images: the evidence lower bound, and a tighter bound by importance sampling.
 
 Both are of log p(x), in nats per image, of the model that training fits: z ~ N(0, I), and independent pixels x of the
-model's likelihood given the decoder's output. They hold what the likelihood's formula leaves out (its ``omitted``). For
+model's likelihood given the decoder's output. They hold what the likelihood's formula leaves out (its ``omitted`` and ``complete``). For
 `SigmoidMSE`, a Gaussian of variance 1 around the sigmoid, that is the constant -D / 2 * log(2 pi) for the D values of
 an image, -720.4 nats at 28x28. Pixels lie in [0, 1], where a variance of 1 is wide, so its p(x) changes little with
 what was learned.
@@ -96,6 +96,6 @@ def _log_weights(model: VAE, images: Tensor, mu: Tensor, logvar: Tensor, z: Tens
 
 def _log_density(model: VAE, z: Tensor, images: Tensor) -> Tensor:
     """log p(x|z) of each pair, float64 [B]."""
-    likelihood = model.likelihood
+    likelihood = model.likelihood.complete
     values = F.negative_log_likelihood(model.decode(z), images, likelihood, reduction="none").double()
     return -(likelihood.reconstruction_weight * values + likelihood.omitted * images[0].numel())

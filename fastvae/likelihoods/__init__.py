@@ -13,6 +13,7 @@ from fastvae.likelihoods.multinomial import Multinomial
 from fastvae.likelihoods.negative_binomial import NegativeBinomial
 from fastvae.likelihoods.poisson import Poisson
 from fastvae.likelihoods.sigmoid_mse import SigmoidMSE
+from fastvae.likelihoods.validation import validate
 from fastvae.likelihoods.zero_inflated import ZeroInflatedNegativeBinomial
 
 __all__ = [
@@ -33,4 +34,5 @@ __all__ = [
     "ZeroInflatedNegativeBinomial",
     "check",
     "from_key",
+    "validate",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,6 +44,7 @@ class NegativeBinomial(Likelihood):
 
     parameters = ("mean", "dispersion")
     target = "number"
+    counts = True
     roundings = (16, 8, 40)
     heavy = True
     term = term
@@ -51,6 +52,10 @@ class NegativeBinomial(Likelihood):
     def __post_init__(self) -> None:
         check_eps(self.eps)
         super().__post_init__()
+
+    @property
+    def complete(self) -> NegativeBinomial:
+        return replace(self, constant=True)
 
     def formula(self, mean: Tensor, dispersion: Tensor, target: Tensor) -> Tensor:
         value = reference.negative_binomial(mean, dispersion, target, self.eps)

@@ -1,4 +1,4 @@
-"""The negative binomial likelihood in plain PyTorch.
+"""The negative binomial likelihood in plain PyTorch, and its zero-inflated form.
 
 With d the dispersion, m = mean + eps and e = d + eps, as scVI has it,
 
@@ -33,12 +33,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvae.reference.precision import sigmoid
 from fastvae.reference.special import (
     APPROXIMATIONS,
     divided_difference,
     gamma_difference,
     log_factorial,
     polynomial,
+    softplus,
 )
 
 # Of r, from the constant part on.
@@ -140,3 +142,46 @@ def log1p_minus(x: Tensor) -> Tensor:
     s = x / (2 + x)
     z = s * s
     return s * (z * polynomial(_LOG1P[x.dtype], z)).sub_(x)
+
+
+def inflated(n: Tensor, logits: Tensor, t: Tensor) -> Tensor:
+    """-log(sigma(l) [t = 0] + sigma(-l) e^-n) of the negative binomial's value n; the logits l may be smaller."""
+    return _Inflated.apply(n, logits, t)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Inflated(torch.autograd.Function):
+    """For t > 0 it is softplus(l) + n. For t = 0 it is
+
+        log(1 + (1 - e^-n) / (e^l + e^-n)),
+
+    in which nothing cancels. Where both exponentials vanish, e^k is taken out of the logarithm, with k = min(-l, n) -
+    60: of the 1 nothing is left there.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(n: Tensor, logits: Tensor, t: Tensor) -> Tensor:
+        k = torch.minimum(-logits, n).sub_(60).clamp_(min=0)
+        both = (logits + k).exp_().add_((k - n).exp_())
+        of_zero = torch.expm1(-n).div(both).neg_().log1p_().add_(k)
+        return torch.where(t == 0, of_zero, n + softplus(logits))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        n, logits, t = ctx.saved_tensors
+        factor, by_logits = inflated_slopes(n, logits, t)
+        return grad * factor, (grad * by_logits).sum_to_size(logits.shape), None
+
+
+def inflated_slopes(n: Tensor, logits: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """By n and by the logits, of each element. At t = 0 the first is the share of the negative binomial in the zeros."""
+    zero = t == 0
+    # Of torch's sigmoid the gradient is 0 above 17, so where it is differentiated it is ours, which takes longer.
+    f = sigmoid if torch.is_grad_enabled() else torch.sigmoid
+    of_zero = f(-logits) * torch.expm1(-n) * f(logits + n)
+    return torch.where(zero, f(-logits - n), 1.0), torch.where(zero, of_zero, f(logits))
