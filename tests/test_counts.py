@@ -93,7 +93,7 @@ def test_terms_with_the_documented_errors_of_fast_instructions(likelihood, trito
     target = at.inputs[-1]
     count = (target == 0) | (target >= 1)
     for each in (likelihood, replace(likelihood, constant=False)):
-        scales, found = exact(each, at.inputs), computed(each, at, "cpu")
+        scales, found = exact(each, at.inputs), found if each == likelihood else computed(each, at, "cpu")
         for k, value in enumerate(found):
             allowed = each.roundings[k] * UNIT * scales.scale(k, each.roundings[k]) + 2.0**-126
             if k == 0 and not each.constant:  # what it subtracts may be much larger than what is left
