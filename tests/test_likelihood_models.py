@@ -253,6 +253,24 @@ def test_bounds_hold_what_the_formula_omits(device):
     torch.testing.assert_close(errors.cpu(), (images.cpu() / 255 - location).square().flatten(1).mean(1))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [likelihoods.Poisson, likelihoods.NegativeBinomial], ids=lambda kind: kind.__name__)
+def test_bounds_hold_the_constants_of_counts(kind, device):
+    """log t! follows from the data, so it is no number that could be `omitted`."""
+    counts = torch.poisson(torch.full((6, *SHAPE), 4.0)).to(device)
+    parameters = tuple(torch.full(SHAPE, 1.5) for _ in kind().parameters)
+
+    class Constant(nn.Module):
+        def forward(self, z):
+            return tuple(it.to(z).expand(len(z), *SHAPE) for it in parameters)
+
+    found = []
+    for likelihood in (kind(), kind(constant=False)):
+        model = VAE(Fixed(torch.zeros(2)), Constant(), 1, likelihood).to(device)
+        found.append((elbo(model, counts), log_likelihood(model, counts, samples=3)))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_errors_are_of_means_in_float32(dtype, device):
     """Not of means that were rounded to the model's dtype."""

@@ -1,7 +1,7 @@
 """How probable a model finds images: the evidence lower bound, and a tighter bound by importance sampling.
 
 Both are of log p(x), in nats per image, of the model that training fits: z ~ N(0, I), and independent pixels x of the
-model's likelihood given the decoder's output. They hold what the likelihood's formula leaves out (its ``omitted``). For
+model's likelihood given the decoder's output. They hold what the likelihood's formula leaves out (its ``omitted`` and ``complete``). For
 `SigmoidMSE`, a Gaussian of variance 1 around the sigmoid, that is the constant -D / 2 * log(2 pi) for the D values of
 an image, -720.4 nats at 28x28. Pixels lie in [0, 1], where a variance of 1 is wide, so its p(x) changes little with
 what was learned.
@@ -113,7 +113,7 @@ def _log_weights(model: VAE, batch: Batch, mu: Tensor, logvar: Tensor, z: Tensor
 
 def _log_density(model: VAE, z: Tensor, batch: Batch) -> Tensor:
     """log p(x|z) of each pair of a z and a target, float64 [B]."""
-    likelihood, target = model.likelihood, batch.target
+    likelihood, target = model.likelihood.complete, batch.target
     parameters = model.decode(z, **batch.given)
     values = F.negative_log_likelihood(parameters, target, likelihood, reduction="none").double()
     return -(likelihood.reconstruction_weight * values + likelihood.omitted * target[0].numel())

@@ -24,7 +24,7 @@ def negative_log_likelihood(
         target: of the shape and device of the first parameter; any of those dtypes, or uint8, which is read as t / 255
             where ``likelihood.target`` is "unit", as the number itself where it is "number". Its values are not
             checked: those that the likelihood does not have, such as negative counts, give NaN or a number that means
-            nothing.
+            nothing; `fastvae.likelihoods.validate` finds them.
         likelihood: one of `fastvae.likelihoods`, or one of your own.
         reduction: "none" per sample, shape [B]; "batchmean" their mean; "sum" over everything; "mean" over every
             element.

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fastvae.likelihoods.multinomial import Multinomial
     from fastvae.likelihoods.negative_binomial import NegativeBinomial
     from fastvae.likelihoods.poisson import Poisson
+    from fastvae.likelihoods.validation import validate
     from fastvae.likelihoods.zero_inflated import ZeroInflatedNegativeBinomial
 
 # Imported when they are first asked for, because all of them together double the time that importing fastvae takes.
@@ -34,6 +35,7 @@ _LATER = {
     "Poisson": "poisson",
     "ZeroInflatedNegativeBinomial": "zero_inflated",
     "check": "checking",
+    "validate": "validation",
 }
 
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "ZeroInflatedNegativeBinomial",
     "check",
     "from_key",
+    "validate",
 ]
 
 if not TYPE_CHECKING:  # else a name that does not exist would have a type

@@ -73,6 +73,8 @@ class Likelihood:
     """
     bounded: ClassVar[bool] = True
     """Whether a "unit" target must lie in [0, 1]; else floats may be any numbers, and bytes are read as t / 255."""
+    counts: ClassVar[bool] = False
+    """Whether a "number" target holds counts, whole numbers from 0 on. Only `fastvae.likelihoods.validate` asks."""
     reads_bytes: ClassVar[bool] = True
     """Whether a target may be uint8."""
     roundings: ClassVar[tuple[int, ...]]
@@ -163,6 +165,13 @@ class Likelihood:
     def mean(self, *parameters: Any, **_: Any) -> Tensor:
         """The mean of the target given the parameters, for pictures of reconstructions and samples."""
         raise NotImplementedError(f"{type(self).__name__} must define mean({', '.join(self.parameters)})")
+
+    @property
+    def complete(self) -> Likelihood:
+        """The likelihood whose formula has what this one's leaves out for each target, such as log t!, of which
+        `omitted` can be no number. `fastvae.evaluation.elbo` and `log_likelihood` compute that one.
+        """
+        return self
 
     @property
     def settings(self) -> tuple[Any, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,6 +44,7 @@ class NegativeBinomial(Likelihood):
 
     parameters = ("mean", "dispersion")
     target = "number"
+    counts = True
     roundings = (16, 8, 40)
     heavy = True
     term = term
@@ -52,13 +53,16 @@ class NegativeBinomial(Likelihood):
         check_eps(self.eps)
         super().__post_init__()
 
+    @property
+    def complete(self) -> NegativeBinomial:
+        return replace(self, constant=True)
+
     def formula(self, mean: Tensor, dispersion: Tensor, target: Tensor) -> Tensor:
         value = reference.negative_binomial(mean, dispersion, target, self.eps)
         return value if self.constant else value - log_factorial(target)
 
     def slopes(self, mean: Tensor, dispersion: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        by_dispersion = reference.slope_by_dispersion(mean, dispersion, target, self.eps)
-        return reference.slope_by_mean(mean, dispersion, target, self.eps), by_dispersion
+        return reference.slopes(mean, dispersion, target, self.eps)
 
     def mean(self, mean: Tensor, *_: Tensor) -> Tensor:
         return mean

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,7 +49,7 @@ class Poisson(Likelihood):
     """rate - t log rate + log t! with rate = e^log_rate for each element; t is a count, as a float or uint8.
 
     It is torch's ``poisson_nll_loss``, with all of log t!. ``constant=False`` leaves log t! out: gradients are the
-    same, but the estimates of `fastvae.evaluation` lack it. Choose it for counts whose variance is their mean, as that
+    same, and the estimates of `fastvae.evaluation` have it all the same. Choose it for counts whose variance is their mean, as that
     of photons is; counts of genes vary more. A target that is negative or a fraction is not refused: it gives the
     formula's number, or NaN.
     """
@@ -58,8 +58,13 @@ class Poisson(Likelihood):
 
     parameters = ("log_rate",)
     target = "number"
+    counts = True
     roundings = (24, 5)
     term = term
+
+    @property
+    def complete(self) -> Poisson:
+        return replace(self, constant=True)
 
     def formula(self, log_rate: Tensor, target: Tensor) -> Tensor:
         if not self.constant:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from fastvae.likelihoods.likelihood import Likelihood, Term
 from fastvae.likelihoods.negative_binomial import NegativeBinomial, check_eps
 from fastvae.reference import counts as reference
-from fastvae.reference.special import log_factorial, softplus
+from fastvae.reference.special import log_factorial
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -62,6 +62,7 @@ class ZeroInflatedNegativeBinomial(Likelihood):
 
     parameters = ("mean", "dispersion", "zero_logits")
     target = "number"
+    counts = True
     roundings = (16, 20, 40, 15)
     heavy = True
     term = term
@@ -70,35 +71,21 @@ class ZeroInflatedNegativeBinomial(Likelihood):
         check_eps(self.eps)
         super().__post_init__()
 
+    @property
+    def complete(self) -> ZeroInflatedNegativeBinomial:
+        return replace(self, constant=True)
+
     def formula(self, mean: Tensor, dispersion: Tensor, zero_logits: Tensor, target: Tensor) -> Tensor:
-        n, zero = reference.negative_binomial(mean, dispersion, target, self.eps), target == 0
-        l, positive = zero_logits, softplus(zero_logits)
-        of_count = torch.where(zero, n, 0.0)
-        # Not by expm1 alone, because torch computes its slope as expm1(x) + 1, which is 0 where e^x is small.
-        rise = torch.where(of_count < 0.5, -torch.expm1(-of_count.clamp(max=0.5)), 1 - torch.exp(-of_count))
-        # Not by sigmoid, whose slope torch computes from 1 - sigmoid, which is 0 for l < -17. A logit that is NaN
-        # reaches no slope of a count above 0 but its own.
-        w = torch.exp(-torch.where(zero, positive, 0.0)) * rise
-        small = w < 0.5
-        # Each form is computed from other numbers where it is not taken, so that no infinity reaches a gradient.
-        log_w = -torch.log1p(-torch.where(small, w, 0.0))
-        a, n_of_zero = torch.where(small, 0.0, -l), torch.where(small, 0.0, n)
-        smaller = torch.minimum(a, n_of_zero) + torch.log1p(torch.exp(-a))
-        of_zero = torch.where(small, log_w, smaller - torch.log1p(torch.exp(-(a - n_of_zero).abs())))
-        value = torch.where(zero, of_zero, positive + n)
+        n = reference.negative_binomial(mean, dispersion, target, self.eps)
+        value = reference.inflated(n, zero_logits, target)
         return value if self.constant else value - log_factorial(target)
 
     def slopes(
         self, mean: Tensor, dispersion: Tensor, zero_logits: Tensor, target: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         n = dispersion * torch.log1p(mean / (dispersion + self.eps))  # at t = 0
-        not_inflated, nonzero = torch.sigmoid(-zero_logits), target.clamp(0, 1).ceil().to(zero_logits.dtype)
-        share = torch.sigmoid(-zero_logits - n)  # of the negative binomial in the probability of 0
-        of_zero = not_inflated * torch.expm1(-n) * torch.sigmoid(zero_logits + n)
-        by_logits = torch.lerp(of_zero, torch.sigmoid(zero_logits), nonzero)
-        factor = torch.lerp(share, torch.ones_like(share), nonzero)
-        by_mean = reference.slope_by_mean(mean, dispersion, target, self.eps)
-        by_dispersion = reference.slope_by_dispersion(mean, dispersion, target, self.eps)
+        factor, by_logits = reference.inflated_slopes(n, zero_logits, target)
+        by_mean, by_dispersion = reference.slopes(mean, dispersion, target, self.eps)
         return factor * by_mean, factor * by_dispersion, by_logits
 
     def mean(self, mean: Tensor, dispersion: Tensor, zero_logits: Tensor) -> Tensor:

@@ -72,12 +72,17 @@ def gradients(
         of_block = factor[part] if isinstance(factor, Tensor) and factor.ndim else factor
         slopes = likelihood.slopes(*in_precision(tuple(block[:-1]), block[-1], likelihood))
         for k, need in enumerate(needed):
-            if need:
-                gradient, whole = (of_block * slopes[k]).sum_to_size(block[k].shape), found[k]
-                if whole is None:
-                    partial[k].append(gradient)
-                else:
-                    whole[part] = gradient
+            if not need:
+                continue
+            whole = found[k]
+            if whole is not None and slopes[k].shape == block[k].shape:
+                torch.mul(of_block, slopes[k], out=whole[part])
+                continue
+            gradient = (of_block * slopes[k]).sum_to_size(block[k].shape)
+            if whole is None:
+                partial[k].append(gradient)
+            else:
+                whole[part] = gradient
     for k, parts in enumerate(partial):
         if parts:
             found[k] = torch.stack(parts).sum(0).to(parameters[k].dtype)

@@ -15,19 +15,22 @@ def in_float32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype is torch.float64 else tensor.float()
 
 
-def pixels(target: Tensor) -> Tensor:
-    """The target of a likelihood in the precision of the arithmetic: bytes become t / 255."""
-    return target.float() / 255 if target.dtype is torch.uint8 else in_float32(target)
+def pixels(target: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The target of a likelihood in the precision of the arithmetic, which is `dtype` where bytes become t / 255."""
+    return target.to(dtype) / 255 if target.dtype is torch.uint8 else in_float32(target)
 
 
 def in_precision(parameters: Parameters, target: Tensor, likelihood: Likelihood) -> list[Tensor]:
-    """The parameters and the target in float32 (float64 stays); a "unit" target of bytes becomes t / 255, and classes
-    become int64.
+    """The parameters and the target in float32 (float64 stays); a "unit" target of bytes becomes t / 255, in float64 if
+    a parameter is; and classes become int64.
     """
-    each = (parameters,) if isinstance(parameters, Tensor) else parameters
+    each = [*map(in_float32, (parameters,) if isinstance(parameters, Tensor) else parameters)]
     if likelihood.target == "class" and target.ndim < each[0].ndim:
-        return [*map(in_float32, each), target.long()]
-    return [*map(in_float32, each), pixels(target) if likelihood.target == "unit" else in_float32(target)]
+        return [*each, target.long()]
+    if likelihood.target != "unit":
+        return [*each, in_float32(target)]
+    is_double = any(parameter.dtype is torch.float64 for parameter in each)
+    return [*each, pixels(target, torch.float64 if is_double else torch.float32)]
 
 
 def widened(weight: float | Tensor) -> float | Tensor:

@@ -215,19 +215,20 @@ def divided_difference(coefficients: Sequence[float], a: Tensor, b: Tensor) -> T
     Horner's rule gives p(a), and applied to its own steps, but at b, the quotient. Where `a` is smaller than `b`, as
     for one number per column, half of it costs nothing.
     """
-    # Not by addcmul, which on a CPU takes longer than a product and a sum.
-    outer: float | Tensor = coefficients[-1]
-    inner: float | Tensor = coefficients[-1]
+    outer: Tensor | float = coefficients[-1]
+    inner: Tensor | None = None
     for coefficient in coefficients[-2::-1]:
         outer = outer * a + coefficient
-        inner = inner * b + outer
-    assert isinstance(inner, Tensor)
+        assert isinstance(outer, Tensor)
+        inner = torch.add(outer, b, alpha=coefficients[-1]) if inner is None else torch.addcmul(outer, inner, b)
+    assert inner is not None
     return inner
 
 
 def polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
     """With these coefficients from the constant part on."""
-    result = coefficients[-1] * x + coefficients[-2]
-    for coefficient in coefficients[-3::-1]:
-        result = result * x + coefficient
-    return result
+    result = coefficients[-1] * x
+    for coefficient in coefficients[-2:0:-1]:
+        # A sum keeps nothing for its gradient, so it is written over the product.
+        result = result.add_(coefficient) * x
+    return result.add_(coefficients[0])
