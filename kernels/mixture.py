@@ -8,7 +8,7 @@ then squared, because e^-logvar may overflow where the square does not.
 import triton
 import triton.language as tl
 
-from .numerics import exp, exp_half, log, to_float32
+from .numerics import exp, exp_half, log
 from .tiles import UNSPECIALIZED, drew_last_ticket
 
 # What the last program, or each where there is one split, adds up at a time: 8 numbers for each thread of 4 warps.
@@ -19,23 +19,21 @@ NUMBERS = (*UNSPECIALIZED, "components", "tiles", "parts", "weights_stride", "va
 
 
 @triton.jit
-def load_tile(ptr, index, inside, row_stride, dim, inside_dim, dim_stride, FAST: tl.constexpr):
-    """[len(index), len(dim)] in float32, 0 where it is outside."""
-    at = index.to(tl.int64)[:, None] * row_stride + dim.to(tl.int64)[None, :] * dim_stride
-    return to_float32(tl.load(ptr + at, mask=inside[:, None] & inside_dim[None, :], other=0.0), FAST)
-
-
-@triton.jit
 def differences(
     z_ptr, mu_ptr, logvar_ptr, row, inside_row, component, inside_component, start, dims,
     z_stride, z_step, mu_stride, mu_step, logvar_stride, logvar_step, DIMS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """r = (z - mu) e^(-logvar / 2) [rows, components, DIMS], e^(-logvar / 2) and logvar, of dimensions from start on."""
     dim = start + tl.arange(0, DIMS)
-    inside = dim < dims
-    z = load_tile(z_ptr, row, inside_row, z_stride, dim, inside, z_step, FAST)
-    mu = load_tile(mu_ptr, component, inside_component, mu_stride, dim, inside, mu_step, FAST)
-    logvar = load_tile(logvar_ptr, component, inside_component, logvar_stride, dim, inside, logvar_step, FAST)
+    column = dim.to(tl.int64)[None, :]
+    inside = (dim < dims)[None, :]
+    inside_rows, inside_components = inside_row[:, None] & inside, inside_component[:, None] & inside
+    row, component = row.to(tl.int64)[:, None], component.to(tl.int64)[:, None]
+    z = tl.load(z_ptr + row * z_stride + column * z_step, mask=inside_rows, other=0.0)
+    mu = tl.load(mu_ptr + component * mu_stride + column * mu_step, mask=inside_components, other=0.0)
+    at = logvar_ptr + component * logvar_stride + column * logvar_step
+    logvar = tl.load(at, mask=inside_components, other=0.0).to(tl.float32)
+    z, mu = z.to(tl.float32), mu.to(tl.float32)
     scale = exp_half(-logvar, FAST)
     return (z[:, None, :] - mu[None, :, :]) * scale[None, :, :], scale, logvar
 
@@ -61,7 +59,7 @@ def log_terms(
     terms = -0.5 * (tl.sum(squares, axis=2) + tl.sum(spread, axis=1)[None, :])
     if log_weights_ptr is not None:
         at = log_weights_ptr + component.to(tl.int64) * weights_stride
-        terms += to_float32(tl.load(at, mask=inside_component, other=0.0), FAST)[None, :]
+        terms += tl.load(at, mask=inside_component, other=0.0).to(tl.float32)[None, :]
     return tl.where(inside_component[None, :], terms, -float("inf"))
 
 
@@ -118,9 +116,9 @@ def mixture_kernel(
     if part_ptr is None:
         tl.store(value_ptr + row, shift(m) + log(s, FAST) + constant, mask=inside_row)
     else:
-        at = part_ptr + part * rows + row
-        tl.store(at, m, mask=inside_row)
-        tl.store(at + tl.cast(parts, tl.int64) * rows, s, mask=inside_row)
+        all_s_ptr = part_ptr + tl.cast(parts, tl.int64) * rows
+        tl.store(part_ptr + part * rows + row, m, mask=inside_row)
+        tl.store(all_s_ptr + part * rows + row, s, mask=inside_row)
         if drew_last_ticket(ticket_ptr):
             own_first = tl.zeros([], tl.int64)
             while own_first < rows:
@@ -130,11 +128,10 @@ def mixture_kernel(
                 all_s = tl.zeros([ROWS_AT_ONCE], tl.float32)
                 index = 0
                 while index < parts:
-                    at = part_ptr + tl.cast(index, tl.int64) * rows + own
+                    at = tl.cast(index, tl.int64) * rows + own
                     # .cg as in `tiles.sum_in_order`
-                    part_m = tl.load(at, mask=there, other=0.0, cache_modifier=".cg")
-                    at += tl.cast(parts, tl.int64) * rows
-                    part_s = tl.load(at, mask=there, other=0.0, cache_modifier=".cg")
+                    part_m = tl.load(part_ptr + at, mask=there, other=0.0, cache_modifier=".cg")
+                    part_s = tl.load(all_s_ptr + at, mask=there, other=0.0, cache_modifier=".cg")
                     all_m, all_s = joined(all_m, all_s, part_m, part_s, FAST)
                     index += 1
                 tl.store(value_ptr + own, shift(all_m) + log(all_s, FAST) + constant, mask=there)

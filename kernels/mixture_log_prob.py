@@ -13,8 +13,8 @@ from .layout import remembered
 from .mixture import mixture_components_kernel, mixture_kernel, mixture_rows_kernel
 from .tiles import power_of_2
 
-# A tile [rows, components, dimensions] is 32 numbers for each thread of 4 warps. Four dimensions are 16 bytes of a row,
-# and of more, a sum over dimensions would take more steps between threads than there are dimensions to a thread.
+# A tile [rows, components, dimensions] is 32 numbers for each thread of 4 warps, or 16 of 8. Of more than four
+# dimensions, a sum over them would take more steps between threads than a thread has dimensions to add.
 _SIDE, _DIMS = 32, 4
 # Where a side has few tiles, the other is shared by so many programs in all: two for each unit of a large card.
 _PROGRAMS = 256
@@ -35,7 +35,14 @@ def divided(own: int, other: int) -> tuple[int, int, int]:
 
 @remembered
 def plan_mixture(
-    rows: int, components: int, dims: int, strides: tuple[int, ...], by_rows: bool, constant: float, **constants: bool
+    rows: int,
+    components: int,
+    dims: int,
+    strides: tuple[int, ...],
+    constant: float,
+    gradients: bool = False,
+    by_rows: bool = True,
+    **constants: bool,
 ) -> tuple[Plan, int]:
     """The plan, and the number of parts. by_rows: a program has rows; else components."""
     tile = tile_of(rows, components, dims)
@@ -44,7 +51,8 @@ def plan_mixture(
     programs, tiles, parts = divided(*sides)
     plan = make_plan(
         programs,
-        4,
+        # With 4 warps the kernels of gradients take 204 to 255 registers (sm_80 to sm_100, triton 3.9), close to spills.
+        8 if gradients else 4,
         rows,
         components,
         dims,
@@ -62,12 +70,12 @@ def _read(
     z: Tensor, mu: Tensor, logvar: Tensor, log_weights: Tensor | None
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor | None], tuple[int, ...], float]:
     """The tensors as a kernel reads them, their strides, and the constant of all terms."""
+    z, mu, logvar = z.resolve_neg(), mu.resolve_neg(), logvar.resolve_neg()
     weights = None if log_weights is None else log_weights.resolve_neg()
-    tensors = z.resolve_neg(), mu.resolve_neg(), logvar.resolve_neg(), weights
     strides = (*z.stride(), *mu.stride(), *logvar.stride(), 0 if weights is None else weights.stride(0))
     components, dims = mu.shape
     constant = -0.5 * dims * math.log(2 * math.pi) - (math.log(components) if log_weights is None else 0.0)
-    return tensors, strides, constant
+    return (z, mu, logvar, weights), strides, constant
 
 
 def allocate(z: Tensor) -> Tensor:
@@ -80,7 +88,7 @@ def mixture_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, log_weights: Tensor 
     if len(value) == 0:
         return value
     tensors, strides, constant = _read(z, mu, logvar, log_weights)
-    plan, parts = plan_mixture(len(z), *mu.shape, strides, True, constant)
+    plan, parts = plan_mixture(len(z), *mu.shape, strides, constant)
     part = value.new_empty(2, parts, len(z)) if parts > 1 else None
     launch(mixture_kernel, plan, z.device, *tensors, value, part, ticket(z.device) if parts > 1 else None)
     return value
@@ -113,14 +121,14 @@ def mixture_log_prob_backward(
     z_grad, mu_grad, logvar_grad, weights_grad = (next(each) if need else None for need in needed)
     tensors, strides, constant = _read(*given)
     value_grad = value_grad.resolve_neg()
-    sizes = (len(z), *mu.shape, (*strides, value_grad.stride(0)))
+    sizes = (len(z), *mu.shape, (*strides, value_grad.stride(0)), constant)
     if z_grad is not None:
-        plan, parts = plan_mixture(*sizes, True, constant)
+        plan, parts = plan_mixture(*sizes, True)
         part = _parts_of(z_grad, parts, z_grad.dtype is torch.float32)
         own_ticket = ticket(z.device) if parts > 1 else None
         launch(mixture_rows_kernel, plan, z.device, *tensors, value, value_grad, z_grad, part, own_ticket)
     if any(needed[1:]):
-        plan, parts = plan_mixture(*sizes, False, constant, NEEDS_SLOPES=needed[1] or needed[2])
+        plan, parts = plan_mixture(*sizes, True, False, NEEDS_SLOPES=needed[1] or needed[2])
         of_components = mu_grad, logvar_grad, weights_grad
         launch(
             mixture_components_kernel,
