@@ -3,10 +3,12 @@
 from fastvae.nn.elbo import ELBOLoss
 from fastvae.nn.gaussian import GaussianKL, GaussianSampling, GaussianSamplingKL
 from fastvae.nn.likelihood import NegativeLogLikelihood, SigmoidMSELoss
+from fastvae.nn.pairwise import GaussianMixtureLogProb
 
 __all__ = [
     "ELBOLoss",
     "GaussianKL",
+    "GaussianMixtureLogProb",
     "GaussianSampling",
     "GaussianSamplingKL",
     "NegativeLogLikelihood",
