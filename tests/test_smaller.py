@@ -57,7 +57,7 @@ EACH_LAYOUT = [
     (*shapes, layout)
     for shapes in SHAPES
     for layout in ("contiguous", "channels_last", "sliced_batch", "transposed")
-    if shapes[0] == IMAGES or layout == "sliced_batch"
+    if layout == "sliced_batch" or (shapes[0] == IMAGES and (layout != "transposed" or len(shapes[1]) == 3))
 ]
 
 
@@ -67,9 +67,9 @@ def test_every_shape_that_broadcasts(shape, small, layout, device, triton_backen
 
 
 @pytest.mark.parametrize(
-    ("shape", "small"), [((130, 70), (70,)), ((70, 2, 9, 40), (2, 1, 1)), ((130, 70), ())], ids=str
+    ("shape", "small"), [((130, 70), (70,)), ((40, 2, 3, 24), (2, 1, 1)), ((130, 70), ())], ids=str
 )
-@pytest.mark.parametrize("most", [16384, 64], ids=["a tile of rows each", "several tiles of rows each"])
+@pytest.mark.parametrize("most", [16384, 4], ids=["a tile of rows each", "several tiles of rows each"])
 def test_several_blocks(shape, small, most, monkeypatch, device, triton_backend) -> None:
     """Programs that share columns, and go through one tile of rows or through several."""
     plan_anew(monkeypatch)
