@@ -233,8 +233,9 @@ class Steps:
         for batch in batches:
             last = first + len(batch.input)
             for place, part in zip(tensors(self._source), tensors(batch), strict=True):
-                pinned = part.pin_memory() if on_cuda and not part.is_pinned() else part
-                place[first:last].copy_(pinned, non_blocking=True)
+                if on_cuda and part.device.type == "cpu" and not part.is_pinned():
+                    part = part.pin_memory()
+                place[first:last].copy_(part, non_blocking=True)
             first = last
         if on_cuda:
             self._copied[0].record()
