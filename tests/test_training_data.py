@@ -265,7 +265,7 @@ def test_all_of_a_test_counts():
     """The last partial batch too."""
     model, test = table_model(), rows(7)
     settings = dataclasses.replace(SMALL, parts=("input", "target"))
-    found = train(model, (rows(8), rows(8)), (test, test), settings)
+    found = train(model, (rows(8), rows(8)), (test, test.clone()), settings)
     assert found[-1].test_mse == pytest.approx(evaluate(model, test).mse, rel=1e-5)
 
 
