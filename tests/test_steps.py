@@ -21,7 +21,8 @@ from fastvae.training import GraphError, MovingAverage, Training, train
 from fastvae.training import steps as training_steps
 from fastvae.training.data import Arrays, Batch, open_data
 from fastvae.training.graphs import capture
-from fastvae.training.steps import Steps, training_step
+from fastvae.training.step import training_step
+from fastvae.training.steps import Steps
 from listening import listener
 
 
