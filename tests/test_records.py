@@ -99,6 +99,8 @@ def test_lines_for_what_is_no_terminal(capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
     shown = make_display(2)
     assert isinstance(shown, display.Lines)
+    shown.begin("13 at a time, as one CUDA graph")
+    assert capsys.readouterr().out == "steps     13 at a time, as one CUDA graph\n"
     shown.progress(Progress(1, 10, 92, 30.0, 25.0, 5.0))
     assert capsys.readouterr().out == ""
     shown.began -= 10.0
@@ -169,6 +171,7 @@ def test_lines_where_tqdm_is_missing(monkeypatch):
 
 def test_silence_when_quiet(capsys):
     shown = make_display(2, quiet=True)
+    shown.begin("one at a time")
     shown.progress(Progress(1, 46, 92, 30.0, 25.0, 5.0))
     shown.epoch(ROW)
     shown.close()

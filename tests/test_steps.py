@@ -21,7 +21,8 @@ from fastvae.training import GraphError, MovingAverage, Training, train
 from fastvae.training import steps as training_steps
 from fastvae.training.data import Arrays, Batch, open_data
 from fastvae.training.graphs import capture
-from fastvae.training.steps import Steps, training_step
+from fastvae.training.step import training_step
+from fastvae.training.steps import Steps
 from listening import listener
 
 
@@ -280,13 +281,15 @@ def fails_in_a_capture(run, device):
 def test_training_goes_on_where_capture_fails(capture, cause, device, stand_in, monkeypatch):
     """With the steps it would have had, and the first cause; unless a graph was asked for."""
     plain, captured, demanded = make(device, False), make(device, True), make(device, "on")
+    streamed = from_a_stream(device, True, TensorDataset(plain.data.all.input))
     torch.manual_seed(3)
     expected, _ = epochs(plain, 2)
     monkeypatch.setattr(training_steps, "capture", capture)
-    torch.manual_seed(3)
-    with pytest.warns(UserWarning, match=f"goes on without a CUDA graph.*: {cause}"):
-        found, _ = epochs(captured, 2)
-    assert torch.equal(found[..., :3], expected[..., :3])
+    for steps in (captured, streamed):
+        torch.manual_seed(3)
+        with pytest.warns(UserWarning, match=f"goes on without a CUDA graph.*: {cause}"):
+            found, _ = epochs(steps, 2)
+        assert torch.equal(found[..., :3], expected[..., :3])
     try:
         raise KeyError("of the program that trains once more")
     except KeyError:

@@ -265,7 +265,7 @@ def test_all_of_a_test_counts():
     """The last partial batch too."""
     model, test = table_model(), rows(7)
     settings = dataclasses.replace(SMALL, parts=("input", "target"))
-    found = train(model, (rows(8), rows(8)), (test, test), settings)
+    found = train(model, (rows(8), rows(8)), (test, test.clone()), settings)
     assert found[-1].test_mse == pytest.approx(evaluate(model, test).mse, rel=1e-5)
 
 
@@ -325,6 +325,8 @@ def test_graphs_are_for_batches_of_one_size():
     varying = DataLoader(data, 4)
     for fixed in (data, Rows(data), DataLoader(data, 4, drop_last=True), DataLoader(data, 5), Endless()):
         assert resolved(fixed) is None
+    unsaid = DataLoader(data, batch_sampler=[[0, 1], [2]])
+    assert resolved(unsaid) == "the DataLoader has no batch_size, so its batches may differ in size"
     assert resolved(data, "off") == 'graph is "off"'
     assert resolved(data, together=True) == "several processes train"
     why = "the last batch may be smaller (DataLoader(drop_last=True) leaves it out)"

@@ -13,7 +13,7 @@ from fastvae.training.precision import PRECISIONS
 from fastvae.training.records import versions, write_metrics, write_summary
 from fastvae.training.settings import Training
 from fastvae.training.state import TrainingState
-from fastvae.training.steps import training_step
+from fastvae.training.step import training_step
 from fastvae.training.threads import choose_threads, with_threads
 
 __all__ = [

@@ -166,9 +166,11 @@ class Stream:
         return count
 
     def _varying(self) -> str | None:
-        if not isinstance(self.data, DataLoader) or self.data.drop_last:
+        if not isinstance(self.data, DataLoader):
             return None
-        if self.data.batch_size is not None and self.size is not None and self.size % self.data.batch_size == 0:
+        if self.data.batch_size is None:
+            return "the DataLoader has no batch_size, so its batches may differ in size"
+        if self.data.drop_last or (self.size is not None and self.size % self.data.batch_size == 0):
             return None
         return "the last batch may be smaller (DataLoader(drop_last=True) leaves it out)"
 

@@ -46,6 +46,8 @@ def _width() -> int | None:
 
 
 class _Shown(Display):
+    """Says how the steps run."""
+
     def begin(self, how: str) -> None:
         print(f"steps     {how}", flush=True)
 

@@ -9,75 +9,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-import fastvae.functional as F
 from fastvae import random
 from fastvae.backend import backend_for
-from fastvae.functional import ELBO
-from fastvae.kinds import NON_NEGATIVE_NUMBER
-from fastvae.likelihoods import Likelihood
 from fastvae.models import VAE
-from fastvae.models.vae import as_tuple
 from fastvae.training.average import MovingAverage
 from fastvae.training.data import Arrays, Batch, Stream, formatted, mapped, tensors
 from fastvae.training.distributed import Processes
-from fastvae.training.gradients import limit_gradients
 from fastvae.training.graphs import GraphError, capture, on_side_stream
 from fastvae.training.settings import Training
+from fastvae.training.step import training_step
 
 # A replay costs the host one launch, and the device two fills of the generator's state and two copies, whatever the
 # number of steps. Of these numbers the one is taken that leaves the fewest steps of an epoch over: 13 divides MNIST's
 # 468. Not yet measured on a GPU.
 _STEPS_PER_GRAPH = range(16, 7, -1)
-
-
-def training_step(
-    model: VAE | DistributedDataParallel,
-    optimizer: Optimizer,
-    images: Tensor,
-    *,
-    beta: float | Tensor = 1.0,
-    autocast_dtype: torch.dtype | None = None,
-    clip_norm: float | None = None,
-    skip_nonfinite: bool = False,
-    gradient_norms: Tensor | None = None,
-    batch_offset: int | None = None,
-    free_bits: float = 0.0,
-    target: Tensor | None = None,
-    condition: Tensor | None = None,
-) -> ELBO:
-    """One update of the model on a batch of images, or of other data [B, ...]; returns the loss before it, on the
-    device.
-
-    The loss is the negative evidence lower bound with the model's likelihood, of the ``target``, the images unless
-    there is another. A ``condition`` goes to the model by that name.
-    With ``autocast_dtype`` the model runs under autocast to it; the loss is float32 all the same. ``clip_norm``,
-    ``skip_nonfinite`` and ``gradient_norms`` are those of `fastvae.training.gradients.limit_gradients`. Where the
-    images are a part of a batch that several processes share, the model is one of torch's DistributedDataParallel, and
-    ``batch_offset`` the number of images before these. ``free_bits`` is that of `fastvae.models.VAE.forward`.
-
-    Raises ``ValueError`` for a beta, if it is no tensor, that is negative or not finite.
-    """
-    if not isinstance(beta, Tensor):
-        beta = NON_NEGATIVE_NUMBER.checked("beta", beta)
-    # No cache: it would keep casts of the weights of one captured step for the next.
-    with torch.autocast(images.device.type, autocast_dtype, autocast_dtype is not None, cache_enabled=False):
-        # Only what is asked for: a model's own forward may take images alone.
-        options = {"batch_offset": batch_offset, "free_bits": free_bits or None, "condition": condition}
-        parameters, _, kl = model(images, **{name: value for name, value in options.items() if value is not None})
-    values, (slopes, kl_grad) = F.elbo_value_and_grad(
-        parameters, images if target is None else target, kl, likelihood=_likelihood(model), beta=beta
-    )
-    optimizer.zero_grad()
-    roots, gradients = (*as_tuple(parameters), kl), (*as_tuple(slopes), kl_grad)
-    # What is frozen takes no gradient.
-    going = [(root, it) for root, it in zip(roots, gradients, strict=True) if root.requires_grad]
-    torch.autograd.backward([root for root, _ in going], [gradient for _, gradient in going])
-    limit_gradients(optimizer, clip_norm=clip_norm, skip_nonfinite=skip_nonfinite, norms=gradient_norms)
-    optimizer.step()
-    return values
 
 
 class Steps:
@@ -233,8 +180,9 @@ class Steps:
         for batch in batches:
             last = first + len(batch.input)
             for place, part in zip(tensors(self._source), tensors(batch), strict=True):
-                pinned = part.pin_memory() if on_cuda and not part.is_pinned() else part
-                place[first:last].copy_(pinned, non_blocking=True)
+                if on_cuda and part.device.type == "cpu" and not part.is_pinned():
+                    part = part.pin_memory()
+                place[first:last].copy_(part, non_blocking=True)
             first = last
         if on_cuda:
             self._copied[0].record()
@@ -313,13 +261,6 @@ class Steps:
             return False
         self._replay, self._captured_numbers = replay, numbers
         return True
-
-
-def _likelihood(model: VAE | DistributedDataParallel) -> Likelihood:
-    """That of the VAE within, whatever torch.compile and DistributedDataParallel put around it."""
-    given = getattr(model, "_orig_mod", model)
-    vae: VAE = given.module if isinstance(given, DistributedDataParallel) else given
-    return vae.likelihood
 
 
 def _numbers(optimizer: Optimizer) -> list[dict[str, Any]]:

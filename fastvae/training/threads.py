@@ -20,7 +20,7 @@ from fastvae.models import VAE
 from fastvae.training.data import formatted, to_channels_last
 from fastvae.training.memory import freed_memory_kept
 from fastvae.training.precision import arithmetic
-from fastvae.training.steps import training_step
+from fastvae.training.step import training_step
 
 # For each number of threads, in each of two rounds. A scheduler lets one process run for some milliseconds, so that
 # this sees several of its turns.
