@@ -91,6 +91,10 @@ class Case:
     def shape(self) -> tuple[int, ...]:
         """Of the first argument; moments are given as both halves."""
         moments, image = SHAPES[self.sizes][self.regime]
+        if numbers := OPERATIONS[self.operation].numbers_of_an_element:
+            # As many numbers as an image, or an image, if one has more.
+            channels = next(iter(numbers.values()))
+            return (max(1, image[0] * image[1] // channels), channels, *image[2:])
         return moments if self.operation in GAUSSIAN else image
 
     @property
@@ -103,7 +107,9 @@ class Case:
         """Noise is compulsory nowhere: it can be made, and made again."""
         operation, dtype = OPERATIONS[self.operation], DTYPES[self.dtype]
         directions = operation.directions if self.backward else ("forward",)
-        return sum(sum(operation.bytes_per_element(direction, dtype)) for direction in directions) * self.elements
+        # An element that has an axis of its own is one of them.
+        elements = prod(operation.elements(self.shape)) if operation.numbers_of_an_element else self.elements
+        return sum(sum(operation.bytes_per_element(direction, dtype)) for direction in directions) * elements
 
     def function(self, library: Any) -> Callable[..., tuple[Tensor, ...]]:
         """The operation of `library` as a function of tensors, as torch.compile takes it; of the bound only the

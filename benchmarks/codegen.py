@@ -120,9 +120,7 @@ def inspect(launch: Launch, target: GPUTarget, **options: Any) -> Code:
     registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
     parts: dict[str, list[str]] = {part: [] for part in PARTS}
     instructions = read_sass(sass)
-    for instruction, part in classify(
-        instructions, compiled.asm["ttgir"], launch.tile, source_lines(drew_last_ticket)
-    ):
+    for instruction, part in classify(instructions, compiled.asm["ttgir"], launch.tile, source_lines(drew_last_ticket)):
         parts[part].append(instruction.operation)
     count = {part: len(operations) for part, operations in parts.items()}
     bulk = [access for operation in parts["body"] if (access := sass_access(operation))]

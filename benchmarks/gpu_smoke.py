@@ -25,7 +25,7 @@ from torch import Tensor
 import fastvae
 import fastvae.functional as F
 from fastvae import random
-from fastvae.likelihoods import DiscretizedLogistic
+from fastvae.likelihoods import DiscretizedLogistic, DiscretizedLogisticMixture
 from fastvae.operations import Operation, Spec, operations
 from traffic import takes_bytes
 
@@ -36,6 +36,7 @@ NCHW, NHWC = torch.contiguous_format, torch.channels_last
 # A batch of small latents; odd images; channels_last; rows of several tiles.
 LATENTS = (((128, 16), NCHW), ((5, 3, 7, 3), NCHW), ((4, 8, 6, 5), NHWC), ((3, 9001), NCHW))
 IMAGES = (((128, 1, 28, 28), NCHW), ((4, 3, 50, 41), NHWC), ((2, 3, 7, 5), NCHW))
+ROWS = (((3, 9001), NCHW),)  # that no program can hold
 # Of the norm of a result, in roundings of float32. The tests hold each element to a derived bound; this only has to
 # tell a wrong result from a right one.
 ROUNDINGS = 16.0
@@ -52,7 +53,8 @@ def checks(device: torch.device) -> Iterator[Check]:
     if on_gpu:
         yield "captured step", lambda: captured_step(device)
     for operation, dtype in product((it for it in operations() if it.computes or it.measured), DTYPES):
-        for shape, memory_format in LATENTS if operation.likelihood is None else IMAGES:
+        shapes = LATENTS if operation.likelihood is None else ROWS if operation.long_rows else IMAGES
+        for shape, memory_format in shapes:
             for target_dtype in (None, torch.uint8) if takes_bytes(operation) else (None,):
                 spec = Spec(shape, dtype, target_dtype, partial(Tensor.contiguous, memory_format=memory_format), device)
                 yield from of_operation(operation, spec, "channels_last" if memory_format is NHWC else "")
@@ -96,7 +98,8 @@ def compare(operation: Operation, spec: Spec, **options: Any) -> str:
     with fastvae.use_backend("reference"):
         expected = run(*(w.requires_grad_(it.requires_grad) for w, it in zip(wide, tensors, strict=True)))
     # A byte's t / 255 is rounded, and where bins are narrow the error is magnified.
-    narrow = spec.target_dtype is torch.uint8 and isinstance(operation.likelihood, DiscretizedLogistic)
+    of_bins = isinstance(operation.likelihood, (DiscretizedLogistic, DiscretizedLogisticMixture))
+    narrow = spec.target_dtype is torch.uint8 and of_bins
     return largest_error(found, expected, 16 * ROUNDINGS if narrow else ROUNDINGS)
 
 

@@ -23,6 +23,8 @@ from fastvae.operations import Operation, Spec, of_each_kind, operations
 from traffic import takes_bytes
 
 IMAGES = ((3, 1, 5, 5), (2, 3, 50, 41))
+POSTERIORS = ((3, 5), (5, 3, 7, 3), (2, 5003), (150, 21))
+ROWS = ((2, 5003), (150, 4099))
 channels_last = partial(Tensor.contiguous, memory_format=torch.channels_last)
 
 
@@ -46,7 +48,7 @@ def calls(device: torch.device, elements: int | None) -> Iterator[Callable[[], o
             yield call_of(operation, Spec((elements // columns, columns), device=device))
         return
     for operation, dtype in product(of_each_kind(operations()), (torch.float32, torch.bfloat16)):
-        for shape in ((3, 5), (5, 3, 7, 3), (2, 5003), (150, 21)) if operation.likelihood is None else IMAGES:
+        for shape in POSTERIORS if operation.likelihood is None else ROWS if operation.long_rows else IMAGES:
             for layout in (Tensor.contiguous, channels_last) if len(shape) == 4 else (Tensor.contiguous,):
                 for target_dtype in (None, torch.uint8) if takes_bytes(operation) else (None,):
                     yield call_of(operation, Spec(shape, dtype, target_dtype, layout, device))

@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 from unittest.mock import patch
 
@@ -91,13 +92,13 @@ def measure(
     """The traffic of an operation in each direction, and the number of elements that it was made for."""
     # Of many samples where they share what is written for each dimension, else of long ones.
     shape = (1024, 16) if "dimensions" in operation.kernels["forward"][0] else (4, 4096)
-    if operation.smaller:
-        shape = (64, 512)  # the parameter is read, and a sum of it left, for each tile of 16 rows
+    if operation.smaller:  # of a number for each column, one is read and a sum left for each tile of 16 rows
+        shape = (64, 512) if "column" in operation.smaller.values() else (64, 2, 512)
     elif operation.long_rows:
         shape = (2, 6000)
     elif numbers := operation.numbers_of_an_element:
         shape = (2, 4096 // max(numbers.values()))
-    elements = shape[0] * shape[1]
+    elements = prod(shape)
     tensors = operation.inputs(Spec(shape, dtype, target_dtype))
     found = {}
     with fastvae.use_backend("triton"):

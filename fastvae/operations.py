@@ -9,7 +9,7 @@ imports no Triton.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from math import gcd, prod
 from typing import Any
@@ -176,7 +176,9 @@ class Operation:
         def size(names: list[str]) -> int:
             of_target = (target_dtype or dtype).itemsize
             sizes = [of_target if name.startswith("target") else dtype.itemsize for name in names]
-            return sum(size * numbers.get(name.removesuffix("_grad"), 1) for size, name in zip(sizes, names, strict=True))
+            return sum(
+                size * numbers.get(name.removesuffix("_grad"), 1) for size, name in zip(sizes, names, strict=True)
+            )
 
         read, written = self.tensors_moved(direction)
         return size(read), size(written)
@@ -233,7 +235,7 @@ def of_each_kind(operations: Sequence[Operation]) -> list[Operation]:
     return [it for it in operations if it.likelihood in (None, SigmoidMSE(), Bernoulli(), Gaussian(), Multinomial())]
 
 
-def named(operations: Sequence[Operation]) -> dict[str, Operation]:
+def named(operations: Iterable[Operation]) -> dict[str, Operation]:
     return {operation.name: operation for operation in operations}
 
 

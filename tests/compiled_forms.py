@@ -107,7 +107,9 @@ def events(operation: Operation, dtype: torch.dtype, target_dtype: torch.dtype) 
     """The parameters and the target."""
     if not operation.likelihood.grouped:
         for shape in IMAGES:
-            yield [torch.empty(shape, dtype=it) for it in (*[dtype] * len(operation.likelihood.parameters), target_dtype)]
+            yield [
+                torch.empty(shape, dtype=it) for it in (*[dtype] * len(operation.likelihood.parameters), target_dtype)
+            ]
         return
     shapes = [(6, 5000), (2000, 4099)] if operation.long_rows else [(6, 3, 4, 4), (5, 3, 3, 3), (2, 3, 70, 71), (7, 1)]
     for shape in shapes:

@@ -40,7 +40,8 @@ def inputs(device, batch=6):
     return moments, logits, torch.rand(batch, 1, 5, 5, device=device)
 
 
-OPERATIONS = named(of_each_kind(operations()))
+# Without those of long rows, which differ in the kernels that are launched.
+OPERATIONS = named(it for it in of_each_kind(operations()) if not it.long_rows)
 
 
 def of_list(operation):

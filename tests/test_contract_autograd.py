@@ -343,7 +343,11 @@ def wrong_like(name: str, first: str, tensor: Tensor) -> list[Wrong]:
     shape, device = list(tensor.shape), tensor.device
     return [
         (None, TypeError, f"{name} must be a torch.Tensor, got NoneType"),
-        (tensor[:, 1:], ValueError, f"{name} must have the shape of {first}, {shape}, got {[shape[0], shape[1] - 1, *shape[2:]]}"),
+        (
+            tensor[:, 1:],
+            ValueError,
+            f"{name} must have the shape of {first}, {shape}, got {[shape[0], shape[1] - 1, *shape[2:]]}",
+        ),
         (tensor.to_sparse(), TypeError, f"{name} must be a dense tensor, got layout torch.sparse_coo"),
         (tensor.to("meta"), ValueError, f"{name} must be on the device of {first}, {device}, got meta"),
     ]

@@ -80,7 +80,10 @@ def test_launches_of_every_operation(operation, layout, device, triton_backend):
 
     if "column" in operation.smaller.values() and layout == "channels_last":
         pytest.skip("a number for each column of an image is copied where columns are not innermost")
+    if operation.long_rows and layout == "channels_last":
+        pytest.skip("rows are no images")
     shape = (2, 4, 6, 5) if operation.likelihood is None else (2, 3, 40, 40)  # images of several programs
+    shape = (2, 5000) if operation.long_rows else shape
     tensors = operation.inputs(Spec(shape, layout=dense, device=device))
     by_default = operation.options.get("free_bits") or not operation.reductions
     for reduction in (None,) if by_default else operation.reductions:
@@ -88,7 +91,8 @@ def test_launches_of_every_operation(operation, layout, device, triton_backend):
         with Counted(triton_backend) as forward:
             outputs = operation(F, *tensors, **options)
         counted = forward.without_draw(device) if operation.draws_noise else dict(forward.operations)
-        assert counted["triton"] == 1 and sum(counted.values()) == operation.launches["forward"]
+        assert counted["triton"] == len(operation.kernels["forward"])
+        assert sum(counted.values()) == operation.launches["forward"]
         if operation.backward is not None:
             roots = outputs[: operation.roots]
             leaves, upstream = [t for t in tensors if t.requires_grad], [torch.ones_like(root) for root in roots]

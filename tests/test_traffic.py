@@ -74,7 +74,7 @@ def test_bytes_and_launches_of_every_operation(operation, dtype, target_dtype, t
     for direction, (traffic, elements) in measure(operation, dtype, target_dtype).items():
         reads, writes = operation.bytes_per_element(direction, dtype, target_dtype)
         # A tile of 16 rows reads a number of each column, and leaves a sum of it, which is read again.
-        further = 8 / 16 if operation.smaller else 0.0
+        further = 8 / 16 if "column" in operation.smaller.values() else 0.0
         assert_moves(traffic, elements, reads, writes, len(operation.kernels[direction]), further)
         docstrings = list(kernels_of(operation, direction))
         if operation.numbers_of_an_element:  # on which the kernel's bytes depend

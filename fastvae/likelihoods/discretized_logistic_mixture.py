@@ -156,6 +156,13 @@ class DiscretizedLogisticMixture(Likelihood):
             f"got {list(target)}"
         )
 
+    def output_channels(self, channels: int) -> int:
+        if self.dim == -1:
+            raise ValueError("dim must be 1 or None where the decoder returns channels in dimension 1, got -1")
+        if channels not in (1, 3):
+            raise ValueError(f"images of {self} must have 3 channels or 1, got {channels}")
+        return (10 if channels == 3 else 3) * self.mixtures
+
     def _colours(self, shape: torch.Size, dim: int) -> int:
         return {10 * self.mixtures: 3, 3 * self.mixtures: 1}.get(shape[dim], 0)
 

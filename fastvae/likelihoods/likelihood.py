@@ -141,6 +141,13 @@ class Likelihood:
         """
         return ()
 
+    def output_channels(self, channels: int) -> int:
+        """How many channels a decoder returns for images of so many: those of each parameter, one after the other.
+
+        Raises ``ValueError`` for images that the likelihood is not of.
+        """
+        return len(self.parameters) * channels
+
     def slopes(self, *parameters_and_target: Any, **_: Any) -> tuple[Tensor, ...]:
         """The derivative of each element's value by each parameter, in plain PyTorch; torch derives it from `formula`.
 

@@ -52,14 +52,14 @@ class ConvVAE(VAE):
         latent_dim: K, the size of z.
         channels: the output channels of the encoder's convolutions, first to last.
         likelihood: of the images, or its ``key``, as `settings` hold it. The last layer has C channels for each of its
-            parameters, one after the other.
+            parameters, one after the other, or as many as `Likelihood.output_channels` says.
         projection_channels: of the projection; None: as many as the encoder's last convolution has.
         projection_relu: apply ReLU to the projection, as older releases of the example did.
 
     Raises:
         TypeError: a likelihood that is none.
-        ValueError: a size that is not a positive integer, no channels, or a key that names no likelihood (see
-            `fastvae.likelihoods.from_key`).
+        ValueError: a size that is not a positive integer, no channels, a key that names no likelihood (see
+            `fastvae.likelihoods.from_key`), or images that the likelihood is not of.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class ConvVAE(VAE):
             decoder[f"relu{level}"] = nn.ReLU()
             depth = outputs
         count = len(likelihood.parameters)
-        decoder["logits"] = nn.ConvTranspose2d(depth, count * image_shape[0], KERNEL, padding=1)
+        decoder["logits"] = nn.ConvTranspose2d(depth, likelihood.output_channels(image_shape[0]), KERNEL, padding=1)
         if count > 1:
             decoder["split"] = Split(count)
         super().__init__(nn.Sequential(encoder), nn.Sequential(decoder), latent_dim, likelihood)
