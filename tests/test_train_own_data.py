@@ -171,7 +171,7 @@ def test_what_data_dir_does_not_say_is_asked(tmp_path, run, capsys):
     assert "No such file or directory" in reason(tmp_path / "absent")
     (tmp_path / "some").mkdir()
     (tmp_path / "some" / "notes.txt").write_text("nothing")
-    expected = "some has no images: expected pictures, or arrays in .npy, .npz or IDX files"
+    expected = "some has no images: expected pictures, or arrays in .npy, .npz, IDX or .csv files"
     assert reason(tmp_path / "some").endswith(expected)
     assert "notes.txt begins with b'nothin', expected a .npy, .npz or IDX file" in reason(tmp_path / "some/notes.txt")
     (tmp_path / "some" / "preview.png").write_bytes(b"")
