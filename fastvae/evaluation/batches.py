@@ -22,7 +22,11 @@ _PIXELS = 512 * 28 * 28
 
 
 class Batch(NamedTuple):
-    """What a model is measured on: input [B, ...], the target of its reconstruction, and its condition, if any."""
+    """Samples [B, ...], or all of them [N, ...].
+
+    input: what the encoder reads. target: what the decoder's output is compared with, the input unless there is
+    another. condition: what both are given too, if anything.
+    """
 
     input: Tensor
     target: Tensor

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fastvae.evaluation import Batch
 from fastvae.likelihoods import Likelihood
 from fastvae.models import VAE
-from fastvae.training.data import Batch, tensors
+from fastvae.training.data import tensors
 from fastvae.training.listener import Listener
 from fastvae.training.settings import Training
 from fastvae.training.state import TrainingState

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from operator import itemgetter
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from fastvae.evaluation import Batch
 from fastvae.training.distributed import Processes
 from fastvae.training.settings import DEFAULT_BATCH_SIZE, Training
 
@@ -17,18 +18,6 @@ from fastvae.training.settings import DEFAULT_BATCH_SIZE, Training
 EXPECTED = "a tensor [N, ...], a tuple of them, a torch.utils.data.Dataset or a DataLoader"
 Data: TypeAlias = "Tensor | Sequence[Tensor] | Dataset[Any] | DataLoader[Any]"
 _END = object()
-
-
-class Batch(NamedTuple):
-    """Samples [B, ...], or all of them [N, ...].
-
-    input: what the encoder reads. target: what the decoder's output is compared with, the input unless there is
-    another. condition: what both are given too.
-    """
-
-    input: Tensor
-    target: Tensor
-    condition: Tensor | None = None
 
 
 def mapped(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:

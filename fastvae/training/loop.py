@@ -16,7 +16,7 @@ import torch
 from torch.optim import Adam
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from fastvae.evaluation import Evaluation, evaluate
+from fastvae.evaluation import Evaluation, evaluate, evaluate_batches
 from fastvae.models import VAE
 from fastvae.training.average import MovingAverage
 from fastvae.training.checks import check_arguments, check_model, look_at, warn_of_warmup
@@ -41,7 +41,6 @@ from fastvae.training.precision import arithmetic
 from fastvae.training.settings import Training
 from fastvae.training.state import TrainingState, restore, state_of
 from fastvae.training.steps import Steps
-from fastvae.training.testing import evaluate_batches
 from fastvae.training.threads import choose_threads, with_threads
 
 # Each report reads from the device, so it waits for the steps that are queued there; a display needs no more than this.

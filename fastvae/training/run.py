@@ -17,7 +17,7 @@ from fastvae.data import DATASETS, ImageDataset, find_dataset
 from fastvae.evaluation import reconstruction_errors
 from fastvae.evaluation.batches import device_of
 from fastvae.kinds import FRACTION, POSITIVE_INTEGER, SEED
-from fastvae.models import VAE, ConvVAE
+from fastvae.models import VAE
 from fastvae.program import (
     BATCH_SIZE_RANGE,
     BATCH_SIZES,
@@ -94,7 +94,7 @@ class Checkpoints(Listener):
     """
 
     def __init__(
-        self, folder: Path, model: ConvVAE, run: Mapping[str, Any], *, every: int = 1, patience: int | None = None
+        self, folder: Path, model: VAE, run: Mapping[str, Any], *, every: int = 1, patience: int | None = None
     ) -> None:
         self.folder, self.model, self.run, self.every, self.patience = folder, model, run, every, patience
         self.unwritten: TrainingState | None = None  # the last state, while it is in no file
@@ -116,7 +116,7 @@ class Checkpoints(Listener):
 
 
 def fit(
-    model: ConvVAE,
+    model: VAE,
     average: MovingAverage | None,
     data: Tensor,
     test_data: Tensor,
@@ -183,7 +183,7 @@ def write_figures(
 class Resumed(NamedTuple):
     """What a run goes on from. run: the settings that it had, by the names of their flags."""
 
-    model: ConvVAE
+    model: VAE
     state: TrainingState
     run: dict[str, Any]
 
@@ -277,10 +277,9 @@ def check_run(settings: RunSettings, images: Tensor, processes: Processes, resum
         raise UserError(
             f"--resume: torchrun had {resumed.run['processes'] or 'no'} processes, it has {together or 'no'}"
         )
-    if resumed.model.image_shape != shape:
-        raise UserError(
-            f"--resume: the images were {shape_in_words(resumed.model.image_shape)}, they are {shape_in_words(shape)}"
-        )
+    before = getattr(resumed.model, "data_shape", shape)
+    if before != shape:
+        raise UserError(f"--resume: the images were {shape_in_words(before)}, they are {shape_in_words(shape)}")
     step, total = resumed.step(count, settings), settings.epochs * (count // batch_size)
     if step > total:
         raise UserError(f"--resume: {step:,} steps were done, --epochs {settings.epochs} is {total:,}")

@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 
 from fastvae import random
 from fastvae.backend import backend_for
+from fastvae.evaluation import Batch
 from fastvae.models import VAE
 from fastvae.training.average import MovingAverage
-from fastvae.training.data import Arrays, Batch, Stream, formatted, mapped, tensors
+from fastvae.training.data import Arrays, Stream, formatted, mapped, tensors
 from fastvae.training.distributed import Processes
 from fastvae.training.graphs import GraphError, capture, on_side_stream
 from fastvae.training.settings import Training
