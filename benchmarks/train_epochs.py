@@ -28,6 +28,8 @@ from fastvae.data import ImageDataset, load_digits, load_mnist
 from fastvae.evaluation import evaluate
 from fastvae.files import replacing
 from fastvae.models import ConvVAE
+from fastvae.training import Training
+from fastvae.training.data import Arrays, Batch
 from fastvae.training.memory import freed_memory_kept
 from fastvae.training.precision import PRECISIONS, arithmetic
 from fastvae.training.steps import Steps
@@ -78,14 +80,8 @@ def make_epoch(provider: str, model: ConvVAE, optimizer: Adam, images: Tensor) -
     """A function that trains one epoch and returns the loss of each of its steps, on the device."""
     device = images.device
     if provider.endswith("-graph"):
-        steps = Steps(
-            model,
-            optimizer,
-            images,
-            BATCH_SIZE,
-            torch.ones((), device=device),
-            graph="on" if device.type == "cuda" else "off",
-        )
+        graph = "on" if device.type == "cuda" else "off"
+        steps = Steps(model, optimizer, Arrays(Batch(images, images), BATCH_SIZE), Training(graph=graph))
 
         def captured_epoch() -> Tensor:
             steps.shuffle()

@@ -17,7 +17,7 @@ from torch import nn
 from fastvae import plots
 from fastvae.data import load_digits
 from fastvae.models import VAE
-from fastvae.training import train
+from fastvae.training import EpochMetrics, Listener, Training, train
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--epochs", type=int, default=40)
@@ -35,14 +35,14 @@ decoder = nn.Sequential(
 model = VAE(encoder, decoder, latent_dim).to(device)
 
 train_images, test_images = digits.train_images.to(device), digits.test_images.to(device)
-rows = train(
-    model,
-    train_images,
-    test_images,
-    epochs=epochs,
-    batch_size=32,
-    on_epoch=lambda row: print(f"epoch {row.epoch}: loss {row.loss:.2f}, test loss {row.test_loss:.2f} nats per image"),
-)
+
+
+class Lines(Listener):
+    def epoch(self, metrics: EpochMetrics) -> None:
+        print(f"epoch {metrics.epoch}: loss {metrics.loss:.2f}, test loss {metrics.test_loss:.2f} nats per image")
+
+
+rows = train(model, train_images, test_images, Training(epochs=epochs, batch_size=32), listeners=[Lines()])
 path = Path("runs", "own_vae.png")
 path.parent.mkdir(exist_ok=True)
 plots.write_image_grid(path, model.sample(64), title="64 images from z ~ N(0, I)")

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import math
+import dataclasses
 import os
-import platform
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastvae import plots
-from fastvae.data import ImageDataset, Standardisation, load_dataset
+from fastvae.data import OWN_DATASETS, DownloadError, ImageDataset, Standardisation, load_dataset
+from fastvae.kinds import POSITIVE_INTEGER, SEED
 from fastvae.models import VAE
-from fastvae.training import read_checkpoint
+from fastvae.training import Training, read_checkpoint
+from fastvae.training.settings import settings_of
+
+BATCH_SIZES = {"mnist": 128, "fashion-mnist": 128, "kmnist": 128, "digits": 32}
+BATCH_SIZE_RANGE = (16, 128)  # of one's own images
 
 
 class UserError(Exception):
@@ -41,6 +44,14 @@ def run_program(name: str, body: Callable[[], None]) -> int:
     return 0
 
 
+positive_integer, seed = POSITIVE_INTEGER.read, SEED.read
+
+
+def absolute_path(text: str) -> Path:
+    """For those who use it from elsewhere."""
+    return Path(text).expanduser().absolute()
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose help is a module's docstring, and which raises `UserError`."""
 
@@ -55,6 +66,53 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
+
+
+def add_flags(parser: Parser, settings: type[Training]) -> None:
+    """A flag for each field of a dataclass of settings that has a help."""
+    for field, (name, known) in zip(dataclasses.fields(settings), settings_of(settings), strict=True):
+        if known.help is None:
+            continue
+        word = known.flag or name
+        flag = f"--{word.replace('_', '-')}"
+        if isinstance(field.default, bool):
+            parser.add_argument(flag, dest=name, action="store_true", help=known.help)
+            continue
+        parser.add_argument(
+            flag,
+            dest=name,
+            type=known.kind.read if known.kind is not None else known.read or str,
+            choices=known.choices,
+            default=field.default,
+            metavar=known.metavar or (None if known.choices else word.upper()),
+            nargs="+" if known.several else None,
+            help=known.help,
+        )
+
+
+Settings = TypeVar("Settings", bound=Training)
+
+
+def parse_settings(parser: Parser, settings: type[Settings]) -> tuple[Settings, set[str]]:
+    """The settings that the command line gives, by the flags of `add_flags`, which the parser gets, and the names of
+    those that it gave. Raises `UserError`.
+    """
+    add_flags(parser, settings)
+    values = vars(parser.parse_args())
+    missing = object()
+    # What has a value already is not set to its default.
+    asked = vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(values, missing))))
+    return settings(**values), {name for name in values if asked[name] is not missing}
+
+
+def flag_values(settings: Training, *, of_the_run: bool = False) -> dict[str, Any]:
+    """What each flag says, by its name with _ for -, as JSON has it; ``of_the_run``: of those that `take_over` has."""
+    values = {
+        known.flag or name: getattr(settings, name)
+        for name, known in settings_of(settings)
+        if (known.exact if of_the_run else known.help) is not None
+    }
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 def add_run_flags(parser: Parser, folder: str) -> None:
@@ -178,6 +236,91 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def own_device(name: str) -> torch.device:
+    """The device of this process."""
+    device = choose_device(name)
+    if device.type == "cpu":
+        return device
+    number = int(os.environ.get("LOCAL_RANK", 0))  # torchrun's, of its processes on this machine
+    if number >= torch.cuda.device_count():
+        raise UserError(f"torchrun has more processes than there are CUDA devices, {torch.cuda.device_count()}")
+    return torch.device("cuda", number)
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"cuda, {torch.cuda.get_device_name(device)}"
+    number = torch.get_num_threads()
+    return f"cpu, {number} thread{'' if number == 1 else 's'}"
+
+
+def placed(images: Tensor, device: torch.device) -> Tensor:
+    """The images on the device, if they take at most a quarter of its free memory: activations need the rest."""
+    if device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] / 4:
+        return images
+    return images.to(device)
+
+
+def choose_dataset(
+    name: str,
+    data_dir: Path | None,
+    device: torch.device,
+    image_size: int | None = None,
+    strict: bool = False,
+    labels: Sequence[int] | None = None,
+) -> tuple[ImageDataset, str]:
+    """The dataset, and in words why it was chosen and how to get another, or what its images are."""
+    chosen: dict[str, Any] = {} if labels is None else {"labels": labels}
+    if name in OWN_DATASETS and data_dir is None:
+        raise UserError(f"--dataset {name} needs --data-dir, where its files are")
+    if image_size is not None and name != "folder":
+        raise UserError("--image-size is for --dataset folder alone")
+    if name in OWN_DATASETS:
+        dataset = load_dataset(name, data_dir, image_size=image_size, strict=strict, **chosen)
+        return dataset, f"{shape_in_words(dataset.train_images.shape[1:])}, from {printable(str(data_dir))}"
+    if name == "digits":
+        return load_dataset(name, data_dir, **chosen), "asked for (MNIST: --dataset mnist)"
+    if name != "auto":
+        return load_dataset(name, data_dir, **chosen), "asked for (the bundled digits: --dataset digits)"
+    if device.type == "cpu":
+        return load_dataset("digits", **chosen), "the choice for a CPU, where MNIST takes long (MNIST: --dataset mnist)"
+    try:
+        mnist = load_dataset("mnist", **chosen)
+        return mnist, "the choice for a CUDA device (the bundled digits: --dataset digits)"
+    except (DownloadError, OSError) as error:
+        cause = str(error).splitlines()[0].rstrip(":")
+        return load_dataset("digits", **chosen), f"as MNIST is not available: {cause} (why: --dataset mnist)"
+
+
+def default_batch_size(dataset: str, images: int) -> int:
+    """Of one's own images a hundredth, in a range: enough steps for a small set, large batches for a large one."""
+    smallest, largest = BATCH_SIZE_RANGE
+    return BATCH_SIZES.get(dataset, min(max(images // 100, smallest), largest, images))
+
+
+def shape_in_words(shape: Sequence[int]) -> str:
+    """Of images (C, H, W), signals (C, 1, L) or a table's rows (F,)."""
+    if len(shape) == 1:
+        return f"{shape[0]} columns"
+    channels, height, width = shape
+    if height == 1:
+        return f"signals of {channels} channel{'' if channels == 1 else 's'} of length {width}"
+    return f"{width} x {height} pixels, {'grayscale' if channels == 1 else 'RGB'}"
+
+
+def skipped_in_words(dataset: ImageDataset) -> str:
+    """How many files, and the first of them; all of them are in summary.json."""
+    first = "; ".join(f"{printable(item.path)}: {item.reason}" for item in dataset.skipped[:3])
+    rest = ", ..." if len(dataset.skipped) > 3 else ""
+    files = "file" if len(dataset.skipped) == 1 else "files"
+    return f"{len(dataset.skipped):,} {files} not read (--strict: stop): {first}{rest}"
+
+
+def printable(text: str) -> str:
+    """On one line, and without what a terminal cannot be sent: names of files may hold any bytes."""
+    return "".join(sign if sign.isprintable() else "?" for sign in text)
+
+
 def prepare_folder(folder: Path, names: Sequence[str], *, new: bool = True) -> Path:
     """Make the folder, and remove files of these names that are left of an earlier run, so that what it holds is all of
     one run; of a run that goes on (not new) only what it left unfinished when it was killed. Raises `UserError`.
@@ -200,94 +343,3 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out cannot be written: {error}") from error
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder, because each would overwrite the other's files. Of a run with several processes
-    only the first locks.
-
-    The operating system ends the lock when the process ends, also when it is killed; the file .lock remains. Raises
-    `UserError` while another process holds the lock, and ``OSError``.
-    """
-    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        if not _try_to_lock(file):
-            holder = os.read(file, 200).decode(errors="replace") or "another process"
-            raise UserError(f"{folder} is in use by another run, {holder}: wait for its end, or name another folder")
-        os.ftruncate(file, 0)
-        os.write(file, f"process {os.getpid()} on {platform.node()}".encode())
-        yield
-    finally:
-        _unlock(file)
-        os.close(file)
-
-
-def _try_to_lock(file: int) -> bool:
-    """Whether no other process holds the lock; true too where the file system has no locks."""
-    if sys.platform == "win32":
-        import msvcrt
-
-        os.lseek(file, 1 << 30, os.SEEK_SET)  # behind the text, because Windows lets nobody read what is locked
-        try:
-            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        finally:
-            os.lseek(file, 0, os.SEEK_SET)
-    else:
-        import fcntl
-
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
-    return True
-
-
-def _unlock(file: int) -> None:
-    """Closing the file alone does not unlock it while a process that was forked holds it open."""
-    if sys.platform != "win32":
-        import fcntl
-
-        with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_UN)
-
-
-def positive_integer(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
-    return int(text)
-
-
-def seed(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"must be an integer from 0 to 2^63 - 1, got {text!r}")
-    return int(text)
-
-
-def positive_number(text: str) -> float:
-    if not finite(text) or float(text) <= 0:
-        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
-    return float(text)
-
-
-def non_negative_number(text: str) -> float:
-    if not finite(text) or float(text) < 0:
-        raise argparse.ArgumentTypeError(f"must be a number that is not negative, got {text!r}")
-    return float(text)
-
-
-def fraction(text: str) -> float:
-    if not finite(text) or not 0 < float(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, got {text!r}")
-    return float(text)
-
-
-def finite(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False

@@ -12,7 +12,7 @@ import fastvae.functional as F
 from fastvae.evaluation.batches import device_of, evaluation_mode
 from fastvae.models import VAE
 from fastvae.plots import tile
-from fastvae.training import EpochMetrics
+from fastvae.training import EpochMetrics, Listener
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -22,26 +22,28 @@ _RECONSTRUCTED, _ENCODED = 8, 512
 _SAMPLED = 32
 
 
-class TensorBoard:
-    """Writes each epoch to files in a folder, which hold it when the call returns, whatever happens to the run then."""
+class TensorBoard(Listener):
+    """Writes each epoch to files in a folder, which hold it when the call returns, whatever happens to the run then.
 
-    def __init__(self, writer: SummaryWriter) -> None:
-        self.writer = writer
+    model: the one that is tested. images: test images [N, C, H, W].
+    """
+
+    def __init__(self, writer: SummaryWriter, model: VAE, images: Tensor) -> None:
+        self.writer, self.model, self.images = writer, model, images
 
     @torch.no_grad()
-    def epoch(self, row: EpochMetrics, model: VAE, images: Tensor) -> None:
-        """Write the metrics, reconstructions with z = mu of test images [N, C, H, W] below these, samples, and
-        histograms: of mu, and of the divergence of each latent dimension in nats, which is near 0 for one that the
-        model does not use.
+    def epoch(self, metrics: EpochMetrics) -> None:
+        """Write the metrics, reconstructions with z = mu of test images below these, samples, and histograms: of mu,
+        and of the divergence of each latent dimension in nats, which is near 0 for one that the model does not use.
 
         It draws nothing from the default generators.
         """
-        writer = self.writer
+        row, writer, model = metrics, self.writer, self.model
         for name, value in row._asdict().items():
             if name not in ("epoch", "step"):
                 writer.add_scalar(name, value, row.epoch)  # type: ignore[no-untyped-call]
         device = device_of(model)
-        images = images[:_ENCODED].to(device)
+        images = self.images[:_ENCODED].to(device)
         with evaluation_mode(model):
             mu, logvar = model.posterior(images)
             reconstructions = model.decode_mean(mu[:_RECONSTRUCTED])
@@ -50,6 +52,9 @@ class TensorBoard:
         for name, values in (("latents/mu", mu), ("latents/kl_per_dimension", kl)):
             if values.isfinite().any():  # a histogram of nothing is an error there
                 writer.add_histogram(name, values, row.epoch)  # type: ignore[no-untyped-call]
+        if images.ndim != 4 or images.shape[1] not in (1, 3):  # no pictures
+            writer.flush()  # type: ignore[no-untyped-call]
+            return
         shown = images[:_RECONSTRUCTED]
         originals = shown / 255 if shown.dtype is torch.uint8 else shown
         pairs = torch.cat([originals, reconstructions])
@@ -62,8 +67,8 @@ class TensorBoard:
         self.writer.close()  # type: ignore[no-untyped-call]
 
 
-def open_tensorboard(folder: Path, epochs: int = 0) -> TensorBoard | None:
-    """A writer into ``folder``; None where tensorboard is not installed.
+def open_tensorboard(folder: Path, model: VAE, images: Tensor, epochs: int = 0) -> TensorBoard | None:
+    """A writer into ``folder`` of what `TensorBoard` shows; None where tensorboard is not installed.
 
     epochs: those of the run there that this one goes on from; what is there of later ones is no longer shown.
     """
@@ -71,4 +76,5 @@ def open_tensorboard(folder: Path, epochs: int = 0) -> TensorBoard | None:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return TensorBoard(SummaryWriter(str(folder), purge_step=epochs + 1))  # type: ignore[no-untyped-call]
+    writer = SummaryWriter(str(folder), purge_step=epochs + 1)  # type: ignore[no-untyped-call]
+    return TensorBoard(writer, model, images)

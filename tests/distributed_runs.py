@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 
 from fastvae.models import ConvVAE
-from fastvae.training import MovingAverage, ProcessLost, read_checkpoint, train, write_checkpoint
+from fastvae.training import MovingAverage, ProcessLost, Training, read_checkpoint, train, write_checkpoint
+from listening import listener
 
 SHAPE = (1, 8, 6)
 EPOCHS, STEPS, BATCH = 2, 8, 8
@@ -41,21 +42,21 @@ def run(rank: int, name: str, folder: Path, *, dtype=torch.float32, seed=1, spoi
     average = MovingAverage(model, 0.8)
     torch.manual_seed(3 + rank)
     options = {"epochs": EPOCHS, "batch_size": BATCH, "learning_rate": 0.01, "kl_warmup": 0.5} | options
-    epoch, began = 0, time.perf_counter()
+    should_stop, began = options.pop("should_stop", lambda: False), time.perf_counter()
 
-    def on_epoch(row):
-        nonlocal epoch
+    def epoch(row):
         assert rank == 0, "only the first process is told"
-        epoch = row.epoch
         if name.startswith("float"):
-            torch.rand(3)  # as a user's callback may, in the first process alone
+            torch.rand(3)  # as a user's listener may, in the first process alone
 
+    def keep(state):
+        write_checkpoint(path, model, state.epoch, state)
+
+    told = [listener(should_stop=should_stop, epoch=epoch, state=keep)]
     result = {"rows": [], "error": None}
     try:
-        rows = train(
-            model, images(), images()[:5], average=average, on_epoch=on_epoch, resume=resume,
-            on_state=lambda state: write_checkpoint(path, model, epoch, state), **options,
-        )  # fmt: skip
+        settings = Training(**options)
+        rows = train(model, images(), images()[:5], settings, average=average, listeners=told, resume=resume)
         result["rows"] = [row._replace(seconds=0.0)._asdict() for row in rows]
     except (ProcessLost, FloatingPointError, ValueError) as error:
         result["error"] = f"{type(error).__name__}: {error}"

@@ -36,7 +36,7 @@ from fastvae.likelihoods import (
 from fastvae.likelihoods.checking import exact
 from fastvae.models import ConvVAE
 from fastvae.operations import Spec, of_likelihood
-from fastvae.training import train
+from fastvae.training import Training, train
 
 VARIANTS = [
     Gaussian(constant=False),
@@ -383,7 +383,7 @@ def test_poisson_trains_on_counts(device) -> None:
     torch.manual_seed(0)
     counts = torch.poisson(4.0 + 40.0 * (some_images(device) > 100)).to(torch.uint8)
     model = ConvVAE((2, 8, 6), latent_dim=3, channels=(8,), likelihood=Poisson()).to(device)
-    rows = train(model, counts, counts, epochs=12, batch_size=8, learning_rate=1e-2)
+    rows = train(model, counts, counts, Training(epochs=12, batch_size=8, learning_rate=1e-2))
     assert rows[-1].loss < rows[0].loss - 100
     error = model.reconstruct(counts, deterministic=True) - counts
     assert error.square().mean() < counts.float().var()
@@ -409,7 +409,7 @@ def test_conv_vae_trains_and_comes_back_from_a_file(likelihood, device, tmp_path
         ConvVAE((2, 8, 6), latent_dim=3, channels=(8,), likelihood=likelihood).to(device),
         some_images(device),
     )
-    rows = train(model, images, images, epochs=12, batch_size=8, learning_rate=1e-2)
+    rows = train(model, images, images, Training(epochs=12, batch_size=8, learning_rate=1e-2))
     assert rows[-1].loss < rows[0].loss - 1
     assert rows[-1].test_loss < rows[0].test_loss - 1
     bound = elbo(model, images).mean().item()
@@ -438,5 +438,5 @@ def test_numbers_outside_0_and_1_are_targets_of_a_gaussian(recwarn) -> None:
     for likelihood, warns in ((Gaussian(), False), (Laplace(), False), (Gaussian(sigmoid=True), True)):
         model = ConvVAE((2, 8, 6), latent_dim=3, channels=(4,), likelihood=likelihood)
         recwarn.clear()
-        train(model, images, images, epochs=1, batch_size=8)
+        train(model, images, images, Training(epochs=1, batch_size=8))
         assert any("expected 0 to 1" in str(it.message) for it in recwarn) == warns

@@ -258,12 +258,18 @@ TRAINING = """
 import resource, sys, torch
 from fastvae.data import load_npy
 from fastvae.models import ConvVAE
-from fastvae.training import train
+from fastvae.training import Listener, Training, train
+
+class Twice(Listener):
+    def __init__(self):
+        self.asked = 0
+    def should_stop(self):
+        self.asked += 1
+        return self.asked == 2
 
 def run(images):
-    asked = iter(range(1))
     model = ConvVAE(tuple(images.shape[1:]), latent_dim=2, channels=(2,))
-    return train(model, images, images[:4], epochs=1, batch_size=4, should_stop=lambda: next(asked, None) is None)
+    return train(model, images, images[:4], Training(epochs=1, batch_size=4), listeners=[Twice()])
 
 sets = [load_npy(path).train_images for path in sys.argv[1:]]
 for images in sets:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from fastvae.models import ConvVAE
-from fastvae.training import distributed, read_checkpoint, train
+from fastvae.training import Training, distributed, read_checkpoint, train
 from fastvae.training import loop as training_loop
 from fastvae.training.distributed import Processes
 
@@ -135,7 +135,7 @@ def test_errors(option, message, monkeypatch):
     monkeypatch.setattr(training_loop, "Processes", Two)
     data = torch.zeros(16, 1, 8, 6, dtype=torch.uint8)
     with pytest.raises(ValueError, match=message):
-        train(ConvVAE((1, 8, 6), 3, (4,)), data, data, **{"epochs": 1, "batch_size": 8, **option})
+        train(ConvVAE((1, 8, 6), 3, (4,)), data, data, Training(**{"epochs": 1, "batch_size": 8, **option}))
 
 
 # ------------------------------------------------------------------------------------------------- the process group

@@ -25,7 +25,16 @@ from fastvae.evaluation.batches import seeded_generator
 from fastvae.export import Decoder, write_program, write_safetensors
 from fastvae.likelihoods import Bernoulli, Likelihood, NotImported, SigmoidMSE, from_key
 from fastvae.models import VAE, ConvVAE
-from fastvae.training import EpochMetrics, MovingAverage, read_checkpoint, train, training_step, write_checkpoint
+from fastvae.training import (
+    EpochMetrics,
+    MovingAverage,
+    Training,
+    read_checkpoint,
+    train,
+    training_step,
+    write_checkpoint,
+)
+from listening import listener
 
 SHAPE = (1, 4, 3)
 PIXELS = 12
@@ -106,7 +115,7 @@ def some_images(device, count: int = 16) -> torch.Tensor:
 
 
 def trained(model: VAE, images: torch.Tensor) -> list[EpochMetrics]:
-    return train(model, images, images, epochs=20, batch_size=8, learning_rate=0.03)
+    return train(model, images, images, Training(epochs=20, batch_size=8, learning_rate=0.03))
 
 
 # Training
@@ -184,7 +193,7 @@ def test_bytes_are_the_numbers_that_the_target_holds(backend, device):
     images = some_images(device)
     model = VAE(Fixed(torch.zeros(2)), Fixed(torch.full(SHAPE, 3.0)), 1, Laplace(2.0)).to(device)
     with fastvae.use_backend(backend):
-        row = train(model, images, images, epochs=1, batch_size=8, learning_rate=1e-30)[0]
+        row = train(model, images, images, Training(epochs=1, batch_size=8, learning_rate=1e-30))[0]
     errors = (images.float() - 3).abs()
     expected = (errors / 2 + math.log(4)).sum().item() / len(images)
     assert row.reconstruction == pytest.approx(expected, rel=1e-6)
@@ -197,11 +206,11 @@ def test_only_targets_in_the_unit_interval_are_warned_about(device):
     for model, expected in ((binary_vae(), "expected 0 to 1, the targets of Bernoulli()"), (laplace_vae(), None)):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            train(model.to(device), images, images, epochs=1, batch_size=8)
+            train(model.to(device), images, images, Training(epochs=1, batch_size=8))
         assert [expected in str(it.message) for it in caught] == ([True, True] if expected else [])
     images[0] = math.nan
-    with pytest.warns(UserWarning, match="test_images hold NaN, expected numbers"):
-        train(laplace_vae().to(device), -images[1:], images, epochs=1, batch_size=7)
+    with pytest.warns(UserWarning, match="test_data hold NaN, expected numbers"):
+        train(laplace_vae().to(device), -images[1:], images, Training(epochs=1, batch_size=7))
 
 
 def laplace_vae() -> VAE:
@@ -301,7 +310,8 @@ def test_tensorboard_shows_the_mean(device, monkeypatch):
 
     shown = {}
     model, images = laplace_vae().to(device), some_images(device, 8)
-    tensorboard.TensorBoard(Writer()).epoch(EpochMetrics(1, 1, 2.0, 1.0, 1.0, 2.0, 0.1, 1.0, 0, 1e-3), model, images)
+    board = tensorboard.TensorBoard(Writer(), model, images)
+    board.epoch(EpochMetrics(1, 1, 2.0, 1.0, 1.0, 2.0, 0.1, 1.0, 0, 1e-3))
     expected = plots.tile(torch.cat([images / 255, model.reconstruct(images, deterministic=True)]), 8)
     assert (shown["reconstructions"] == expected).all()
 
@@ -393,10 +403,9 @@ def test_the_average_has_it_too(device, tmp_path):
         model,
         images,
         images,
-        epochs=1,
-        batch_size=8,
+        Training(epochs=1, batch_size=8),
+        listeners=[listener(state=lambda state: write_checkpoint(path, model, 1, state))],
         average=average,
-        on_state=lambda state: write_checkpoint(path, model, 1, state),
     )
     found = read_checkpoint(path)
     assert found.model.likelihood == found.average.likelihood == Bernoulli()

@@ -20,7 +20,8 @@ from fastvae.export import Decoder, Encoder, write_onnx, write_program, write_sa
 from fastvae.likelihoods import Categorical, Gaussian, Poisson, SigmoidMSE
 from fastvae.models import VAE, ConvVAE
 from fastvae.models.stored import stored
-from fastvae.training import read_checkpoint, train, write_checkpoint
+from fastvae.training import Training, read_checkpoint, train, write_checkpoint
+from listening import listener
 
 FILES = ("checkpoint.pt", "model.safetensors")
 
@@ -392,8 +393,8 @@ def test_training_resumes_from_a_file(tmp_path):
 
     def run(model, epochs, average, state=None):
         states = []
-        arguments = {"epochs": epochs, "batch_size": 4, "average": average, "resume": state, "threads": 1}
-        train(model, data, data, on_state=states.append, **arguments)
+        settings = Training(epochs=epochs, batch_size=4, threads=1)
+        train(model, data, data, settings, average=average, listeners=[listener(state=states.append)], resume=state)
         return states[-1]
 
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastvae.models import ConvVAE
-from fastvae.training import train
+from fastvae.training import Training, train
 from fastvae.training.precision import arithmetic
 
 SHAPE = (1, 8, 6)
@@ -48,7 +48,7 @@ def test_precision_is_set_in_training_only(precision, expected, device):
 
     model.decoder.register_forward_hook(look)
     before = settings()
-    rows = train(model, data, data[:4], epochs=1, batch_size=8, precision=precision, graph="off")
+    rows = train(model, data, data[:4], Training(epochs=1, batch_size=8, precision=precision, graph="off"))
     assert settings() == before
     assert set(seen) == {(expected, precision != "fp32")}
     # Two steps, and the evaluation, which is not under autocast.
@@ -165,7 +165,7 @@ def test_precision_is_set_back_after_an_error(device):
     data = images(16, device)
     before = settings()
     with pytest.raises(FloatingPointError):
-        train(small(device), data, data, epochs=1, batch_size=8, learning_rate=1e30, precision="fp32")
+        train(small(device), data, data, Training(epochs=1, batch_size=8, learning_rate=1e30, precision="fp32"))
     assert settings() == before
 
 
@@ -178,11 +178,7 @@ def test_bfloat16_trains_as_float32_does(device):
             small(device),
             data,
             data,
-            epochs=10,
-            batch_size=8,
-            learning_rate=0.01,
-            precision=precision,
-            graph="off",
+            Training(epochs=10, batch_size=8, learning_rate=0.01, precision=precision, graph="off"),
         )
         losses.append(rows[-1].loss)
         assert rows[-1].loss < 0.8 * rows[0].loss
@@ -192,4 +188,4 @@ def test_bfloat16_trains_as_float32_does(device):
 def test_precision_must_be_known(device):
     data = images(8, device)
     with pytest.raises(ValueError, match="precision must be one of fp32, tf32, bf16, got 'fp8'"):
-        train(small(device), data, data, epochs=1, batch_size=4, precision="fp8")
+        train(small(device), data, data, Training(epochs=1, batch_size=4, precision="fp8"))

@@ -178,10 +178,10 @@ def test_silence_when_quiet(capsys):
 def test_interrupts(capfd):
     """The first sets a flag, the second interrupts, and afterwards the handler is the one from before."""
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), stop_on_interrupt() as should_stop:
-        assert not should_stop()
+    with pytest.raises(KeyboardInterrupt), stop_on_interrupt() as interrupt:
+        assert not interrupt.should_stop()
         os.kill(os.getpid(), signal.SIGINT)
-        assert should_stop()
+        assert interrupt.should_stop()
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
     assert "Ctrl-C again aborts" in capfd.readouterr().err

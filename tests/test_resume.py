@@ -7,14 +7,16 @@ import resource
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from fastvae.export import write_safetensors
 from fastvae.models import ConvVAE
-from fastvae.training import MovingAverage, read_checkpoint, train, write_checkpoint
+from fastvae.training import MovingAverage, Training, read_checkpoint, train, write_checkpoint
 from fastvae.training.checkpoint import previous
+from listening import listener
 
 EPOCHS = 3
 STEPS = 5  # per epoch
@@ -32,27 +34,23 @@ def make_model(device):
     return ConvVAE((1, 8, 6), latent_dim=3, channels=(4, 6)).to(device)
 
 
-def run(model, data, path, epochs=EPOCHS, stop_after=None, resume=None, **options):
+def run(model, data, path, epochs=EPOCHS, stop_after=None, resume=None, average=None, **settings):
     """Train, stopping after so many steps, and keep the state in a file; returns the metrics without the time."""
     asked = 0
-    epoch = 0
 
     def should_stop():
         nonlocal asked
         asked += 1
         return stop_after is not None and asked >= stop_after
 
-    def on_epoch(row):
-        nonlocal epoch
-        epoch = row.epoch
+    def keep(state):
+        write_checkpoint(path, model, state.epoch, state, {"lr": 1e-2})
 
-    rows = train(
-        model, data, data[:7], epochs=epochs, batch_size=4, learning_rate=1e-2, beta=2.0, kl_warmup=1.6, graph="off",
-        should_stop=should_stop,
-        on_epoch=on_epoch, on_state=lambda state: write_checkpoint(path, model, epoch, state, {"lr": 1e-2}),
-        resume=resume, **options,
-    )  # fmt: skip
-    return timeless(rows)
+    settings = Training(
+        epochs=epochs, batch_size=4, learning_rate=1e-2, beta=2.0, kl_warmup=1.6, graph="off", **settings
+    )
+    told = [listener(should_stop=should_stop, state=keep)]
+    return timeless(train(model, data, data[:7], settings, average=average, listeners=told, resume=resume))
 
 
 def timeless(rows):
@@ -207,7 +205,7 @@ def test_a_state_of_other_images_is_refused(stop_after, older, data, device, tmp
         with pytest.raises(
             ValueError, match=f"resume must be a state of {len(images)} images in batches of {batch_size}"
         ):
-            train(model, images, images, epochs=EPOCHS, batch_size=batch_size, resume=state)
+            train(model, images, images, Training(epochs=EPOCHS, batch_size=batch_size), resume=state)
     with pytest.raises(ValueError, match="resume must be a state of the same kind of device"):
         run(model, data, path, resume=state._replace(generators=state.generators * 3))
     if stop_after > STEPS:
@@ -247,13 +245,13 @@ def test_a_state_that_does_not_fit_is_refused(name, data, device, tmp_path):
     craft, message = CRAFTED[name]
     states = []
     model = make_model(device)
-    options = {"batch_size": 4, "schedule": cosine, "average": MovingAverage(model, 0.8), "graph": "off"}
-    train(model, data, data, epochs=1, on_state=states.append, **options)
+    average, settings = MovingAverage(model, 0.8), Training(epochs=1, batch_size=4, schedule=cosine, graph="off")
+    train(model, data, data, settings, average=average, listeners=[listener(state=states.append)])
     craft(states[0])
     before = [value.clone() for value in model.state_dict().values()]
     generator = torch.get_rng_state()
     with pytest.raises(ValueError, match=message):
-        train(model, data, data, epochs=2, resume=states[0], **options)
+        train(model, data, data, replace(settings, epochs=2), average=average, resume=states[0])
     assert all(map(torch.equal, before, model.state_dict().values()))
     assert torch.equal(torch.get_rng_state(), generator)
 
@@ -355,7 +353,7 @@ def small_checkpoint(path):
     model = ConvVAE((1, 4, 4), latent_dim=2, channels=(2,))
     states = []
     data = torch.rand(4, 1, 4, 4)
-    train(model, data, data, epochs=1, batch_size=2, on_state=states.append)
+    train(model, data, data, Training(epochs=1, batch_size=2), listeners=[listener(state=states.append)])
     write_checkpoint(path, model, 1, states[0], {"lr": 1e-3}, keep_previous=False)
     return path.read_bytes()
 
@@ -409,7 +407,14 @@ def test_a_checkpoint_keeps_its_dtypes(dtype, tmp_path):
     data = torch.rand(8, 1, 8, 6).to(torch.float64 if dtype is torch.float64 else torch.float32)
     states = []
     if dtype is torch.float64:  # on a CPU, fastvae's operations take it where torch's convolutions do
-        train(model, data, data, epochs=1, batch_size=4, average=average, on_state=states.append)
+        train(
+            model,
+            data,
+            data,
+            Training(epochs=1, batch_size=4),
+            listeners=[listener(state=states.append)],
+            average=average,
+        )
     write_checkpoint(tmp_path / "checkpoint.pt", model, 1, *states)
     found = read_checkpoint(tmp_path / "checkpoint.pt")
     assert {it.dtype for it in found.model.parameters()} == {dtype}
@@ -504,23 +509,26 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from fastvae.models import ConvVAE
-from fastvae.training import MovingAverage, read_checkpoint, train, write_checkpoint
+from fastvae.training import Listener, Training, read_checkpoint, train, write_checkpoint
 
 folder, kills, epochs = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 data = torch.randint(0, 256, (8, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
 
+class Keep(Listener):
+    def __init__(self, path, model):
+        self.path, self.model = path, model
+    def state(self, state):
+        write_checkpoint(self.path, self.model, state.epoch, state)
+
 def run(path, epochs):
-    state, epoch = None, 0
+    state = None
     torch.manual_seed(1)
     model = ConvVAE((1, 4, 4), latent_dim=2, channels=(2, 3))
     if path.exists():
         found = read_checkpoint(path)
         model, state = found.model, found.state
-    def keep(row):
-        nonlocal epoch
-        epoch = row.epoch
-    train(model, data, data[:2], epochs=epochs, batch_size=4, learning_rate=1e-3, on_epoch=keep,
-          on_state=lambda state: write_checkpoint(path, model, epoch, state), resume=state)
+    settings = Training(epochs=epochs, batch_size=4, learning_rate=1e-3)
+    train(model, data, data[:2], settings, listeners=[Keep(path, model)], resume=state)
 
 def forked(path, epochs):
     child = os.fork()

@@ -6,19 +6,23 @@ Without a GPU a captured graph is stood in for by what it would replay; the GPU 
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.optim import Adam
+from torch.utils.data import DataLoader, TensorDataset
 
 import fastvae
 from fastvae import random
 from fastvae.models import ConvVAE
-from fastvae.training import GraphError, MovingAverage, train
+from fastvae.training import GraphError, MovingAverage, Training, train
 from fastvae.training import steps as training_steps
+from fastvae.training.data import Arrays, Batch, open_data
 from fastvae.training.graphs import capture
 from fastvae.training.steps import Steps, training_step
+from listening import listener
 
 
 def images(count, shape, dtype, device):
@@ -65,7 +69,7 @@ def test_an_index_in_the_last_of_many_images(device, triton_backend):
     assert torch.allclose(batch.view(-1), storage[:4] / 255)
 
 
-def make(device, graph: bool | str, count=7 * 12, batch_size=4, seed=1, images_on=None, **options):
+def make(device, graph: bool | str, count=7 * 12, batch_size=4, seed=1, images_on=None, **settings):
     torch.manual_seed(seed)
     model = ConvVAE((1, 8, 6), latent_dim=3, channels=(4, 6)).to(device)
     optimizer = Adam(model.parameters(), lr=0.01, fused=True, capturable=device.type == "cuda")
@@ -73,7 +77,7 @@ def make(device, graph: bool | str, count=7 * 12, batch_size=4, seed=1, images_o
         images_on or device
     )
     graph = {False: "off", True: "auto"}.get(graph, graph)
-    return Steps(model, optimizer, data, batch_size, torch.ones((), device=device), graph, **options)
+    return Steps(model, optimizer, Arrays(Batch(data, data), batch_size), Training(graph=graph, **settings))
 
 
 def epochs(steps, number):
@@ -158,12 +162,67 @@ def test_captured_steps_with_every_option(device, stand_in):
 def test_images_that_are_brought_give_the_same_steps(graph, device, stand_in):
     """From another place in memory, a group of steps at a time, and the odd steps of an epoch's end."""
     resident, brought = (make(device, graph, count=23 * 4) for _ in range(2))
-    source = brought._source = torch.empty_like(brought.images[: brought.at_a_time * brought.batch_size])
+    block = torch.empty_like(brought.data.all.input[: len(brought._indices)])
+    source = brought._source = Batch(block, block)
     for steps in (resident, brought):
         torch.manual_seed(3)
         epochs(steps, 2)
-    assert brought._source is source and len(source) < len(brought.images)
+    assert brought._source is source and len(block) < brought.data.size
     assert torch.equal(resident.history, brought.history)
+
+
+def from_a_stream(device, graph, data, batch_size=4, **settings):
+    """Steps on what `open_data` makes of a Dataset or a DataLoader."""
+    steps = make(device, graph)
+    asked = None if isinstance(data, DataLoader) else batch_size
+    settings = replace(steps.settings, batch_size=asked, **settings)
+    stream = open_data("data", data, settings, steps.processes, lambda name, batch: None)
+    return Steps(steps.model, steps.optimizer, stream, settings)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a real graph draws other noise on some versions of torch")
+@pytest.mark.parametrize("kind", ["Dataset", "DataLoader", "of two sizes"])
+def test_captured_steps_of_a_stream_are_the_plain_steps(kind, device, stand_in):
+    """And those on the tensor. Batches of another size run as they are, and so do all that would run with them."""
+    data = make(device, False, count=21 * 4 + 3).data.all.input
+    sizes = [4, 4, 4, 3, *[4] * 18]
+    samplers = torch.arange(sum(sizes)).split(sizes)
+    given = {
+        "Dataset": TensorDataset(data),
+        "DataLoader": DataLoader(data, 4, drop_last=True, generator=torch.Generator()),
+        "of two sizes": DataLoader(data, batch_sampler=[it.tolist() for it in samplers], generator=torch.Generator()),
+    }[kind]
+    plain, captured = (from_a_stream(device, graph, given) for graph in (False, True))
+    if kind == "of two sizes":  # it says no batch size, so that train would run it without a graph
+        captured._samples, captured._indices = 4, torch.empty(4 * captured.at_a_time, dtype=torch.int64, device=device)
+    resident = make(device, False, count=21 * 4 + 3)
+    histories = []
+    for steps in (plain, captured, resident):
+        torch.manual_seed(3)
+        histories.append(epochs(steps, 3)[0][..., :3])
+    assert torch.equal(histories[0], histories[1])
+    assert torch.equal(histories[0], histories[2]) is (kind == "Dataset")
+    groups = 3 * (captured.count // captured.at_a_time)
+    assert captured.at_a_time > 1
+    assert len(stand_in) == groups - (4 if kind == "of two sizes" else 1)  # of each epoch the first group was odd
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize("kind", ["Dataset", "DataLoader"])
+def test_a_stream_gives_the_same_steps_on_a_gpu(kind, pinned, device):
+    """With a graph; what is loaded is what is trained on."""
+    data = images(128 * 23, (1, 8, 6), torch.uint8, torch.device("cpu"))
+    loader = DataLoader(data, 128, drop_last=True, pin_memory=pinned, generator=torch.Generator())
+    given = TensorDataset(data) if kind == "Dataset" else loader
+    plain, captured = (from_a_stream(device, graph, given, 128) for graph in (False, True))
+    losses = []
+    for steps in (plain, captured):
+        torch.manual_seed(3)
+        losses.append(epochs(steps, 4)[0][-1, :, :3].mean(0))
+        steps.release()
+    assert captured._source is not None and captured._source.input.is_cuda
+    assert torch.allclose(*losses, rtol=0.03)
 
 
 @pytest.mark.gpu
@@ -174,7 +233,7 @@ def test_images_on_the_cpu_give_the_same_steps(graph, device):
     for steps in (resident, brought):
         torch.manual_seed(3)
         epochs(steps, 2)
-    assert brought._source.is_cuda and not brought.images.is_cuda
+    assert brought._source.input.is_cuda and not brought.data.all.input.is_cuda
     assert torch.equal(resident.history, brought.history)
 
 
@@ -361,9 +420,9 @@ def test_graph_on_needs_a_cuda_device():
     data = torch.zeros(8, 1, 8, 6, dtype=torch.uint8)
     model = ConvVAE((1, 8, 6), latent_dim=3, channels=(4, 6))
     with pytest.raises(ValueError, match='graph="on" needs a CUDA device, got cpu'):
-        train(model, data, data, epochs=1, batch_size=4, graph="on")
+        train(model, data, data, Training(epochs=1, batch_size=4, graph="on"))
     with pytest.raises(ValueError, match="graph must be"):
-        train(model, data, data, epochs=1, batch_size=4, graph="yes")
+        train(model, data, data, Training(epochs=1, batch_size=4, graph="yes"))
 
 
 # ---------------------------------------------------------------------------------------------------------- on a GPU
@@ -436,10 +495,10 @@ def test_a_schedule_on_a_gpu_goes_on(device):
 
     kept = []
     model = small().to(device)
-    options = {"batch_size": 32, "graph": "on", "schedule": schedule, "on_state": kept.append}
-    whole = train(small().to(device), data, data[:64], epochs=4, **options)
-    train(model, data, data[:64], epochs=2, **options)
-    parts = train(model, data, data[:64], epochs=4, resume=kept[-1], **options)
+    settings = Training(epochs=4, batch_size=32, graph="on", schedule=schedule)
+    whole = train(small().to(device), data, data[:64], settings)
+    train(model, data, data[:64], replace(settings, epochs=2), listeners=[listener(state=kept.append)])
+    parts = train(model, data, data[:64], settings, resume=kept[-1])
     assert [row.learning_rate for row in parts] == [row.learning_rate for row in whole]
     assert len({row.learning_rate for row in parts}) == 4
 
@@ -448,6 +507,6 @@ def test_a_schedule_on_a_gpu_goes_on(device):
 def test_train_with_a_graph(device):
     data = torch.randint(0, 256, (640, 1, 8, 6), dtype=torch.uint8, device=device)
     model = ConvVAE((1, 8, 6), latent_dim=3, channels=(4, 6)).to(device)
-    rows = train(model, data, data[:64], epochs=3, batch_size=32, graph="on")
+    rows = train(model, data, data[:64], Training(epochs=3, batch_size=32, graph="on"))
     assert rows[-1].step == 60
     assert rows[-1].loss < rows[0].loss

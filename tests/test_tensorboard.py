@@ -34,10 +34,10 @@ def read(folder):
 
 def test_an_epoch_is_in_the_file_when_the_call_returns(model, images, tmp_path):
     """The writer is left open, as in a run that is killed."""
-    board = open_tensorboard(tmp_path)
+    board = open_tensorboard(tmp_path, model, images)
     before = torch.get_rng_state()
     for epoch in (1, 2):
-        board.epoch(row(epoch), model, images)
+        board.epoch(row(epoch))
         found = read(tmp_path)
         for events in (found.Scalars("loss"), found.Images("samples")):  # the first and the last that are written
             assert [event.step for event in events] == list(range(1, epoch + 1))
@@ -53,25 +53,26 @@ def test_an_epoch_is_in_the_file_when_the_call_returns(model, images, tmp_path):
 
 
 def test_a_run_that_goes_on_replaces_what_came_later(model, images, tmp_path):
-    first = open_tensorboard(tmp_path)
+    first = open_tensorboard(tmp_path, model, images)
     for epoch in (1, 2, 3):
-        first.epoch(row(epoch), model, images)
+        first.epoch(row(epoch))
     first.close()
-    second = open_tensorboard(tmp_path, epochs=1)
-    second.epoch(row(2), model, images)
+    second = open_tensorboard(tmp_path, model, images, epochs=1)
+    second.epoch(row(2))
     second.close()
     assert [event.step for event in read(tmp_path).Scalars("loss")] == [1, 2]
 
 
 def test_colour(tmp_path):
-    board = open_tensorboard(tmp_path)
-    board.epoch(row(1), ConvVAE((3, 8, 6), latent_dim=3, channels=(2,)), torch.rand(3, 3, 8, 6))
+    model = ConvVAE((3, 8, 6), latent_dim=3, channels=(2,))
+    board = open_tensorboard(tmp_path, model, torch.rand(3, 3, 8, 6))
+    board.epoch(row(1))
     assert read(tmp_path).Images("reconstructions")[0].width == 3 * 6
     board.close()
 
 
-def test_not_installed(tmp_path, monkeypatch):
+def test_not_installed(model, images, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
-    assert open_tensorboard(tmp_path) is None
+    assert open_tensorboard(tmp_path, model, images) is None
     assert not list(tmp_path.iterdir())

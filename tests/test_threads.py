@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fastvae.models import ConvVAE
-from fastvae.training import threads, train
+from fastvae.training import Training, threads, train
+from listening import listener
 
 
 class Machine:
@@ -106,7 +107,7 @@ def trained(monkeypatch, two_threads):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(threads, "fastest", lambda numbers, step: 1)
 
-    def run(epochs=1, **options):
+    def run(epochs=1, resume=None, **settings):
         seen, states = [], []
 
         def look(*arguments):
@@ -115,7 +116,8 @@ def trained(monkeypatch, two_threads):
         torch.manual_seed(0)
         model = ConvVAE((1, 8, 8), 2, channels=(2,))
         model.register_forward_hook(look)
-        train(model, DATA, DATA, epochs=epochs, batch_size=4, on_state=states.append, **options)
+        settings = Training(epochs=epochs, batch_size=4, **settings)
+        train(model, DATA, DATA, settings, listeners=[listener(state=states.append)], resume=resume)
         return set(seen), states[-1]
 
     return run

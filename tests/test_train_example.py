@@ -19,10 +19,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastvae import program
 from fastvae.data import DownloadError, load_digits
 from fastvae.models import ConvVAE
-from fastvae.program import UserError, locked
+from fastvae.program import UserError
 from fastvae.training import GraphError, TrainingState
+from fastvae.training import run as training_run
+from fastvae.training.folder import locked, prepare_run
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "train.py"
 FILES = {
@@ -43,6 +46,7 @@ def example():
     """The script as a module, so that most tests need no process of their own."""
     spec = importlib.util.spec_from_file_location("train_example", SCRIPT)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclass is looked up there
     spec.loader.exec_module(module)
     return module
 
@@ -59,13 +63,13 @@ def run(example, monkeypatch):
 
 
 @pytest.fixture
-def no_training(example, monkeypatch):
+def no_training(monkeypatch):
     """An error must come before training."""
 
     def fail(*_, **__):
         raise AssertionError("training began")
 
-    monkeypatch.setattr(example, "train", fail)
+    monkeypatch.setattr(training_run, "train", fail)
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
@@ -154,7 +158,7 @@ def test_a_second_run_leaves_nothing_of_the_first(tmp_path, run, capsys):
     assert (folder / "generated.png").read_bytes() != pixels
 
 
-def test_an_aborted_run_leaves_nothing_of_the_one_before(tmp_path, example, run, monkeypatch, capsys):
+def test_an_aborted_run_leaves_nothing_of_the_one_before(tmp_path, run, monkeypatch, capsys):
     folder = tmp_path / "run"
     folder.mkdir()
     for name in (*FILES, "notes.txt"):
@@ -163,18 +167,18 @@ def test_an_aborted_run_leaves_nothing_of_the_one_before(tmp_path, example, run,
     def abort(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(example, "train", abort)
+    monkeypatch.setattr(training_run, "train", abort)
     assert run(*SMALL, "--out", folder) == 130
     assert capsys.readouterr().err == "train.py: aborted\n"
     assert {path.name for path in folder.iterdir()} == {"metrics.csv", "notes.txt", "tensorboard", ".lock"}
     assert read_metrics(folder) == []
 
 
-def test_a_capture_that_fails_is_one_line(tmp_path, run, capsys, example, monkeypatch):
+def test_a_capture_that_fails_is_one_line(tmp_path, run, capsys, monkeypatch):
     def fail(*_, **__):
         raise GraphError("the capture of a CUDA graph failed: ValueError: x")
 
-    monkeypatch.setattr(example, "train", fail)
+    monkeypatch.setattr(training_run, "train", fail)
     assert run(*SMALL, "--out", tmp_path) == 1
     words = "train.py: the capture of a CUDA graph failed: ValueError: x (--graph auto goes on without)\n"
     assert capsys.readouterr().err == words
@@ -272,12 +276,12 @@ def test_out_cannot_be_written(tmp_path, run, no_training, capsys, monkeypatch):
     assert "--out cannot be written: [Errno 13] Permission denied" in capsys.readouterr().err
 
 
-def test_missing_data(tmp_path, example, run, no_training, capsys, monkeypatch):
+def test_missing_data(tmp_path, run, no_training, capsys, monkeypatch):
     def unavailable(name, data_dir):
         assert (name, data_dir) == ("mnist", tmp_path / "data")
         raise DownloadError("cannot download it, every mirror failed:\n  here: no\n  there: no")
 
-    monkeypatch.setattr(example, "load_dataset", unavailable)
+    monkeypatch.setattr(program, "load_dataset", unavailable)
     assert run("--dataset", "mnist", "--data-dir", tmp_path / "data", "--out", tmp_path / "run") == 2
     assert capsys.readouterr().err == ("train.py: error: cannot download it, every mirror failed: here: no there: no\n")
     assert list(tmp_path.iterdir()) == []
@@ -301,19 +305,19 @@ def test_divergence_is_one_line_and_code_1(tmp_path, run, capsys):
     assert errors.count("\n") == 1
 
 
-def test_choice_of_the_dataset(example, monkeypatch):
+def test_choice_of_the_dataset(monkeypatch):
     """auto: digits on a CPU; MNIST on a CUDA device, or digits where it is not to be had. Each names the other flag."""
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     digits = load_digits()
     mnist = digits._replace(name="mnist")
-    monkeypatch.setattr(example, "load_dataset", lambda name, data_dir=None: mnist if name == "mnist" else digits)
+    monkeypatch.setattr(program, "load_dataset", lambda name, data_dir=None: mnist if name == "mnist" else digits)
     for name, device, expected, other in (
         ("auto", cpu, "digits", "--dataset mnist"),
         ("auto", cuda, "mnist", "--dataset digits"),
         ("mnist", cpu, "mnist", "--dataset digits"),
         ("digits", cuda, "digits", "--dataset mnist"),
     ):
-        dataset, reason = example.choose_dataset(name, None, device)
+        dataset, reason = program.choose_dataset(name, None, device)
         assert dataset.name == expected
         assert other in reason
 
@@ -322,29 +326,29 @@ def test_choice_of_the_dataset(example, monkeypatch):
             return digits
         raise DownloadError("cannot download it, every mirror failed:\n  here: no")
 
-    monkeypatch.setattr(example, "load_dataset", unavailable)
-    dataset, reason = example.choose_dataset("auto", None, cuda)
+    monkeypatch.setattr(program, "load_dataset", unavailable)
+    dataset, reason = program.choose_dataset("auto", None, cuda)
     assert dataset.name == "digits"
     assert "cannot download it, every mirror failed" in reason
     assert "\n" not in reason
     with pytest.raises(DownloadError):
-        example.choose_dataset("mnist", None, cuda)
+        program.choose_dataset("mnist", None, cuda)
 
 
 def test_default_folder_and_defaults(tmp_path, example, monkeypatch):
     """Runs that start in the same second get folders of their own."""
     monkeypatch.chdir(tmp_path)
     with contextlib.ExitStack() as held:
-        folders = [example.prepare_run(None, "digits", True, held) for _ in range(3)]
+        folders = [prepare_run(None, "digits", True, held) for _ in range(3)]
     assert len({folder.resolve() for folder in folders}) == 3
     for folder in folders:
         assert folder.parent == Path("runs")
         assert folder.name.startswith("digits-2")
         assert folder.is_dir()
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    arguments, given = example.parse_arguments()
+    options, given = program.parse_settings(program.Parser(None), example.Options)
     assert given == set()
-    assert vars(arguments) == {
+    assert program.flag_values(options) == {
         "dataset": "auto",
         "data_dir": None,
         "image_size": None,
@@ -353,10 +357,11 @@ def test_default_folder_and_defaults(tmp_path, example, monkeypatch):
         "backend": "auto",
         "graph": "auto",
         "precision": "tf32",
-        "epochs": None,
+        "epochs": 30,
         "batch_size": None,
         "latent_dim": 16,
-        "likelihood": "sigmoid-mse",
+        "likelihood": None,
+        "labels": None,
         "lr": 1e-3,
         "beta": 1.0,
         "kl_warmup": 0.0,
@@ -375,11 +380,12 @@ def test_default_folder_and_defaults(tmp_path, example, monkeypatch):
         "quiet": False,
     }
     monkeypatch.setattr(sys, "argv", ["train.py", "--lr", "1e-3", "--quiet"])
-    assert example.parse_arguments()[1] == {"lr", "quiet"}  # given, though as by default
-    assert (example.EPOCHS, example.BATCH_SIZES["mnist"]) == (30, 128)
+    options, given = program.parse_settings(program.Parser(None), example.Options)
+    assert given == {"learning_rate", "quiet"}  # given, though as by default
+    assert program.BATCH_SIZES["mnist"] == 128
 
 
-def test_backend_flag(tmp_path, run, example, monkeypatch, capsys):
+def test_backend_flag(tmp_path, run, monkeypatch, capsys):
     """--backend chooses, and without it the environment's choice stays in force."""
     import fastvae
 
@@ -389,7 +395,7 @@ def test_backend_flag(tmp_path, run, example, monkeypatch, capsys):
         seen.append(fastvae.backend_for(images.float()).reason)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(example, "train", look)
+    monkeypatch.setattr(training_run, "train", look)
     assert run(*SMALL, "--backend", "reference", "--out", tmp_path / "run") == 130
     with fastvae.use_backend("reference"):
         assert run(*SMALL, "--out", tmp_path / "run") == 130
@@ -398,7 +404,7 @@ def test_backend_flag(tmp_path, run, example, monkeypatch, capsys):
     capsys.readouterr()
 
 
-def test_options_of_training(tmp_path, run, example, monkeypatch, capsys):
+def test_options_of_training(tmp_path, run, monkeypatch, capsys):
     """They reach the loop; what is shown and loaded is the average; the best epoch is kept."""
     import fastvae
     from fastvae.training import loop, read_checkpoint
@@ -419,7 +425,7 @@ def test_options_of_training(tmp_path, run, example, monkeypatch, capsys):
     mse = (fastvae.load(tmp_path).reconstruct(images, deterministic=True) - images / 255).square().mean().item()
     assert mse == pytest.approx(rows[-1]["test_mse"], rel=1e-4)
     # What it was called with is refused where it would be another, and taken over where it is not given.
-    monkeypatch.setattr(example, "train", lambda *_, **__: pytest.fail("training began"))
+    monkeypatch.setattr(training_run, "train", lambda *_, **__: pytest.fail("training began"))
     for arguments, words in (
         (("--ema", 0.9), "--ema was 0.5 in"),
         (("--epochs", 7), "--epochs was 5 in"),
@@ -463,7 +469,7 @@ def test_a_likelihood(tmp_path, run, example, name, capsys):
     assert fastvae.load(parts).likelihood == likelihood
 
 
-def test_a_full_disk_is_one_line(tmp_path, run, example, monkeypatch, capsys):
+def test_a_full_disk_is_one_line(tmp_path, run, monkeypatch, capsys):
     """/dev/full takes nothing: what was there stays, and the run ends."""
     import builtins
 
@@ -527,20 +533,20 @@ def test_checkpoints_every_so_many_epochs(tmp_path, run):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
-def test_a_run_of_other_settings_is_refused(arguments, words, tmp_path, run, capsys, example, monkeypatch):
+def test_a_run_of_other_settings_is_refused(arguments, words, tmp_path, run, capsys, monkeypatch):
     assert run(*SMALL, "--epochs", 1, "--quiet", "--out", tmp_path) == 0
-    monkeypatch.setattr(example, "train", lambda *_, **__: pytest.fail("training began"))
+    monkeypatch.setattr(training_run, "train", lambda *_, **__: pytest.fail("training began"))
     assert run("--resume", tmp_path, *arguments) == 2
     assert words in capsys.readouterr().err
 
 
-def test_a_run_on_other_images_is_refused(tmp_path, run, capsys, example, monkeypatch):
+def test_a_run_on_other_images_is_refused(tmp_path, run, capsys, monkeypatch):
     """The same settings, but the data set has changed."""
     assert run("--device", "cpu", "--batch-size", 500, "--epochs", 1, "--quiet", "--out", tmp_path) == 0
     digits = load_digits()
     fewer = digits._replace(train_images=digits.train_images[:900])
-    monkeypatch.setattr(example, "load_dataset", lambda name, data_dir: fewer)
-    monkeypatch.setattr(example, "train", lambda *_, **__: pytest.fail("training began"))
+    monkeypatch.setattr(program, "load_dataset", lambda name, data_dir: fewer)
+    monkeypatch.setattr(training_run, "train", lambda *_, **__: pytest.fail("training began"))
     assert run("--resume", tmp_path) == 2
     assert "there were 1500 training images, there are 900" in capsys.readouterr().err
 
@@ -563,32 +569,19 @@ def test_a_run_that_ends_before_its_epochs_has_a_checkpoint(tmp_path, run, capsy
     assert "steps were done, --epochs 1 is 1" in capsys.readouterr().err
 
 
-def test_a_run_of_other_processes_is_refused(tmp_path, run, capsys, no_training):
+def test_a_run_of_other_processes_is_refused(tmp_path, run, capsys, no_training, example):
+    """And settings that no run has."""
     from fastvae.training import write_checkpoint
 
-    run_of_two = {"dataset": "digits", "images": 64, "batch_size": 16, "limit": 64, "processes": 2}
-    names = ("device", "backend", "precision", "latent_dim", "lr", "beta", "kl_warmup", "clip_norm", "schedule", "ema")
-    names += (
-        "likelihood",
-        "free_bits",
-        "image_size",
-        "strict",
-        "skip_nonfinite",
-        "seed",
-        "epochs",
-        "graph",
-        "data_dir",
-        "deterministic",
-        "checkpoint_every",
-        "patience",
-    )
+    options = example.Options(dataset="digits", device="cpu", epochs=1, batch_size=16, limit=64)
+    settings = {**program.flag_values(options, of_the_run=True), "images": 64, "processes": 2}
     state = TrainingState([], 0.0, torch.empty(0), torch.empty(0), {}, [])
-    defaults = {"device": "cpu", "backend": "auto", "epochs": 1}
-    write_checkpoint(
-        tmp_path / "checkpoint.pt", ConvVAE(), 1, state, {**dict.fromkeys(names), **defaults, **run_of_two}
-    )
+    write_checkpoint(tmp_path / "checkpoint.pt", ConvVAE(), 1, state, settings)
     assert run("--resume", tmp_path) == 2
     assert "--resume: torchrun had 2 processes, it has no" in capsys.readouterr().err
+    write_checkpoint(tmp_path / "checkpoint.pt", ConvVAE(), 1, state, {**settings, "lr": None})
+    assert run("--resume", tmp_path) == 2
+    assert "checkpoint.pt: learning_rate must be a positive number, got None" in capsys.readouterr().err
 
 
 def test_a_second_run_in_the_same_folder_stops(tmp_path, run, capsys, no_training):

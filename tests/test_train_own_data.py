@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from fastvae.data import find_dataset
+from fastvae.program import default_batch_size
 from fastvae.training import read_checkpoint
 
 Image = pytest.importorskip("PIL.Image")
@@ -23,6 +24,7 @@ SCRIPT = Path(__file__).parents[1] / "examples" / "train.py"
 def example():
     spec = importlib.util.spec_from_file_location("train_example", SCRIPT)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclass is looked up there
     spec.loader.exec_module(module)
     return module
 
@@ -169,9 +171,9 @@ def test_what_data_dir_does_not_say_is_asked(tmp_path, run, capsys):
     assert "No such file or directory" in reason(tmp_path / "absent")
     (tmp_path / "some").mkdir()
     (tmp_path / "some" / "notes.txt").write_text("nothing")
-    expected = "some has no images: expected pictures, or arrays in .npy, .npz or IDX files"
+    expected = "some has no images: expected pictures, or arrays in .npy, .npz, IDX or .csv files"
     assert reason(tmp_path / "some").endswith(expected)
-    assert "notes.txt begins with b'nothin', expected a .npy, .npz or IDX file" in reason(tmp_path / "some/notes.txt")
+    assert "notes.txt begins with b'nothin', expected a .npy, .npz, IDX or .csv file" in reason(tmp_path / "some/notes.txt")
     (tmp_path / "some" / "preview.png").write_bytes(b"")
     np.save(tmp_path / "some" / "images.npy", np.zeros((2, 4, 5), np.uint8))
     assert reason(tmp_path / "some").endswith("some has data of several kinds, npy, folder: name the one that is meant")
@@ -190,8 +192,8 @@ def test_other_mistakes(tmp_path, run, capsys):
     )
 
 
-def test_default_batch_sizes(example):
-    sizes = [example.default_batch_size("folder", images) for images in (1, 99, 2500, 12_799, 12_800, 10**6)]
+def test_default_batch_sizes():
+    sizes = [default_batch_size("folder", images) for images in (1, 99, 2500, 12_799, 12_800, 10**6)]
     assert sizes == [1, 16, 25, 127, 128, 128]
-    assert example.default_batch_size("kmnist", 60_000) == 128
-    assert example.default_batch_size("digits", 1500) == 32
+    assert default_batch_size("kmnist", 60_000) == 128
+    assert default_batch_size("digits", 1500) == 32

@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import DataLoader
 
 import fastvae
 from fastvae.evaluation import Evaluation, evaluate
 from fastvae.models import ConvVAE
-from fastvae.training import Progress, checks, train, training_step
+from fastvae.training import Progress, Training, checks, train, training_step
 from fastvae.training import loop as training_loop
 from fastvae.training import steps as training_steps
+from listening import listener
 
 SHAPE = (1, 8, 6)
 
@@ -52,7 +52,7 @@ def test_partial_batches_are_discarded_and_images_reshuffled(device):
     data = torch.arange(70, dtype=torch.uint8, device=device).view(-1, 1, 1, 1).expand(-1, *SHAPE).contiguous()
     batches = []
     model.register_forward_pre_hook(lambda module, inputs: batches.append(inputs[0][:, 0, 0, 0].tolist()))
-    rows = train(model, data, data[:5], epochs=2, batch_size=16)
+    rows = train(model, data, data[:5], Training(epochs=2, batch_size=16))
     assert [len(batch) for batch in batches] == [16] * 8
     first, second = ([index for batch in epoch for index in batch] for epoch in (batches[:4], batches[4:]))
     assert len(set(first)) == len(set(second)) == 64
@@ -78,8 +78,11 @@ def test_the_weight_of_the_divergence_grows(kl_warmup, device, monkeypatch):
     monkeypatch.setattr(training_loop, "evaluate", test)
     data = images(32, device)
     train(
-        small_model(device), data, data[:5], epochs=3, batch_size=8, beta=2.0, kl_warmup=kl_warmup, graph="off"
-    )  # fmt: skip
+        small_model(device),
+        data,
+        data[:5],
+        Training(epochs=3, batch_size=8, beta=2.0, kl_warmup=kl_warmup, graph="off"),
+    )
     expected = [min(1.0, number / (4 * kl_warmup)) if kl_warmup else 1.0 for number in range(12)]
     assert used == pytest.approx([2.0 * share for share in expected])
     assert tested == [2.0] * 3
@@ -94,7 +97,7 @@ def test_equals_a_loop_in_plain_pytorch(device, image_shape, as_bytes):
     model = small_model(device, image_shape)
     expected_model = small_model(device, image_shape)
     torch.manual_seed(3)
-    rows = train(model, data, test, epochs=3, batch_size=16, learning_rate=0.01, beta=0.7, precision="fp32")
+    rows = train(model, data, test, Training(epochs=3, batch_size=16, learning_rate=0.01, beta=0.7, precision="fp32"))
 
     torch.manual_seed(3)
     parameters = list(expected_model.parameters())
@@ -133,11 +136,8 @@ def test_rows_hold_the_evaluation_of_the_model_at_that_moment(device):
         model,
         images(32, device),
         test,
-        epochs=2,
-        batch_size=16,
-        learning_rate=0.01,
-        beta=3.0,
-        on_epoch=lambda row: evaluations.append(evaluate(model, test, beta=3.0)),
+        Training(epochs=2, batch_size=16, learning_rate=0.01, beta=3.0),
+        listeners=[listener(epoch=lambda row: evaluations.append(evaluate(model, test, beta=3.0)))],
     )
     assert [Evaluation(row.test_loss, row.test_mse) for row in rows] == evaluations
     assert evaluations[0] != evaluations[1]
@@ -149,7 +149,7 @@ def test_testing_does_not_disturb_training(device):
     for count in (1, 600):
         model = small_model(device)
         torch.manual_seed(3)
-        rows = train(model, images(32, device), images(count, device), epochs=2, batch_size=16)
+        rows = train(model, images(32, device), images(count, device), Training(epochs=2, batch_size=16))
         losses.append([row.loss for row in rows])
     assert losses[0] == losses[1]
 
@@ -158,7 +158,9 @@ def test_beta_weights_the_divergence(device):
     kl = []
     for beta in (0.0, 20.0):
         model = small_model(device)
-        kl.append(train(model, images(64, device), images(5, device), epochs=5, batch_size=8, beta=beta)[-1].kl)
+        kl.append(
+            train(model, images(64, device), images(5, device), Training(epochs=5, batch_size=8, beta=beta))[-1].kl
+        )
     assert kl[1] < 0.5 * kl[0]
 
 
@@ -172,10 +174,8 @@ def test_stop_ends_after_the_current_step(device, steps, expected):
         model,
         images(64, device),
         images(5, device),
-        epochs=3,
-        batch_size=16,
-        should_stop=stop_after(steps),
-        on_progress=reports.append,
+        Training(epochs=3, batch_size=16),
+        listeners=[listener(should_stop=stop_after(steps), progress=reports.append)],
     )
     assert [(row.epoch, row.step) for row in rows] == expected
     assert len(calls) == expected[-1][1]
@@ -188,9 +188,8 @@ def test_stop_between_epochs(device):
         small_model(device),
         images(64, device),
         images(5, device),
-        epochs=3,
-        batch_size=16,
-        should_stop=stop_after(5),
+        Training(epochs=3, batch_size=16),
+        listeners=[listener(should_stop=stop_after(5))],
     )
     assert [(row.epoch, row.step) for row in rows] == [(1, 4)]
 
@@ -199,7 +198,9 @@ def test_metrics_of_an_unfinished_epoch_are_of_its_steps(device):
     data, test = images(64, device), images(5, device)
     model = small_model(device)
     torch.manual_seed(3)
-    (row,) = train(model, data, test, epochs=2, batch_size=16, should_stop=stop_after(2))
+    (row,) = train(
+        model, data, test, Training(epochs=2, batch_size=16), listeners=[listener(should_stop=stop_after(2))]
+    )
 
     model = small_model(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
@@ -218,9 +219,8 @@ def test_progress_covers_the_steps_since_the_last_report(device, monkeypatch):
         small_model(device),
         images(64, device),
         images(5, device),
-        epochs=2,
-        batch_size=16,
-        on_progress=reports.append,
+        Training(epochs=2, batch_size=16),
+        listeners=[listener(progress=reports.append)],
     )
     assert [(report.epoch, report.step) for report in reports] == [((step + 3) // 4, step) for step in range(1, 9)]
     for row in rows:
@@ -281,7 +281,9 @@ def test_no_step_reads_from_the_device(device, reads):
     counts = []
     for steps in (1, 12):
         model, data, test = small_model(device), images(4 * steps, device), images(5, device)
-        counts.append(reads(lambda model=model, data=data, test=test: train(model, data, test, epochs=1, batch_size=4)))
+        counts.append(
+            reads(lambda model=model, data=data, test=test: train(model, data, test, Training(epochs=1, batch_size=4)))
+        )
     assert counts[0] == counts[1]
     assert counts[0]["tolist"] == 2  # the means of the epoch, and of the test
 
@@ -293,7 +295,7 @@ def test_a_step_takes_three_launches(device, triton_backend):
     before = triton_backend.count
     training_step(model, optimizer, images(4, device), beta=torch.tensor(1.0, device=device))
     assert triton_backend.count - before == 3
-    (row,) = train(model, images(8, device), images(5, device), epochs=1, batch_size=4)
+    (row,) = train(model, images(8, device), images(5, device), Training(epochs=1, batch_size=4))
     assert row.step == 2
     assert row.loss == pytest.approx(row.reconstruction + row.kl, rel=1e-5)
 
@@ -315,9 +317,12 @@ def test_the_loss_stays_finite_or_training_ends(device):
     kept = []
     with pytest.raises(FloatingPointError, match=r"training diverged: at step \d, in epoch 1, the loss is (nan|inf) "):
         train(
-            small_model(device), images(64, device), images(5, device), epochs=3, batch_size=8, learning_rate=1e4,
-            on_state=kept.append,
-        )  # fmt: skip
+            small_model(device),
+            images(64, device),
+            images(5, device),
+            Training(epochs=3, batch_size=8, learning_rate=1e4),
+            listeners=[listener(state=kept.append)],
+        )
     assert not kept
 
 
@@ -338,7 +343,13 @@ def test_the_step_that_was_not_finite_is_named(device):
     model, kept = small_model(device), []
     poison(model, 7, "decoder.logits.bias")
     with pytest.raises(FloatingPointError, match=r"at step 7, in epoch 2, the loss is nan \(reconstruction nan, kl \d"):
-        train(model, images(32, device), images(5, device), epochs=3, batch_size=8, graph="off", on_state=kept.append)
+        train(
+            model,
+            images(32, device),
+            images(5, device),
+            Training(epochs=3, batch_size=8, graph="off"),
+            listeners=[listener(state=kept.append)],
+        )
     assert [len(state.rows) for state in kept] == [1]
 
 
@@ -355,68 +366,82 @@ def test_an_update_that_was_not_finite_is_named(device, monkeypatch):
     with pytest.raises(
         FloatingPointError, match=r"after step 4, at the end of epoch 1, .* not finite: encoder\.moments"
     ):
-        train(model, images(32, device), images(5, device), epochs=3, batch_size=8, on_state=kept.append)
+        train(
+            model,
+            images(32, device),
+            images(5, device),
+            Training(epochs=3, batch_size=8),
+            listeners=[listener(state=kept.append)],
+        )
     assert not kept
 
 
+def call(arguments):
+    """Train with arguments of `train` and of `Training`."""
+    arguments = {"model": small_model("cpu"), **arguments}
+    named = {name: arguments.pop(name) for name in ("model", "data", "test_data", "resume") if name in arguments}
+    train(**named, settings=Training(**arguments))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"epochs": 0}, "epochs must be at least 1, got 0"),
-        ({"batch_size": 0}, "batch_size must be 1 to 20, the number of training images, got 0"),
-        ({"batch_size": 21}, "batch_size must be 1 to 20, the number of training images, got 21"),
-        ({"learning_rate": 0.0}, "learning_rate must be positive and finite, got 0.0"),
-        ({"learning_rate": float("nan")}, "learning_rate must be positive and finite, got nan"),
-        ({"learning_rate": float("inf")}, "learning_rate must be positive and finite, got inf"),
-        ({"beta": -0.1}, "beta must be finite and not negative, got -0.1"),
-        ({"beta": float("nan")}, "beta must be finite and not negative, got nan"),
-        ({"kl_warmup": -1}, "kl_warmup must be finite and not negative, got -1"),
-        ({"kl_warmup": float("inf")}, "kl_warmup must be finite and not negative, got inf"),
-        ({"beta": 10**400}, "beta must be finite and not negative, got inf"),
-        ({"train_images": images(20, "cpu")[0]}, r"train_images must have shape \[N, C, H, W\], got \[1, 8, 6\]"),
-        ({"test_images": images(0, "cpu")}, "test_images must hold at least one image"),
+        ({"epochs": 0}, "epochs must be a positive integer, got 0"),
+        ({"batch_size": 0}, "batch_size must be a positive integer, got 0"),
+        ({"batch_size": 21}, "batch_size must be 1 to 20, the number of training samples, got 21"),
+        ({"learning_rate": 0.0}, "learning_rate must be a positive number, got 0.0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a positive number, got nan"),
+        ({"learning_rate": float("inf")}, "learning_rate must be a positive number, got inf"),
+        ({"beta": -0.1}, "beta must be a number that is not negative, got -0.1"),
+        ({"beta": float("nan")}, "beta must be a number that is not negative, got nan"),
+        ({"kl_warmup": -1}, "kl_warmup must be a number that is not negative, got -1"),
+        ({"kl_warmup": float("inf")}, "kl_warmup must be a number that is not negative, got inf"),
+        ({"beta": 10**400}, "beta must be a number that is not negative, got inf"),
+        ({"data": torch.zeros(20)}, r"data must have shape \[N, ...\], got \[20\]"),
+        ({"data": images(20, "cpu")[0]}, r"batch_size must be 1 to 1, the number of training samples, got 4"),
+        ({"test_data": images(0, "cpu")}, "test_data must hold at least one sample"),
         (
-            {"train_images": images(20, "cpu").to("meta")},
-            "train_images must be on the model's device, cpu, or the CPU, got meta",
+            {"data": images(20, "cpu").to("meta")},
+            "data must be on the model's device, cpu, or the CPU, got meta",
         ),
-        ({"train_images": images(20, "cpu", (1, 6, 8))}, r"x must have shape \[B, 1, 8, 6\], got"),
+        ({"data": images(20, "cpu", (1, 6, 8))}, r"x must have shape \[B, 1, 8, 6\], got"),
     ],
 )
 def test_errors_name_argument_value_and_expectation(changes, message):
-    arguments = {"train_images": images(20, "cpu"), "test_images": images(5, "cpu"), "epochs": 1, "batch_size": 4}
+    arguments = {"data": images(20, "cpu"), "test_data": images(5, "cpu"), "epochs": 1, "batch_size": 4}
     with pytest.raises(ValueError, match=message):
-        train(small_model("cpu"), **(arguments | changes))
+        call(arguments | changes)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train_images": images(20, "cpu").numpy()}, "train_images must be a tensor .* got numpy.ndarray"),
-        ({"test_images": None}, "test_images must be a tensor .* got None"),
-        ({"train_images": DataLoader(images(20, "cpu"))}, "train_images must be a tensor .* got torch.*DataLoader"),
+        ({"data": images(20, "cpu").numpy()}, "data must be a tensor .* or a DataLoader, got numpy.ndarray"),
+        ({"test_data": None}, "test_data must be a tensor .* got None"),
+        ({"data": (images(20, "cpu"), 3)}, "data must give tensors, .* got tuple of torch.Tensor, builtins.int"),
         (
-            {"train_images": images(20, "cpu").double() / 255},
-            r"train_images must be uint8 \(read as x / 255\) or of the model's dtype, torch.float32, got torch.float64",
+            {"data": images(20, "cpu").double() / 255},
+            r"data must be uint8 \(read as x / 255\) or of the model's dtype, torch.float32, got torch.float64",
         ),
-        ({"test_images": images(5, "cpu").long()}, "test_images must be uint8 .* got torch.int64"),
+        ({"test_data": images(5, "cpu").long()}, "test_data must be uint8 .* got torch.int64"),
         ({"model": torch.nn.Linear(3, 3)}, "model must be a fastvae.models.VAE, got torch.nn.modules.linear.Linear"),
         ({"model": None}, "model must be a fastvae.models.VAE, got None"),
-        ({"epochs": 1.5}, "epochs must be an integer, got 1.5"),
-        ({"batch_size": "4"}, "batch_size must be an integer, got '4'"),
-        ({"learning_rate": "1e-3"}, "learning_rate must be a number, got '1e-3'"),
-        ({"resume": "checkpoint.pt"}, "resume must be a TrainingState, .* got <class 'str'>"),
+        ({"epochs": 1.5}, "epochs must be a positive integer, got 1.5"),
+        ({"batch_size": "4"}, "batch_size must be a positive integer, got '4'"),
+        ({"learning_rate": "1e-3"}, "learning_rate must be a positive number, got '1e-3'"),
+        ({"resume": "checkpoint.pt"}, "resume must be a TrainingState, .* got builtins.str"),
     ],
 )
 def test_what_is_something_else(changes, message):
-    arguments = {"train_images": images(20, "cpu"), "test_images": images(5, "cpu"), "epochs": 1, "batch_size": 4}
+    arguments = {"data": images(20, "cpu"), "test_data": images(5, "cpu"), "epochs": 1, "batch_size": 4}
     with pytest.raises(TypeError, match=message):
-        train(**({"model": small_model("cpu")} | arguments | changes))
+        call(arguments | changes)
 
 
 def test_a_model_without_anything_to_train():
     model = small_model("cpu").requires_grad_(False)
     with pytest.raises(ValueError, match="model must have a parameter that requires a gradient, got none"):
-        train(model, images(20, "cpu"), images(5, "cpu"), epochs=1, batch_size=4)
+        train(model, images(20, "cpu"), images(5, "cpu"), Training(epochs=1, batch_size=4))
 
 
 def test_a_compiled_model_is_a_model():
@@ -425,9 +450,17 @@ def test_a_compiled_model_is_a_model():
 
 def test_numbers_of_numpy_are_taken(device):
     (row,) = train(
-        small_model(device), images(20, device), images(5, device), epochs=np.int64(1), batch_size=np.int32(4),
-        learning_rate=np.float32(1e-3), beta=np.float64(0.5), graph="off",
-    )  # fmt: skip
+        small_model(device),
+        images(20, device),
+        images(5, device),
+        Training(
+            epochs=np.int64(1),
+            batch_size=np.int32(4),
+            learning_rate=np.float32(1e-3),
+            beta=np.float64(0.5),
+            graph="off",
+        ),
+    )
     assert row.loss == pytest.approx(row.reconstruction + 0.5 * row.kl, rel=1e-5)
 
 
@@ -435,7 +468,7 @@ def test_numbers_of_numpy_are_taken(device):
 def test_a_step_with_such_a_beta_is_refused(beta, device):
     model = small_model(device)
     optimizer = torch.optim.Adam(model.parameters())
-    with pytest.raises(ValueError, match=f"beta must be finite and not negative, got {beta}"):
+    with pytest.raises(ValueError, match=f"beta must be a number that is not negative, got {beta}"):
         training_step(model, optimizer, images(4, device), beta=beta)
 
 
@@ -443,49 +476,45 @@ def test_a_step_with_such_a_beta_is_refused(beta, device):
     ("name", "change", "message"),
     [
         (
-            "train_images",
+            "data",
             lambda it: (it - 0.1307) / 0.3081,
-            r"train_images hold values from -0.4\d* to 2.8\d*, expected 0 to",
+            r"data hold values from -0.4\d* to 2.8\d*, expected 0 to",
         ),
-        ("train_images", lambda it: 4 * it, r"train_images hold values from 0 to 4, expected 0 to 1"),
-        ("test_images", lambda it: 2 * it - 1, r"test_images hold values from -1 to 1, expected 0 to 1"),
+        ("data", lambda it: 4 * it, r"data hold values from 0 to 4, expected 0 to 1"),
+        ("test_data", lambda it: 2 * it - 1, r"test_data hold values from -1 to 1, expected 0 to 1"),
         (
-            "test_images",
+            "test_data",
             lambda it: it.index_fill(0, torch.tensor(2, device=it.device), float("nan")),
-            "test_images hold NaN",
+            "test_data hold NaN",
         ),
     ],
     ids=["normalised", "larger", "signed", "not a number"],
 )
-def test_images_that_no_sigmoid_gives_are_named(name, change, message, device, recwarn, reads):
+def test_values_that_no_sigmoid_gives_are_named(name, change, message, device, recwarn, reads):
     """Once, however many steps and epochs there are, and read once."""
-    given = {"train_images": images(32, device) / 255, "test_images": images(5, device) / 255}
+    given = {"data": images(32, device) / 255, "test_data": images(5, device) / 255}
+    settings = Training(epochs=3, batch_size=8, learning_rate=1e-6, graph="off")
     counts = [
-        reads(
-            lambda data=data: train(
-                small_model(device), **data, epochs=3, batch_size=8, learning_rate=1e-6, graph="off"
-            )
-        )
+        reads(lambda data=data: train(small_model(device), **data, settings=settings))
         for data in ({it: (255 * value).byte() for it, value in given.items()}, given)
     ]
     assert counts[1]["tolist"] == counts[0]["tolist"] + 2  # one for each set
     assert not list(recwarn)
-    train(
-        small_model(device), **(given | {name: change(given[name])}), epochs=3, batch_size=8, learning_rate=1e-6,
-        graph="off",
-    )  # fmt: skip
+    train(small_model(device), **(given | {name: change(given[name])}), settings=settings)
     (warning,) = recwarn
     assert re.match(message, str(warning.message))
 
 
 def test_a_warmup_that_does_not_end_is_said(device, recwarn):
     options = {"epochs": 2, "batch_size": 4, "graph": "off"}
-    train(small_model(device), images(8, device), images(5, device), kl_warmup=2, **options)
+    train(small_model(device), images(8, device), images(5, device), Training(kl_warmup=2, **options))
     assert not list(recwarn)
-    train(small_model(device), images(8, device), images(5, device), kl_warmup=5, **options)
+    train(small_model(device), images(8, device), images(5, device), Training(kl_warmup=5, **options))
     (warning,) = recwarn
     assert str(warning.message) == "kl_warmup is 5 epochs, of 2: the weight of the divergence ends below 0.4 beta"
 
 
 def test_a_batch_of_all_images_is_allowed(device):
-    assert train(small_model(device), images(5, device), images(5, device), epochs=1, batch_size=5)[0].step == 1
+    assert (
+        train(small_model(device), images(5, device), images(5, device), Training(epochs=1, batch_size=5))[0].step == 1
+    )

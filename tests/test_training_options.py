@@ -14,9 +14,10 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 import fastvae
 from fastvae.evaluation import evaluate
 from fastvae.models import ConvVAE
-from fastvae.training import EpochMetrics, MovingAverage, best_epoch, train, training_step
+from fastvae.training import EpochMetrics, MovingAverage, Training, best_epoch, train, training_step
 from fastvae.training import loop as training_loop
 from fastvae.training.gradients import limit_gradients
+from listening import listener
 
 SHAPE = (1, 8, 6)
 NAMES = [name for name, _ in ConvVAE(SHAPE, latent_dim=3, channels=(4, 6)).named_parameters()]
@@ -39,11 +40,12 @@ def images(count, device) -> torch.Tensor:
     return torch.randint(0, 256, (count, *SHAPE), dtype=torch.uint8, generator=generator).to(device)
 
 
-def run(model, device, **options):
+def run(model, device, *, average=None, listeners=(), resume=None, **settings):
     """Four steps an epoch, from one seed."""
     torch.manual_seed(3)
-    options = {"epochs": 2, "batch_size": 8, "learning_rate": 0.01, "graph": "off"} | options
-    return train(model, images(32, device), images(7, device), **options)
+    settings = Training(**({"epochs": 2, "batch_size": 8, "learning_rate": 0.01, "graph": "off"} | settings))
+    data, test = images(32, device), images(7, device)
+    return train(model, data, test, settings, average=average, listeners=listeners, resume=resume)
 
 
 def spoil(model, steps, name="encoder.conv1.weight", value=float("nan")):
@@ -115,9 +117,12 @@ def test_a_learning_rate_of_zero_changes_nothing(device):
     """So it is the scheduler's rate that the updates take."""
     model, weights = small_model(device), []
     run(
-        model, device, epochs=3, schedule=lambda optimizer: CosineAnnealingLR(optimizer, 1),
-        on_epoch=lambda row: weights.append([it.detach().clone() for it in model.parameters()]),
-    )  # fmt: skip
+        model,
+        device,
+        epochs=3,
+        schedule=lambda optimizer: CosineAnnealingLR(optimizer, 1),
+        listeners=[listener(epoch=lambda row: weights.append([it.detach().clone() for it in model.parameters()]))],
+    )
     moved = [not all(map(torch.equal, a, b)) for a, b in itertools.pairwise(weights)]
     assert moved == [False, True]
 
@@ -143,9 +148,13 @@ def test_the_average_of_the_weights(device):
         average = MovingAverage(model, 0.75)
         asked = iter(range(1, 99))
         rows = run(
-            model, device, epochs=1, batch_size=4, average=average,
-            should_stop=lambda it=asked, end=steps: next(it) >= end,
-        )  # fmt: skip
+            model,
+            device,
+            epochs=1,
+            batch_size=4,
+            average=average,
+            listeners=[listener(should_stop=lambda it=asked, end=steps: next(it) >= end)],
+        )
         weights.append(model.decoder.logits.bias.item())
         weight = max(0.25, 1 / steps)
         expected.append(weights[0] if steps == 1 else expected[-1] + weight * (weights[-1] - expected[-1]))
@@ -205,7 +214,7 @@ def test_what_ended_does_not_go_on(device, monkeypatch):
     given = iter([5.0, 6.0, 7.0])
     monkeypatch.setattr(training_loop, "evaluate", lambda *a, **k: evaluate(*a, **k)._replace(loss=next(given)))
     model = small_model(device)
-    run(model, device, epochs=3, patience=1, on_state=kept.append)
+    run(model, device, epochs=3, patience=1, listeners=[listener(state=kept.append)])
     assert len(run(model, device, epochs=3, patience=1, resume=kept[-1])) == 2
     assert len(run(model, device, epochs=3, patience=2, resume=kept[-1])) == 3
 
@@ -238,7 +247,7 @@ def test_the_gradient_that_was_not_finite_is_named(value, device):
     model, kept = small_model(device), []
     spoil(model, [6], "decoder.project.bias", value)
     with pytest.raises(FloatingPointError) as error:
-        run(model, device, epochs=3, on_state=kept.append)
+        run(model, device, epochs=3, listeners=[listener(state=kept.append)])
     words = str(error.value)
     assert words.startswith("training diverged: at step 6, in epoch 2, these gradients are not finite: decoder.")
     assert f"not finite: decoder.project.bias (norm {value:g}); the loss is 1" in words
@@ -255,9 +264,13 @@ def test_steps_that_are_not_finite_are_skipped(device):
             spoil(model, [3])
         asked = iter(range(1, 99))
         rows += run(
-            model, device, skip_nonfinite=skip, should_stop=lambda it=asked, end=3 if skip else 2: next(it) >= end,
-            on_state=states.append,
-        )  # fmt: skip
+            model,
+            device,
+            skip_nonfinite=skip,
+            listeners=[
+                listener(should_stop=lambda it=asked, end=3 if skip else 2: next(it) >= end, state=states.append)
+            ],
+        )
     assert [row.skipped for row in rows] == [1, 0]
     assert rows[0].step == 3
     assert rows[0][2:7] == pytest.approx(rows[1][2:7], rel=1e-6)
@@ -270,7 +283,9 @@ def test_skipped_steps_are_counted_in_epochs_and_reports(device, monkeypatch):
     monkeypatch.setattr(training_loop, "_REPORT_SECONDS", 0.0)
     model, reports = small_model(device), []
     spoil(model, [2, 5, 7])
-    rows = run(model, device, epochs=3, skip_nonfinite=True, clip_norm=1.0, on_progress=reports.append)
+    rows = run(
+        model, device, epochs=3, skip_nonfinite=True, clip_norm=1.0, listeners=[listener(progress=reports.append)]
+    )
     assert [row.skipped for row in rows] == [1, 2, 0]
     assert [report.step for report in reports if report.skipped] == [2, 5, 7]
     assert all(math.isfinite(row.loss) for row in rows)
@@ -281,16 +296,16 @@ def test_an_epoch_without_a_finite_step_ends_training(device):
     model, kept = small_model(device), []
     spoil(model, range(5, 9))
     with pytest.raises(FloatingPointError, match="none of the steps of epoch 2, to 8, was finite"):
-        run(model, device, epochs=3, skip_nonfinite=True, on_state=kept.append)
+        run(model, device, epochs=3, skip_nonfinite=True, listeners=[listener(state=kept.append)])
     assert len(kept) == 1
 
 
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"clip_norm": 0.0}, "clip_norm must be positive, got 0.0"),
-        ({"clip_norm": float("nan")}, "clip_norm must be positive, got nan"),
-        ({"patience": 0}, "patience must be at least 1, got 0"),
+        ({"clip_norm": 0.0}, "clip_norm must be a positive number, got 0.0"),
+        ({"clip_norm": float("nan")}, "clip_norm must be a positive number, got nan"),
+        ({"patience": 0}, "patience must be a positive integer, got 0"),
     ],
 )
 def test_errors(option, message):

@@ -13,7 +13,7 @@ from torch import nn
 import fastvae.functional as F
 from fastvae.evaluation import evaluate, reconstruction_errors
 from fastvae.models import VAE, ConvVAE
-from fastvae.training import train
+from fastvae.training import Training, train
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "own_vae.py"
 
@@ -69,7 +69,7 @@ def test_it_trains_and_is_evaluated(kind, device):
     make, shape, _ = MODELS[kind]
     model = make().to(device)
     images = torch.randint(0, 256, (1, *shape), dtype=torch.uint8, device=device).expand(64, *shape).contiguous()
-    rows = train(model, images, images[:9], epochs=8, batch_size=8, learning_rate=0.02)
+    rows = train(model, images, images[:9], Training(epochs=8, batch_size=8, learning_rate=0.02))
     assert rows[-1].loss < 0.8 * rows[0].loss
     assert evaluate(model, images[:9]).mse == rows[-1].test_mse
     errors = reconstruction_errors(model, images[:9], deterministic=True)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
-from numbers import Integral, Real
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from fastvae.evaluation import Batch
 from fastvae.likelihoods import Likelihood
 from fastvae.models import VAE
+from fastvae.training.data import tensors
+from fastvae.training.listener import Listener
+from fastvae.training.settings import Training
+from fastvae.training.state import TrainingState
 
 
 def check_model(model: object) -> None:
@@ -23,23 +27,37 @@ def check_model(model: object) -> None:
         raise ValueError("model must have a parameter that requires a gradient, got none")
 
 
-def check_images(name: str, images: object, model: nn.Module) -> None:
-    """Raises ``TypeError`` or ``ValueError`` unless they are images that the model can take."""
-    if not isinstance(images, Tensor):
-        raise TypeError(
-            f"{name} must be a tensor [N, C, H, W] of all images, from which batches are made, got {_kind(images)}"
-        )
+def look_at(name: str, samples: Batch, *, model: VAE, first: bool) -> None:
+    """Look at samples before the model does. Raises ``TypeError`` or ``ValueError`` for what it cannot take; the first
+    process warns of targets that its likelihood does not have.
+    """
     parameter = next(model.parameters())
-    if images.dtype not in (torch.uint8, parameter.dtype):
+    if samples.input.dtype not in (torch.uint8, parameter.dtype):
         raise TypeError(
-            f"{name} must be uint8 (read as x / 255) or of the model's dtype, {parameter.dtype}, got {images.dtype}"
+            f"{name} must be uint8 (read as x / 255) or of the model's dtype, {parameter.dtype}, "
+            f"got {samples.input.dtype}"
         )
-    if images.ndim != 4:
-        raise ValueError(f"{name} must have shape [N, C, H, W], got {list(images.shape)}")
-    if images.device != parameter.device and images.device.type != "cpu":
-        raise ValueError(f"{name} must be on the model's device, {parameter.device}, or the CPU, got {images.device}")
-    if len(images) == 0:
-        raise ValueError(f"{name} must hold at least one image, got none")
+    if samples.input.ndim < 2:
+        raise ValueError(f"{name} must have shape [N, ...], got {list(samples.input.shape)}")
+    devices = {part.device for part in tensors(samples)}
+    if len(devices) > 1 or devices - {parameter.device, torch.device("cpu")}:
+        found = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"{name} must be on the model's device, {parameter.device}, or the CPU, got {found}")
+    if first:
+        warn_of_values(name, samples.target, model.likelihood)
+
+
+def check_arguments(settings: object, listeners: object, resume: object) -> None:
+    """Raises ``TypeError`` unless they are what `train` takes by these names."""
+    if not isinstance(settings, Training):
+        raise TypeError(f"settings must be a fastvae.training.Training, got {_kind(settings)}")
+    if not isinstance(listeners, Sequence):
+        raise TypeError(f"listeners must be a sequence of fastvae.training.Listener, got {_kind(listeners)}")
+    for listener in listeners:
+        if not isinstance(listener, Listener):
+            raise TypeError(f"listeners must be objects of fastvae.training.Listener, got {_kind(listener)}")
+    if resume is not None and not isinstance(resume, TrainingState):
+        raise TypeError(f"resume must be a TrainingState, of a listener or a Checkpoint, got {_kind(resume)}")
 
 
 def warn_of_values(name: str, images: Tensor, likelihood: Likelihood) -> None:
@@ -68,40 +86,6 @@ def warn_of_warmup(kl_warmup: float, epochs: int) -> None:
             f"{epochs / kl_warmup:.3g} beta",
             stacklevel=3,
         )
-
-
-def integer(name: str, value: object, low: int, high: int | None = None, what: str = "") -> int:
-    """The value, from `low` to `high`; raises ``TypeError`` or ``ValueError``."""
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    converted = int(value)
-    if converted < low or (high is not None and converted > high):
-        expected = f"at least {low}" if high is None else f"{low} to {high}"
-        raise ValueError(f"{name} must be {expected}{what}, got {value}")
-    return converted
-
-
-def number(name: str, value: object, expected: str, fits: Callable[[float], bool]) -> float:
-    """The value as a float; raises ``TypeError`` or ``ValueError`` unless it `fits`, which is what is `expected`."""
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    try:
-        converted = float(value)
-    except OverflowError:
-        converted = math.inf
-    if not fits(converted):
-        raise ValueError(f"{name} must be {expected}, got {value if math.isfinite(converted) else converted}")
-    return converted
-
-
-def positive(value: float) -> bool:
-    return 0 < value < math.inf
-
-
-def not_negative(value: float) -> bool:
-    return 0 <= value < math.inf
 
 
 def _kind(value: object) -> str:

@@ -5,22 +5,20 @@ from __future__ import annotations
 import os
 import sys
 import time
-from typing import Any, Protocol
+from typing import Any
 
+from fastvae.training.listener import Listener
 from fastvae.training.metrics import EpochMetrics, Progress
 
 # In plain lines, between the epochs: often enough to see that a long epoch is alive.
 _LINE_SECONDS = 30.0
 
 
-class Display(Protocol):
-    """Takes what `train` reports."""
+class Display(Listener):
+    """Shows nothing."""
 
-    def progress(self, progress: Progress) -> None: ...
-
-    def epoch(self, metrics: EpochMetrics) -> None: ...
-
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Leave the terminal to others."""
 
 
 def make_display(epochs: int, quiet: bool = False, first_step: int = 0) -> Display:
@@ -29,7 +27,7 @@ def make_display(epochs: int, quiet: bool = False, first_step: int = 0) -> Displ
     first_step: the steps of an earlier run that this one goes on from; the rate and the time left are without them.
     """
     if quiet:
-        return Silence()
+        return Display()
     if sys.stdout.isatty() and _width() != 0:
         try:
             from tqdm import tqdm
@@ -47,20 +45,12 @@ def _width() -> int | None:
         return None
 
 
-class Silence:
-    """Shows nothing."""
-
-    def progress(self, progress: Progress) -> None:
-        pass
-
-    def epoch(self, metrics: EpochMetrics) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
+class _Shown(Display):
+    def begin(self, how: str) -> None:
+        print(f"steps     {how}", flush=True)
 
 
-class Bar:
+class Bar(_Shown):
     """A progress bar: epoch, steps per second, time left, loss, reconstruction and divergence."""
 
     def __init__(self, epochs: int, tqdm: Any, first_step: int) -> None:
@@ -88,15 +78,12 @@ class Bar:
         )
         self.bar.update(progress.step - self.bar.n)
 
-    def epoch(self, metrics: EpochMetrics) -> None:
-        pass
-
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
 
 
-class Lines:
+class Lines(_Shown):
     """A line for each epoch, and one every half minute within it."""
 
     def __init__(self, epochs: int, first_step: int) -> None:
@@ -123,9 +110,6 @@ class Lines:
             f"{rate:.1f} steps/s, {left:.0f} s left",
             flush=True,
         )
-
-    def close(self) -> None:
-        pass
 
 
 def skipped(values: Progress | EpochMetrics) -> str:

@@ -187,9 +187,9 @@ class Processes:
         size = len(indices) // self.size
         return indices[self.rank * size : (self.rank + 1) * size]
 
-    def offset(self, batch_size: int) -> int | None:
-        """The number of images in the batch before this process's; None without a group."""
-        return self.rank * (batch_size // self.size) if self.together else None
+    def offset(self, samples: int) -> int | None:
+        """The number of samples in the batch before this process's, of which it has so many; None without a group."""
+        return self.rank * samples if self.together else None
 
     def average(self, values: Tensor) -> None:
         """Over the processes, in place."""

@@ -25,7 +25,7 @@ def means(steps: Steps, first: int, last: int, epoch: int) -> Means:
     Raises ``FloatingPointError`` if one is not finite, unless such steps are skipped; it names the first.
     """
     history = steps.history[first:last]
-    if not steps.skip_nonfinite:
+    if not steps.settings.skip_nonfinite:
         # Any value that is not finite makes its column's mean so: one read for all.
         averages = history.mean(0).tolist()
         if not all(map(math.isfinite, averages)):

@@ -23,8 +23,8 @@ class TrainingState(NamedTuple):
     optimizer: its state_dict. generators: the states of the default generators, the CPU's and, if the model is on
     another device, that device's.
     average: the state_dict of `MovingAverage.model`, None without one; schedule: of the scheduler.
-    images, batch_size: those of the training set, and of a step; threads: those of a CPU's steps. None in files of
-    before they were kept.
+    images, batch_size: the samples of the training set, and of a step, None where a loader does not say; threads: those
+    of a CPU's steps. None in files of before they were kept.
     """
 
     rows: list[EpochMetrics]
@@ -38,6 +38,11 @@ class TrainingState(NamedTuple):
     images: int | None = None
     batch_size: int | None = None
     threads: int | None = None
+
+    @property
+    def epoch(self) -> int:
+        """How many epochs were trained, an unfinished one included."""
+        return len(self.rows) + (len(self.history) > 0)
 
 
 def state_of(
@@ -53,8 +58,8 @@ def state_of(
         _generators(steps.device),
         None if steps.average is None else _on_cpu(dict(steps.average.model.state_dict())),
         None if scheduler is None else _on_cpu(scheduler.state_dict()),
-        len(steps.images),
-        steps.batch_size,
+        steps.data.size,
+        steps.data.batch_size,
         None if steps.device.type == "cuda" else torch.get_num_threads(),
     )
 
@@ -93,7 +98,7 @@ def restore(state: TrainingState, steps: Steps, scheduler: LRScheduler | None) -
     if scheduler is not None and state.schedule is not None:
         scheduler.load_state_dict(copy.deepcopy(state.schedule))
     if done:
-        steps.order = state.order.to(steps.images.device)
+        steps.order = state.order.to(steps.data_device)
         steps.history[:done] = state.history.to(steps.device)
     torch.set_rng_state(state.generators[0])
     if on_cuda:
@@ -107,19 +112,19 @@ def _generators(device: torch.device) -> list[Tensor]:
 
 
 def _check_progress(state: TrainingState, steps: Steps) -> None:
-    images, done = len(steps.images), len(state.history)
-    expected = f"resume must be a state of {images} images in batches of {steps.batch_size}"
-    if state.images is not None and (state.images, state.batch_size) != (images, steps.batch_size):
+    images, batch_size, done = steps.data.size, steps.data.batch_size, len(state.history)
+    expected = f"resume must be a state of {images} images in batches of {batch_size}"
+    if state.images is not None and (state.images, state.batch_size) != (images, batch_size):
         raise ValueError(f"{expected}, got {state.images} images in batches of {state.batch_size}")
     # What older files tell.
-    if done and (len(state.order) != images or done > steps.count):
+    if done and (len(state.order) != (images if steps.data.ordered else 0) or done > steps.count):
         raise ValueError(f"{expected}, got {len(state.order)} images and {done} steps")
     if state.rows and state.rows[-1].step != len(state.rows) * steps.count:
         raise ValueError(f"{expected}, {steps.count} steps an epoch, got {state.rows[-1].step} in {len(state.rows)}")
     if done:
-        check_tensor("order", state.order, torch.int64, steps.images.shape[:1])
+        check_tensor("order", state.order, torch.int64, torch.Size([len(state.order)]))
         check_tensor("history", state.history, steps.history.dtype, steps.history[:done].shape)
-        if not torch.equal(state.order.sort().values, torch.arange(images)):
+        if not torch.equal(state.order.sort().values, torch.arange(len(state.order))):
             raise ValueError(f"resume must have the order of {images} images, each of them once")
     for generator, now in zip(state.generators, _generators(steps.device), strict=True):
         check_tensor("the state of a generator", generator, now.dtype, now.shape)

@@ -15,15 +15,18 @@ from torch.optim import Optimizer
 import fastvae.functional as F
 from fastvae import random
 from fastvae.backend import backend_for
+from fastvae.evaluation import Batch
 from fastvae.functional import ELBO
+from fastvae.kinds import NON_NEGATIVE_NUMBER
 from fastvae.likelihoods import Likelihood
 from fastvae.models import VAE
 from fastvae.models.vae import as_tuple
 from fastvae.training.average import MovingAverage
-from fastvae.training.checks import not_negative, number
+from fastvae.training.data import Arrays, Stream, formatted, mapped, tensors
 from fastvae.training.distributed import Processes
 from fastvae.training.gradients import limit_gradients
 from fastvae.training.graphs import GraphError, capture, on_side_stream
+from fastvae.training.settings import Training
 
 # A replay costs the host one launch, and the device two fills of the generator's state and two copies, whatever the
 # number of steps. Of these numbers the one is taken that leaves the fewest steps of an epoch over: 13 divides MNIST's
@@ -43,10 +46,14 @@ def training_step(
     gradient_norms: Tensor | None = None,
     batch_offset: int | None = None,
     free_bits: float = 0.0,
+    target: Tensor | None = None,
+    condition: Tensor | None = None,
 ) -> ELBO:
-    """One update of the model on a batch of images [B, C, H, W]; returns the loss before it, on the device.
+    """One update of the model on a batch of images, or of other data [B, ...]; returns the loss before it, on the
+    device.
 
-    The loss is the negative evidence lower bound with the model's likelihood.
+    The loss is the negative evidence lower bound with the model's likelihood, of the ``target``, the images unless
+    there is another. A ``condition`` goes to the model by that name.
     With ``autocast_dtype`` the model runs under autocast to it; the loss is float32 all the same. ``clip_norm``,
     ``skip_nonfinite`` and ``gradient_norms`` are those of `fastvae.training.gradients.limit_gradients`. Where the
     images are a part of a batch that several processes share, the model is one of torch's DistributedDataParallel, and
@@ -55,13 +62,15 @@ def training_step(
     Raises ``ValueError`` for a beta, if it is no tensor, that is negative or not finite.
     """
     if not isinstance(beta, Tensor):
-        beta = number("beta", beta, "finite and not negative", not_negative)
+        beta = NON_NEGATIVE_NUMBER.checked("beta", beta)
     # No cache: it would keep casts of the weights of one captured step for the next.
     with torch.autocast(images.device.type, autocast_dtype, autocast_dtype is not None, cache_enabled=False):
         # Only what is asked for: a model's own forward may take images alone.
-        options = {"batch_offset": batch_offset, "free_bits": free_bits or None}
+        options = {"batch_offset": batch_offset, "free_bits": free_bits or None, "condition": condition}
         parameters, _, kl = model(images, **{name: value for name, value in options.items() if value is not None})
-    values, (slopes, kl_grad) = F.elbo_value_and_grad(parameters, images, kl, likelihood=_likelihood(model), beta=beta)
+    values, (slopes, kl_grad) = F.elbo_value_and_grad(
+        parameters, images if target is None else target, kl, likelihood=_likelihood(model), beta=beta
+    )
     optimizer.zero_grad()
     roots, gradients = (*as_tuple(parameters), kl), (*as_tuple(slopes), kl_grad)
     # What is frozen takes no gradient.
@@ -73,47 +82,44 @@ def training_step(
 
 
 class Steps:
-    """The steps of an epoch on shuffled images.
+    """The steps of an epoch on shuffled data.
 
     With a graph, the first steps run as they are, for nothing may be compiled or allocated for the first time while a
     graph is captured; the next ones are captured, and from then on replayed. What changes between replays lies in
-    tensors that the graph reads: which images, beta, and the state of the generator. Other numbers of the optimizer,
+    tensors that the graph reads: which samples, beta, and the state of the generator. Other numbers of the optimizer,
     like the betas that some schedules move, are part of the graph: it is captured again when one of them has changed.
-    The images' device must be the current one.
+    The model's device must be the current one.
 
-    graph: "off"; "auto": with a graph, and without one from where a capture fails, which is a warning; "on": a capture
-    that fails raises `GraphError`.
+    settings: graph "auto": without a graph from where a capture fails, which is a warning; "on": a capture that fails
+    raises `GraphError`.
 
-    Images on the CPU, for a model that is elsewhere, are brought there as many as run at a time.
+    Data on the CPU, for a model that is elsewhere, are brought there as many as run at a time. Of a stream, batches of
+    another shape than the first run as they are.
 
-    order: [N], the images of this epoch, on the images' device. history: [steps, 3 + P], of each of its steps the loss,
-    reconstruction and kl, and the norms of the gradients of the P parameters before they are clipped, on the model's
-    device. (In a graph these norms are 0, unless they are needed: they would be more nodes in each step.)
+    beta: the weight of the divergence, which may be written to. order: [N], the samples of this epoch, on the data's
+    device; empty where a DataLoader orders them. history: [steps, 3 + P], of each of its steps the loss, reconstruction
+    and kl, and the norms of the gradients of the P parameters before they are clipped, on the model's device. (In a
+    graph these norms are 0, unless they are needed: they would be more nodes in each step.)
     """
 
     def __init__(
         self,
         model: VAE,
         optimizer: Optimizer,
-        images: Tensor,
-        batch_size: int,
-        beta: Tensor,
-        graph: str,
-        autocast_dtype: torch.dtype | None = None,
-        clip_norm: float | None = None,
-        skip_nonfinite: bool = False,
+        data: Arrays | Stream,
+        settings: Training,
+        *,
         average: MovingAverage | None = None,
         processes: Processes | None = None,
-        free_bits: float = 0.0,
     ) -> None:
-        self.model, self.optimizer, self.beta, self.autocast_dtype = model, optimizer, beta, autocast_dtype
-        self.clip_norm, self.skip_nonfinite, self.average = clip_norm, skip_nonfinite, average
-        self.free_bits = free_bits
-        self.images, self.batch_size = images, batch_size
+        self.model, self.optimizer, self.settings, self.average = model, optimizer, settings, average
+        self.data, self.count = data, data.count
         self.device = device = next(model.parameters()).device
+        self.beta = torch.tensor(settings.beta, device=device)
         self.processes = Processes(device) if processes is None else processes
+        self._graph = graph = settings.graph
+        self._norms = graph == "off" or settings.clip_norm is not None or settings.skip_nonfinite
         self._model = self.processes.wrap(model)
-        self.count = len(images) // batch_size
         self.at_a_time = 1
         if graph != "off":
             self.at_a_time = min(
@@ -121,33 +127,61 @@ class Steps:
             )
         columns = 3 + sum(parameter.requires_grad for parameter in model.parameters())
         self.history = torch.zeros(self.count, columns, device=device)
-        self.order = torch.empty(0, dtype=torch.int64, device=images.device)
+        self.order = torch.empty(0, dtype=torch.int64, device=self.data_device)
+        # The samples of one step of this process, and of those that run at a time.
+        self._samples = 0 if data.batch_size is None else data.batch_size // self.processes.size
+        block = self.at_a_time * self._samples
         # What the graph reads and writes; plain steps use order and history themselves.
-        self._indices = torch.empty(self.at_a_time * batch_size, dtype=torch.int64, device=device)
+        self._indices = torch.empty(block, dtype=torch.int64, device=device)
         self._found = torch.zeros(self.at_a_time, columns, device=device)
-        # The images that the steps take from: all, or those that were brought for these steps.
-        self._source = images
-        if images.device != device:
-            self._source = images[: self.at_a_time * batch_size].to(device, memory_format=torch.channels_last)
-            self._copied = [torch.cuda.Event() for _ in range(2 * (device.type == "cuda"))]  # type: ignore[no-untyped-call]
-        self._graph = graph
-        self._norms = graph == "off" or clip_norm is not None or skip_nonfinite
+        # The samples that the steps take from: all, or those that were brought for these steps. None: made when the
+        # first batches of a stream come.
+        self._source: Batch | None = None
+        if isinstance(data, Arrays):
+            self._source = data.all
+            if self.data_device != device:
+                self._source = mapped(data.all, lambda part: formatted(part[:block].to(device)))
+        self._copied = [torch.cuda.Event() for _ in range(2 * (device.type == "cuda"))]  # type: ignore[no-untyped-call]
+        self._in_float32 = next(model.parameters()).dtype is torch.float32
         self._warm = False
         self._replay: Callable[[], None] | None = None
         self._captured_numbers: list[dict[str, Any]] = []  # of the optimizer, as they are in the graph
 
+    @property
+    def data_device(self) -> torch.device:
+        """Where the data are; the CPU of what is loaded."""
+        return self.data.all.input.device if isinstance(self.data, Arrays) else torch.device("cpu")
+
     def shuffle(self) -> None:
         """Begin an epoch."""
-        self.order = torch.randperm(len(self.images), device=self.device).to(self.images.device)
+        if self.data.ordered:
+            self.order = torch.randperm(self.data.size or 0, device=self.device).to(self.data_device)
+        self.go_on(0)
+
+    def go_on(self, done: int) -> None:
+        """Begin an epoch, of which so many steps are done, in the order that it has."""
+        if isinstance(self.data, Stream):
+            self.data.begin(self.order, done)
 
     def run(self, first: int) -> int:
         """Run the epoch's steps from number `first`, as many as run at a time; returns how many."""
         count = self.at_a_time if first + self.at_a_time <= self.count else 1
-        indices = self.order[first * self.batch_size : (first + count) * self.batch_size]
         found = self.history[first : first + count]
-        if self._source is not self.images:
-            indices = self._bring(self.processes.part(indices))  # several processes run one step at a time
-        if self._graph == "off" or count < self.at_a_time:
+        plain = self._graph == "off" or count < self.at_a_time
+        if isinstance(self.data, Stream):
+            batches = [self.data.next() for _ in range(count)]
+            if plain or not self._fit(batches):
+                for row, batch in zip(found, batches, strict=True):
+                    self._step(mapped(batch, lambda part: part.to(self.device, non_blocking=True)), row)
+                return count
+            indices = self._bring(batches)
+        else:
+            size = self.data.batch_size
+            indices = self.order[first * size : (first + count) * size]
+            if self._source is not self.data.all:
+                chosen = self.processes.part(indices)  # several processes run one step at a time
+                indices = self._bring([mapped(self.data.all, lambda part: part[chosen])])
+        if plain:
             self._take(indices, found)
             return count
         # The steps before a capture use what the graph will use, so that every kernel that runs under capture is
@@ -164,54 +198,94 @@ class Steps:
         return count
 
     def release(self) -> None:
-        """Give the graph's memory back, the gradients in it included."""
+        """Give the graph's memory back, the gradients in it included, and end what loads data."""
+        self._forget()
+        if isinstance(self.data, Stream):
+            self.data.end()
+
+    def _forget(self) -> None:
+        """The graph, and the gradients in it."""
         self._replay = None
         self.optimizer.zero_grad()
 
-    def _bring(self, indices: Tensor) -> Tensor:
-        """Bring images to the device; returns where they now are in `_source`."""
-        chosen = self.images[indices]
-        if self.device.type == "cuda":
+    def _fit(self, batches: list[Batch]) -> bool:
+        """Whether all batches of a stream have the shapes and dtypes that the graph reads: those of the first ones."""
+        if self._source is None and len(batches[0].input) == self._samples:
+            self._source = mapped(
+                batches[0],
+                lambda part: formatted(part.new_empty(len(self._indices), *part.shape[1:], device=self.device)),
+            )
+        return self._source is not None and all(
+            len(batch.input) == self._samples
+            and [(part.shape[1:], part.dtype) for part in tensors(batch)]
+            == [(part.shape[1:], part.dtype) for part in tensors(self._source)]
+            for batch in batches
+        )
+
+    def _bring(self, batches: list[Batch]) -> Tensor:
+        """Bring samples to the device, one batch behind the other; returns where they now are in `_source`."""
+        assert self._source is not None
+        on_cuda = self.device.type == "cuda"
+        if on_cuda:
             # Pinned, so that the copy does not wait for the steps that are queued; but the host waits for the copy
             # before the last one, so that no more than two of these blocks are held.
             self._copied[0].synchronize()
-            chosen = chosen.pin_memory()
-        self._source[: len(chosen)].copy_(chosen, non_blocking=True)
-        if self.device.type == "cuda":
+        first = 0
+        for batch in batches:
+            last = first + len(batch.input)
+            for place, part in zip(tensors(self._source), tensors(batch), strict=True):
+                pinned = part.pin_memory() if on_cuda and not part.is_pinned() else part
+                place[first:last].copy_(pinned, non_blocking=True)
+            first = last
+        if on_cuda:
             self._copied[0].record()
             self._copied.reverse()
-        return torch.arange(len(chosen), device=self.device)
+        return torch.arange(first, device=self.device)
 
     def _take(self, indices: Tensor, found: Tensor) -> None:
         """A step for each row of `found`."""
-        for row, chosen in zip(found, torch.split(indices, self.batch_size), strict=True):
-            batch = self._batch(self.processes.part(chosen) if self._source is self.images else chosen)
-            values = training_step(
-                self._model,
-                self.optimizer,
-                batch,
-                beta=self.beta,
-                autocast_dtype=self.autocast_dtype,
-                clip_norm=self.clip_norm,
-                skip_nonfinite=self.skip_nonfinite,
-                gradient_norms=row[3:] if self._norms else None,
-                batch_offset=self.processes.offset(self.batch_size),
-                free_bits=self.free_bits,
-            )
-            torch.stack(values, out=row[:3])
-            if self.average is not None:
-                self.average.update(self.model)
+        resident = isinstance(self.data, Arrays) and self._source is self.data.all
+        size = self.data.batch_size if resident else self._samples
+        assert size is not None
+        for row, chosen in zip(found, torch.split(indices, size), strict=True):
+            self._step(self._gathered(self.processes.part(chosen) if resident else chosen), row)
 
-    def _batch(self, indices: Tensor) -> Tensor:
-        # The kernel reads bytes as t / 255; other likelihoods than those of such targets read them as they are.
-        as_they_are = self._source.dtype is torch.uint8 and self.model.likelihood.target != "unit"
-        if backend_for(self._source).name == "triton" and not as_they_are:
-            from fastvae.kernels.batch import gather_batch
+    def _step(self, batch: Batch, row: Tensor) -> None:
+        """A step on a batch that is on the device; `row` takes what `history` holds of it."""
+        batch = mapped(batch, formatted)
+        values = training_step(
+            self._model,
+            self.optimizer,
+            batch.input,
+            beta=self.beta,
+            autocast_dtype=self.settings.autocast_dtype,
+            clip_norm=self.settings.clip_norm,
+            skip_nonfinite=self.settings.skip_nonfinite,
+            gradient_norms=row[3:] if self._norms else None,
+            batch_offset=self.processes.offset(len(batch.input)),
+            free_bits=self.settings.free_bits,
+            target=batch.target,
+            condition=batch.condition,
+        )
+        torch.stack(values, out=row[:3])
+        if self.average is not None:
+            self.average.update(self.model)
 
-            batch: Tensor = gather_batch(self._source, indices)
-        else:
-            batch = self._source[indices]
-        return batch.contiguous(memory_format=torch.channels_last)
+    def _gathered(self, indices: Tensor) -> Batch:
+        """These samples of `_source`."""
+        source = self._source
+        assert source is not None
+        # The kernel reads bytes as t / 255, and writes float32. Other likelihoods than those of such targets read bytes
+        # as they are, and so does a model of another dtype, which converts them itself.
+        of_bytes = source.target is source.input and source.input.dtype is torch.uint8
+        as_they_are = (of_bytes and self.model.likelihood.target != "unit") or not self._in_float32
+        if backend_for(source.input).name != "triton" or as_they_are:
+            return mapped(source, lambda part: part[indices])
+        from fastvae.kernels.batch import gather_batch
+
+        given: Tensor = gather_batch(source.input, indices)
+        target = given if source.target is source.input else source.target[indices]
+        return Batch(given, target, None if source.condition is None else source.condition[indices])
 
     def _replayed(self) -> bool:
         """Run the steps as a graph, which is captured first if there is none with the optimizer's numbers of now.
@@ -222,7 +296,7 @@ class Steps:
         if self._replay is not None and _same(numbers, self._captured_numbers):
             self._replay()
             return True
-        self.release()  # so that the gradients are allocated in the graph
+        self._forget()  # so that the gradients are allocated in the graph
         try:
             replay = capture(lambda: self._take(self._indices, self._found), self.device)
             # A graph without work is no error to CUDA. No step has this reconstruction.
@@ -231,7 +305,7 @@ class Steps:
             if self._found[:, 1].isneginf().any():
                 raise RuntimeError("the captured graph is empty")
         except Exception as error:
-            self.release()
+            self._forget()
             cause = f"{type(error).__name__}: {error}"
             if self._graph == "on":
                 raise GraphError(f"the capture of a CUDA graph failed: {cause}") from error

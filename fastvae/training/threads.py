@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastvae.models import VAE
+from fastvae.training.data import formatted, to_channels_last
 from fastvae.training.memory import freed_memory_kept
 from fastvae.training.precision import arithmetic
 from fastvae.training.steps import training_step
@@ -27,9 +28,18 @@ _SECONDS = 0.2
 
 
 def choose_threads(
-    model: VAE, images: Tensor, batch_size: int, *, precision: str = "tf32", before: int | None = None
+    model: VAE,
+    images: Tensor,
+    batch_size: int,
+    *,
+    target: Tensor | None = None,
+    condition: Tensor | None = None,
+    precision: str = "tf32",
+    before: int | None = None,
 ) -> int:
     """The number of threads with which a step of `fastvae.training.train` takes the least time on this CPU now.
+
+    Its batches are of these images, or other samples [N, ...], with their targets and conditions, if any.
 
     Steps are tried on a copy of the model with 1, 2, 4, ... threads, up to ``torch.get_num_threads()``, for 0.4 s each
     (at least three steps). The model and the random numbers stay as they were.
@@ -49,17 +59,21 @@ def choose_threads(
     if available == 1:
         return available
     try:
-        trial = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        trial = copy.deepcopy(model)
     except RuntimeError:  # of weights that are computed, by torch.nn.utils.weight_norm for one
         return available
+    to_channels_last(trial)
     optimizer = torch.optim.SGD(trial.parameters(), lr=0.0)
-    batch = images[:batch_size].contiguous(memory_format=torch.channels_last)
+    batch = formatted(images[:batch_size])
+    target, condition = (None if it is None else formatted(it[:batch_size]) for it in (target, condition))
     autocast_dtype = torch.bfloat16 if precision == "bf16" else None
     numbers = [1 << power for power in range(available.bit_length()) if 1 << power < available]
     with torch.random.fork_rng(devices=[]), arithmetic(precision), freed_memory_kept():
-        return fastest(
-            [*numbers, available], lambda: training_step(trial, optimizer, batch, autocast_dtype=autocast_dtype)
-        )
+
+        def step() -> None:
+            training_step(trial, optimizer, batch, autocast_dtype=autocast_dtype, target=target, condition=condition)
+
+        return fastest([*numbers, available], step)
 
 
 def fastest(numbers: Sequence[int], step: Callable[[], object]) -> int:
