@@ -173,7 +173,7 @@ def test_what_data_dir_does_not_say_is_asked(tmp_path, run, capsys):
     (tmp_path / "some" / "notes.txt").write_text("nothing")
     expected = "some has no images: expected pictures, or arrays in .npy, .npz, IDX or .csv files"
     assert reason(tmp_path / "some").endswith(expected)
-    assert "notes.txt begins with b'nothin', expected a .npy, .npz, IDX or .csv file" in reason(tmp_path / "some/notes.txt")
+    assert "notes.txt begins with b'nothin', expected a .npy, .npz, IDX or .csv" in reason(tmp_path / "some/notes.txt")
     (tmp_path / "some" / "preview.png").write_bytes(b"")
     np.save(tmp_path / "some" / "images.npy", np.zeros((2, 4, 5), np.uint8))
     assert reason(tmp_path / "some").endswith("some has data of several kinds, npy, folder: name the one that is meant")
