@@ -3,6 +3,8 @@
     python examples/train.py                    scikit-learn's bundled digits on a CPU, MNIST on a CUDA device
     python examples/train.py --dataset mnist    MathWorks' example: 30 epochs in batches of 128
     python examples/train.py --data-dir DIR     pictures of your own, of any format and size
+    python examples/train.py --data-dir F.csv   a table of your own; --dataset signal: signals
+    python examples/train.py --labels 0 1 2     some of the classes alone, as anomaly.py can use
     python examples/train.py --likelihood gaussian     pixels with a mean and a variance of their own
     python examples/train.py --resume DIR       go on with the run in DIR, as if it had not stopped
     torchrun --nproc-per-node=N examples/train.py     in N processes, each with its GPU and its part of every batch
@@ -47,7 +49,7 @@ from fastvae.likelihoods import (
     Likelihood,
     SigmoidMSE,
 )
-from fastvae.models import ConvVAE
+from fastvae.models import VAE, ConvVAE, TabularVAE
 from fastvae.program import (
     Parser,
     UserError,
@@ -95,6 +97,8 @@ LIKELIHOODS: dict[str, Likelihood] = {
     "laplace": Laplace(min_log_scale=-3.0),
     "discretized-logistic": DiscretizedLogistic(min_log_scale=-7.0),
 }
+# Of standardised numbers; a least width of a thirtieth of their deviation.
+OF_NUMBERS: dict[str, Likelihood] = {"gaussian": Gaussian(min_logvar=-7.0), "laplace": Laplace(min_log_scale=-3.5)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +106,9 @@ class Options(RunSettings):
     """The flags: those of every run, and those of this model."""
 
     latent_dim: int = setting(16, "default: 16", kind=POSITIVE_INTEGER, exact=True)
-    likelihood: str = setting(
-        "sigmoid-mse",
-        "of the pixels given the decoder's output, default: sigmoid-mse",
+    likelihood: str | None = setting(
+        None,
+        "of the pixels given the decoder's output, default: sigmoid-mse; of tables and signals gaussian or laplace",
         choices=tuple(LIKELIHOODS),
         exact=True,
     )
@@ -162,13 +166,23 @@ def run(options: Options, device: torch.device, resumed: Resumed | None, held: c
     test_images = placed(dataset.test_images, device)
     images = len(train_images)
     batch_size = options.batch_size or default_batch_size(dataset.name, images)
-    options = replace(options, batch_size=batch_size)
+    likelihoods = LIKELIHOODS if dataset.has_pictures else OF_NUMBERS
+    name = options.likelihood or next(iter(likelihoods))
+    if name not in likelihoods:
+        raise UserError(
+            f"--likelihood must be one of {', '.join(likelihoods)} for --dataset {dataset.name}, got {name}"
+        )
+    options = replace(options, batch_size=batch_size, likelihood=name)
     check_run(options, train_images, processes, resumed)
     torch.manual_seed(options.seed)
+    model: VAE
     if resumed is None:  # made on the CPU, so that a seed means the same initial weights on every device
-        channels, height, width = train_images.shape[1:]
-        likelihood = LIKELIHOODS[options.likelihood]
-        model = ConvVAE((channels, height, width), options.latent_dim, likelihood=likelihood)
+        shape, likelihood = tuple(train_images.shape[1:]), likelihoods[name]
+        if len(shape) == 1:
+            model = TabularVAE(shape[0], options.latent_dim, likelihood=likelihood)
+        else:
+            channels, height, width = shape
+            model = ConvVAE((channels, height, width), options.latent_dim, likelihood=likelihood)
     else:
         model = resumed.model
     model.to(device)
@@ -202,7 +216,9 @@ def run(options: Options, device: torch.device, resumed: Resumed | None, held: c
         say(f"resumed   after step {resumed.step(images, options):,}")
     average = MovingAverage(model, options.ema) if options.ema else None
     settings = replace(options, dataset=dataset.name, device=device.type, threads=torch.get_num_threads())
-    rows = fit(model, average, train_images, test_images, settings, folder, resumed)
+    rows = fit(
+        model, average, train_images, test_images, settings, folder, resumed, standardisation=dataset.standardisation
+    )
     if processes.rank > 0:
         return
     last, best, ended = rows[-1], best_epoch(rows), how_it_ended(rows, options, steps)
@@ -212,7 +228,15 @@ def run(options: Options, device: torch.device, resumed: Resumed | None, held: c
         say("stopped early; evaluating")
     shown = model if average is None else average.model
     deterministic = options.deterministic
-    shown_mse = write_figures(folder, shown, test_images, rows, deterministic=deterministic, seed=options.seed)
+    shown_mse = write_figures(
+        folder,
+        shown,
+        test_images,
+        rows,
+        deterministic=deterministic,
+        seed=options.seed,
+        pictures=dataset.has_pictures,
+    )
     skipped = [item._asdict() for item in dataset.skipped]
     write_summary(
         folder / "summary.json",

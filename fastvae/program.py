@@ -85,6 +85,7 @@ def add_flags(parser: Parser, settings: type[Training]) -> None:
             choices=known.choices,
             default=field.default,
             metavar=known.metavar or (None if known.choices else word.upper()),
+            nargs="+" if known.several else None,
             help=known.help,
         )
 
@@ -266,27 +267,29 @@ def choose_dataset(
     device: torch.device,
     image_size: int | None = None,
     strict: bool = False,
+    labels: Sequence[int] | None = None,
 ) -> tuple[ImageDataset, str]:
     """The dataset, and in words why it was chosen and how to get another, or what its images are."""
+    chosen: dict[str, Any] = {} if labels is None else {"labels": labels}
     if name in OWN_DATASETS and data_dir is None:
         raise UserError(f"--dataset {name} needs --data-dir, where its files are")
     if image_size is not None and name != "folder":
         raise UserError("--image-size is for --dataset folder alone")
     if name in OWN_DATASETS:
-        dataset = load_dataset(name, data_dir, image_size=image_size, strict=strict)
+        dataset = load_dataset(name, data_dir, image_size=image_size, strict=strict, **chosen)
         return dataset, f"{shape_in_words(dataset.train_images.shape[1:])}, from {printable(str(data_dir))}"
     if name == "digits":
-        return load_dataset(name, data_dir), "asked for (MNIST: --dataset mnist)"
+        return load_dataset(name, data_dir, **chosen), "asked for (MNIST: --dataset mnist)"
     if name != "auto":
-        return load_dataset(name, data_dir), "asked for (the bundled digits: --dataset digits)"
+        return load_dataset(name, data_dir, **chosen), "asked for (the bundled digits: --dataset digits)"
     if device.type == "cpu":
-        return load_dataset("digits"), "the choice for a CPU, where MNIST takes long (MNIST: --dataset mnist)"
+        return load_dataset("digits", **chosen), "the choice for a CPU, where MNIST takes long (MNIST: --dataset mnist)"
     try:
-        mnist = load_dataset("mnist")
+        mnist = load_dataset("mnist", **chosen)
         return mnist, "the choice for a CUDA device (the bundled digits: --dataset digits)"
     except (DownloadError, OSError) as error:
         cause = str(error).splitlines()[0].rstrip(":")
-        return load_dataset("digits"), f"as MNIST is not available: {cause} (why: --dataset mnist)"
+        return load_dataset("digits", **chosen), f"as MNIST is not available: {cause} (why: --dataset mnist)"
 
 
 def default_batch_size(dataset: str, images: int) -> int:
@@ -296,8 +299,12 @@ def default_batch_size(dataset: str, images: int) -> int:
 
 
 def shape_in_words(shape: Sequence[int]) -> str:
-    """Of images (C, H, W)."""
+    """Of images (C, H, W), signals (C, 1, L) or a table's rows (F,)."""
+    if len(shape) == 1:
+        return f"{shape[0]} columns"
     channels, height, width = shape
+    if height == 1:
+        return f"signals of {channels} channel{'' if channels == 1 else 's'} of length {width}"
     return f"{width} x {height} pixels, {'grayscale' if channels == 1 else 'RGB'}"
 
 

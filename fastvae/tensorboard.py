@@ -52,6 +52,9 @@ class TensorBoard(Listener):
         for name, values in (("latents/mu", mu), ("latents/kl_per_dimension", kl)):
             if values.isfinite().any():  # a histogram of nothing is an error there
                 writer.add_histogram(name, values, row.epoch)  # type: ignore[no-untyped-call]
+        if images.ndim != 4 or images.shape[1] not in (1, 3):  # no pictures
+            writer.flush()  # type: ignore[no-untyped-call]
+            return
         shown = images[:_RECONSTRUCTED]
         originals = shown / 255 if shown.dtype is torch.uint8 else shown
         pairs = torch.cat([originals, reconstructions])

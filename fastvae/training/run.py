@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastvae import plots
-from fastvae.data import DATASETS, ImageDataset, find_dataset
+from fastvae.data import DATASETS, ImageDataset, Standardisation, find_dataset
 from fastvae.evaluation import reconstruction_errors
 from fastvae.evaluation.batches import device_of
 from fastvae.kinds import FRACTION, POSITIVE_INTEGER, SEED
@@ -47,6 +47,7 @@ _IMAGE_SIZE = "resize a folder's images to N x N pixels, default: the size they 
 _BATCH_SIZE = "default: {}; of one's own images a hundredth, {} to {}".format(
     ", ".join(f"{size} ({name})" for name, size in BATCH_SIZES.items()), *BATCH_SIZE_RANGE
 )
+_LABELS = "train on samples with these labels alone"
 _EMA = "test, show and save an exponential moving average of the weights, 0.999 for example"
 
 
@@ -59,6 +60,7 @@ class RunSettings(Training):
     data_dir: Path | None = setting(None, _DATA_DIR, read=absolute_path, metavar="DIR", exact=False)
     image_size: int | None = setting(None, _IMAGE_SIZE, kind=POSITIVE_INTEGER, metavar="N", exact=True)
     strict: bool = setting(False, "stop at a file that is not read, default: name it", exact=False)
+    labels: list[int] | None = setting(None, _LABELS, read=int, metavar="LABEL", several=True, exact=True)
     limit: int | None = setting(None, "train on the first N images", kind=POSITIVE_INTEGER, metavar="N", exact=True)
     device: str = setting("auto", "", choices=("auto", "cpu", "cuda"), exact=True)
     backend: str = setting("auto", "", choices=("auto", "triton", "reference"), exact=True)
@@ -123,16 +125,20 @@ def fit(
     settings: RunSettings,
     folder: Path,
     resumed: Resumed | None = None,
+    standardisation: Standardisation | None = None,
 ) -> list[EpochMetrics]:
     """Train, show the progress, and keep metrics.csv, TensorBoard's files and checkpoint.pt up to date. Ctrl-C ends it
     after the current step.
 
-    settings: as they are after what "auto" stands for was found. Returns the metrics of all epochs.
+    settings: as they are after what "auto" stands for was found. standardisation: of the data, kept in checkpoint.pt,
+    for the programs that use the run. Returns the metrics of all epochs.
     """
     rows, first_step = ([], 0) if resumed is None else (resumed.state.rows, resumed.step(len(data), settings))
     processes = Processes(device_of(model))
     first, together = processes.rank == 0, processes.size if processes.together else None
     run = {**flag_values(settings, of_the_run=True), "images": len(data), "processes": together}
+    if standardisation is not None:
+        run["standardisation"] = standardisation._asdict()
     checkpoints = Checkpoints(folder, model, run, every=settings.checkpoint_every, patience=settings.patience)
     with contextlib.ExitStack() as held:
         display = make_display(settings.epochs, settings.quiet or not first, first_step)
@@ -160,20 +166,29 @@ def how_it_ended(rows: Sequence[EpochMetrics], settings: Training, steps_per_epo
 
 
 def write_figures(
-    folder: Path, model: VAE, images: Tensor, rows: list[EpochMetrics], *, deterministic: bool = False, seed: int = 0
+    folder: Path,
+    model: VAE,
+    images: Tensor,
+    rows: list[EpochMetrics],
+    *,
+    deterministic: bool = False,
+    seed: int = 0,
+    pictures: bool = True,
 ) -> float:
-    """Pictures of the losses, and of a model on test images; returns the mean squared error of the reconstructions as
-    they are shown.
+    """Pictures of the losses, and of a model on test images, of which ``pictures`` says whether they can be shown;
+    returns the mean squared error of the reconstructions, as they are shown.
     """
     plots.plot_losses(folder / "loss.png", rows)
+    errors = reconstruction_errors(model, images, deterministic=deterministic)
+    plots.plot_errors(folder / "error_histogram.png", errors, deterministic=deterministic)
+    if not pictures:
+        return errors.mean().item()
     device = device_of(model)
     shown = images[:20].to(device)
     reconstructions = model.reconstruct(shown, deterministic)
     plots.plot_reconstructions(
         folder / "reconstructions.png", shown.float() / 255, reconstructions, deterministic=deterministic
     )
-    errors = reconstruction_errors(model, images, deterministic=deterministic)
-    plots.plot_errors(folder / "error_histogram.png", errors, deterministic=deterministic)
     # A generator of its own, so that a seed means the same latents however long training was.
     generator = torch.Generator(device).manual_seed(seed)
     plots.write_image_grid(folder / "generated.png", model.sample(64, generator), title="64 images from z ~ N(0, I)")
@@ -217,7 +232,8 @@ def take_over(settings: AnySettings, given: set[str], folder: Path) -> tuple[Any
             raise UserError(f"--resume: {folder / 'checkpoint.pt'} is of an older fastvae, without {flag}")
         value = run[word]
         if name not in given:
-            taken[name] = known.read(value) if known.read is not None and value is not None else value
+            read = None if value is None or known.several else known.read
+            taken[name] = value if read is None else read(value)
         elif known.exact and getattr(settings, name) != value:
             raise UserError(f"--resume: {flag} was {value} in {folder}, got {getattr(settings, name)}")
     try:
@@ -250,7 +266,9 @@ def read_images(
     try:
         plots.require_matplotlib()
         with processes.first_alone():  # it downloads, or decodes, for all
-            dataset, reason = choose_dataset(name, data_dir, processes.device, settings.image_size, settings.strict)
+            dataset, reason = choose_dataset(
+                name, data_dir, processes.device, settings.image_size, settings.strict, settings.labels
+            )
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         raise UserError(str(error)) from error
     return dataclasses.replace(settings, dataset=name), dataset, reason

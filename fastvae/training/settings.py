@@ -25,8 +25,9 @@ class Setting(NamedTuple):
     """What is known of a field of a dataclass of settings.
 
     help: of its flag; without one it has no flag. kind, choices: what it must be. read: from a flag's text. flag: its
-    name, where it is not the field's. metavar: what a help calls the value. exact: whether a run that goes on must have
-    it as it was; None where it is no setting of what is trained, so that a run that goes on takes its own.
+    name, where it is not the field's. metavar: what a help calls the value. several: whether the flag takes more than
+    one value. exact: whether a run that goes on must have it as it was; None where it is no setting of what is trained,
+    so that a run that goes on takes its own.
     """
 
     help: str | None = None
@@ -35,6 +36,7 @@ class Setting(NamedTuple):
     read: Callable[[str], Any] | None = None
     flag: str | None = None
     metavar: str | None = None
+    several: bool = False
     exact: bool | None = None
 
 
