@@ -44,8 +44,8 @@ class Poisson(Likelihood):
 
     It is torch's ``poisson_nll_loss``, with all of log t!. ``constant=False`` leaves log t! out: gradients are the
     same, and the estimates of `fastvae.evaluation` have it all the same. Choose it for counts whose variance is their
-    mean, as that of photons is; counts of genes vary more. A target that is negative or a fraction is not refused: it gives the
-    formula's number, or NaN.
+    mean, as that of photons is; counts of genes vary more. A target that is negative or a fraction is not refused: it
+    gives the formula's number, or NaN.
     """
 
     constant: bool = True
