@@ -176,8 +176,11 @@ def main() -> None:
     subjects = [it for it in SUBJECTS if not arguments.names or it.name in arguments.names]
     if arguments.one is not None:
         (subject,) = subjects
-        of_memory = arguments.one
-        print(json.dumps((memory if of_memory else times)(subject, arguments.compile, *(of_memory or [arguments.rounds]))))
+        if arguments.one:
+            found = memory(subject, arguments.compile, *arguments.one)
+        else:
+            found = times(subject, arguments.compile, arguments.rounds)
+        print(json.dumps(found))
         return
     print(f"{arguments.threads} threads, torch {torch.__version__}\n")
     print("| likelihood | elements | | fastvae, ms | peer, ms | peer / fastvae | fastvae, MB | peer, MB |")

@@ -7,7 +7,7 @@ import torch
 
 import fastvae
 import fastvae.functional as F
-from fastvae.likelihoods import Gaussian, Likelihood, NegativeBinomial
+from fastvae.likelihoods import Bernoulli, Gaussian, Likelihood, NegativeBinomial
 from fastvae.reference import blocks
 from own_likelihood import LearnedGaussian
 
@@ -59,6 +59,15 @@ def test_value_and_gradient_at_once(likelihood, shape):
     whole = likelihood.formula(*parameters, target).sum(1).mean()
     torch.testing.assert_close(values.reconstruction, whole.detach())
     torch.testing.assert_close(gradients, torch.autograd.grad(whole, parameters))
+
+
+def test_bytes_beside_float64():
+    """They are divided in the precision of the parameters."""
+    logits = torch.linspace(-3, 3, BATCH * GENES, dtype=torch.float64).view(BATCH, GENES)
+    images = torch.arange(BATCH * GENES, dtype=torch.uint8).view(BATCH, GENES)
+    found = F.negative_log_likelihood(logits, images, Bernoulli(), reduction="none")
+    expected = F.negative_log_likelihood(logits, images.double() / 255, Bernoulli(), reduction="none")
+    torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
 
 
 def test_what_is_not_computed_in_blocks():

@@ -189,14 +189,14 @@ def test_probabilities_sum_to_1(likelihood, backend, device):
     means, dispersions = (0.0, 0.3, 5.0, 40.0, 100.0, 17.0), (2.0, 0.01, 0.7, 3.0, 1e3, 1e7)
     sizes = (8, 1024, 256, 512, 256, 128)  # beyond it the probabilities sum to less than 1e-8
     target = torch.cat([torch.arange(float(size)) for size in sizes]).to(device)
-    each = [torch.tensor(x, device=device).repeat_interleave(torch.tensor(sizes, device=device)) for x in (means, dispersions)]
-    parameters = (*each, torch.full_like(target, -0.7))[: len(likelihood.parameters)]
+    repeated = torch.tensor((means, dispersions)).repeat_interleave(torch.tensor(sizes), 1).to(device)
+    parameters = (*repeated, torch.full_like(target, -0.7))[: len(likelihood.parameters)]
     with fastvae.use_backend(backend):
         value, *_ = values_and_slopes(likelihood, *parameters, target)
     probability, expected = value.double().neg().exp(), likelihood.mean(*parameters)
-    for part, counts, mean in zip(*[x.split(sizes) for x in (probability, target, expected)], strict=True):
+    for part, numbers, mean in zip(*[x.split(sizes) for x in (probability, target, expected)], strict=True):
         assert part.sum().item() == pytest.approx(1, abs=5e-6)
-        assert (part * counts).sum().item() == pytest.approx(mean[0].item(), rel=2e-5, abs=1e-7)
+        assert (part * numbers).sum().item() == pytest.approx(mean[0].item(), rel=2e-5, abs=1e-7)
 
 
 def few(likelihood: Likelihood) -> tuple[list[Tensor], Tensor]:

@@ -63,9 +63,9 @@ def test_what_has_no_wrong_values(device):
 def test_what_is_not_a_target():
     with pytest.raises(TypeError, match="likelihood must be"):
         validate("Poisson", GOOD)
-    with pytest.raises(TypeError, match="target must be a torch.Tensor, got list"):
+    with pytest.raises(TypeError, match=r"target must be a torch\.Tensor, got list"):
         validate(Poisson(), [1.0])
-    with pytest.raises(TypeError, match="got torch.int64"):
+    with pytest.raises(TypeError, match=r"got torch\.int64"):
         validate(Poisson(), torch.tensor([1, 2]))
     with pytest.raises(TypeError, match="target must be floating point for DiscretizedLogistic"):
         validate(DiscretizedLogistic(bins=100), torch.zeros(2, dtype=torch.uint8))

@@ -1,10 +1,10 @@
 """How probable a model finds images: the evidence lower bound, and a tighter bound by importance sampling.
 
 Both are of log p(x), in nats per image, of the model that training fits: z ~ N(0, I), and independent pixels x of the
-model's likelihood given the decoder's output. They hold what the likelihood's formula leaves out (its ``omitted`` and ``complete``). For
-`SigmoidMSE`, a Gaussian of variance 1 around the sigmoid, that is the constant -D / 2 * log(2 pi) for the D values of
-an image, -720.4 nats at 28x28. Pixels lie in [0, 1], where a variance of 1 is wide, so its p(x) changes little with
-what was learned.
+model's likelihood given the decoder's output. They hold what the likelihood's formula leaves out (its ``omitted`` and
+``complete``). For `SigmoidMSE`, a Gaussian of variance 1 around the sigmoid, that is the constant -D / 2 * log(2 pi)
+for the D values of an image, -720.4 nats at 28x28. Pixels lie in [0, 1], where a variance of 1 is wide, so its p(x)
+changes little with what was learned.
 
 Compare these numbers only between models of one likelihood and one reading of the images. A density of numbers, a
 probability of counts, and `Bernoulli` with grey values, which is neither, have different units.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -10,17 +9,12 @@ import torch
 from torch import Tensor
 
 from fastvae.likelihoods.likelihood import Likelihood, Term
-from fastvae.reference.special import log_factorial
+from fastvae.reference import counts as reference
 
 if TYPE_CHECKING:
     import triton.language as tl
 
     from fastvae.kernels import numerics, special
-
-
-# log t! = t log t - t + log(2 pi t) / 2 + 1 / (12 t) - 1 / (360 t^3) + ..., from the last part to the first. From t = 6
-# on what follows is less than 1e-13.
-STIRLING = (1 / 156, -691 / 360360, 1 / 1188, -1 / 1680, 1 / 1260, -1 / 360, 1 / 12)
 
 
 @Term
@@ -49,9 +43,9 @@ class Poisson(Likelihood):
     """rate - t log rate + log t! with rate = e^log_rate for each element; t is a count, as a float or uint8.
 
     It is torch's ``poisson_nll_loss``, with all of log t!. ``constant=False`` leaves log t! out: gradients are the
-    same, and the estimates of `fastvae.evaluation` have it all the same. Choose it for counts whose variance is their mean, as that
-    of photons is; counts of genes vary more. A target that is negative or a fraction is not refused: it gives the
-    formula's number, or NaN.
+    same, and the estimates of `fastvae.evaluation` have it all the same. Choose it for counts whose variance is their
+    mean, as that of photons is; counts of genes vary more. A target that is negative or a fraction is not refused: it
+    gives the formula's number, or NaN.
     """
 
     constant: bool = True
@@ -69,17 +63,7 @@ class Poisson(Likelihood):
     def formula(self, log_rate: Tensor, target: Tensor) -> Tensor:
         if not self.constant:
             return torch.exp(log_rate) - target * log_rate
-        large = (target >= 6) & (target < math.inf)
-        # Each form is computed from other numbers where it is not taken, so that no infinity reaches a gradient.
-        t, x = torch.where(large, target, 6.0), torch.where(large, log_rate, 0.0)
-        log_t, inverse = torch.log(t), 1 / t
-        series = torch.zeros_like(t)
-        for coefficient in STIRLING:
-            series = series * inverse.square() + coefficient
-        d = x - log_t
-        above = t * (torch.expm1(d) - d) + (0.5 * (log_t + math.log(2 * math.pi)) + inverse * series)
-        t, x = torch.where(large, 0.0, target), torch.where(large, 0.0, log_rate)
-        return torch.where(large, above, torch.exp(x) - t * x + log_factorial(t))
+        return reference.poisson(log_rate, target)
 
     def slopes(self, log_rate: Tensor, target: Tensor) -> tuple[Tensor]:
         return (torch.exp(log_rate) - target,)

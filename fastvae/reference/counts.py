@@ -1,4 +1,4 @@
-"""The negative binomial likelihood in plain PyTorch, and its zero-inflated form.
+"""The negative binomial likelihood in plain PyTorch, and its zero-inflated form; and the Poisson likelihood.
 
 With d the dispersion, m = mean + eps and e = d + eps, as scVI has it,
 
@@ -28,6 +28,7 @@ So no part is left of the slope by the dispersion at t = 1 and mean << 1 << d. I
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -165,7 +166,7 @@ class _Inflated(torch.autograd.Function):
         k = torch.minimum(-logits, n).sub_(60).clamp_(min=0)
         both = (logits + k).exp_().add_((k - n).exp_())
         of_zero = torch.expm1(-n).div(both).neg_().log1p_().add_(k)
-        return torch.where(t == 0, of_zero, n + softplus(logits))
+        return torch.where(t.bool(), softplus(logits).add(n), of_zero)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -174,14 +175,55 @@ class _Inflated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         n, logits, t = ctx.saved_tensors
-        factor, by_logits = inflated_slopes(n, logits, t)
-        return grad * factor, (grad * by_logits).sum_to_size(logits.shape), None
+        zero = t == 0
+        # So a NaN among the parameters reaches no slope that does not depend on it.
+        factor, by_logits = inflated_slopes(torch.where(zero, n, 0.0), logits, (~zero).to(n.dtype))
+        return grad * torch.where(zero, factor, 1.0), (grad * by_logits).sum_to_size(logits.shape), None
 
 
 def inflated_slopes(n: Tensor, logits: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """By n and by the logits, of each element. At t = 0 the first is the share of the negative binomial in the zeros."""
-    zero = t == 0
+    """By n and by the logits, of each element. At t = 0 that by n is the negative binomial's share of the zeros."""
+    count = t.clamp(0, 1).ceil_()  # 1 where there is one, and 0 for t = 0
     # Of torch's sigmoid the gradient is 0 above 17, so where it is differentiated it is ours, which takes longer.
     f = sigmoid if torch.is_grad_enabled() else torch.sigmoid
     of_zero = f(-logits) * torch.expm1(-n) * f(logits + n)
-    return torch.where(zero, f(-logits - n), 1.0), torch.where(zero, of_zero, f(logits))
+    return torch.maximum(f(-logits - n), count), torch.lerp(of_zero, f(logits).expand_as(n), count)
+
+
+# log t! = t log t - t + log(2 pi t) / 2 + 1 / (12 t) - 1 / (360 t^3) + ..., from the last part to the first. From t = 6
+# on what follows is less than 1e-13.
+_STIRLING = (1 / 156, -691 / 360360, 1 / 1188, -1 / 1680, 1 / 1260, -1 / 360, 1 / 12)
+
+
+def poisson(log_rate: Tensor, target: Tensor) -> Tensor:
+    """e^x - t x + log t! of the logarithm of the rate, x."""
+    return _Poisson.apply(log_rate, target)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Poisson(torch.autograd.Function):
+    """From t = 6 on its parts would cancel. There it is t (e^d - 1 - d) + (log t! - t log t + t) with d = x - log t."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(log_rate: Tensor, target: Tensor) -> Tensor:
+        inverse, log_t = 1 / target, torch.log(target)
+        square = inverse.square()
+        series = _STIRLING[0] * square
+        for coefficient in _STIRLING[1:-1]:
+            series.add_(coefficient).mul_(square)
+        series.add_(_STIRLING[-1]).mul_(inverse).add_(log_t, alpha=0.5).add_(0.5 * math.log(2 * math.pi))
+        d = log_rate - log_t
+        large = torch.expm1(d).sub_(d).mul_(target).add_(series)
+        small = torch.exp(log_rate).sub_(target * log_rate).add_(log_factorial(target))
+        return torch.where((target >= 6) & (target < math.inf), large, small)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        log_rate, target = ctx.saved_tensors
+        by_target = grad * (torch.digamma(target + 1) - log_rate) if ctx.needs_input_grad[1] else None
+        return grad * (torch.exp(log_rate) - target), by_target
