@@ -93,7 +93,7 @@ def measure(
     # Of many samples where they share what is written for each dimension, else of long ones.
     shape = (1024, 16) if "dimensions" in operation.kernels["forward"][0] else (4, 4096)
     if operation.smaller:  # so that a program goes through several tiles of rows
-        shape = (64, 8192) if "column" in operation.smaller.values() else (256, 2, 512)
+        shape = (64, 8192) if "column" in operation.smaller.values() else (32, 2, 1024)
     elif operation.long_rows:
         shape = (2, 6000)
     elif numbers := operation.numbers_of_an_element:
