@@ -97,9 +97,10 @@ def compare(operation: Operation, spec: Spec, **options: Any) -> str:
     wide = (it.detach().double() if it.is_floating_point() else it for it in tensors)
     with fastvae.use_backend("reference"):
         expected = run(*(w.requires_grad_(it.requires_grad) for w, it in zip(wide, tensors, strict=True)))
-    # A byte's t / 255 is rounded, and where bins are narrow the error is magnified.
-    of_bins = isinstance(operation.likelihood, (DiscretizedLogistic, DiscretizedLogisticMixture))
-    narrow = spec.target_dtype is torch.uint8 and of_bins
+    # A byte's t / 255 is rounded, and the mean of a mixture's colour; where bins are narrow the error is magnified.
+    narrow = isinstance(operation.likelihood, DiscretizedLogisticMixture) or (
+        spec.target_dtype is torch.uint8 and isinstance(operation.likelihood, DiscretizedLogistic)
+    )
     return largest_error(found, expected, 16 * ROUNDINGS if narrow else ROUNDINGS)
 
 

@@ -52,7 +52,8 @@ def row_sums_kernel(
     COLUMNS. Units are of ALIGNMENT elements, those of a target of classes of one. part is float32 [4, rows * parts],
     row float32 [2, rows], value float32 [rows], ticket int32 [1], zero. SUMS is as in `grouped_kernel`. Where only
     gradients are wanted, value and loss are None.
-    Bytes per float32 element: reads 8 (5 with a uint8 target, 4 where it is a class), writes 0; and 32 a part, 16 a row.
+    Bytes per float32 element: reads 8 (5 with a uint8 target, 4 where it is a class), writes 0; and 32 a part, 16 a
+    row.
     Launches: 1. Roundings: as in `grouped_kernel`, one more for each level of a sum. Deterministic: no floating-point
     atomics, the parts of a row are joined in order.
     """

@@ -36,8 +36,8 @@ ALWAYS_OR_SLOW = (*ONE_OF_EACH_SHAPE, Bernoulli(), *OWN)
 def each(operations: Sequence[Operation] = EVERY, *, shared: bool = False, long_rows: bool = False) -> Any:
     """A test of each operation. With `shared` it is one of kernels, launchers and Functions, which are the same for
     all likelihoods: those of one likelihood of each shape run always, a few more, and those of smaller parameters
-    with --slow, and if asked for those of long rows, which take long on the interpreter. A test that depends on the term
-    of a likelihood runs for all.
+    with --slow, and if asked for those of long rows, which take long on the interpreter. A test that depends on the
+    term of a likelihood runs for all.
     """
 
     def is_slow(operation: Operation) -> bool:

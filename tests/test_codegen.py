@@ -81,7 +81,7 @@ def test_bulk_tensors_move_in_vectors_of_128_bits(table):
             continue
         kernel = name.split(" ", 1)[1]
         if kernel.split()[0] in GROUPED:
-            # How many there are follows from how the compiler spreads an axis over threads: of 5 classes it is 8 places.
+            # How many follows from how the compiler spreads an axis over threads: 5 classes have 8 places.
             widths = {"128", "32"} if "Mixture" in kernel else {"128"}  # colours are read one by one
             assert set(code["bulk"]) == widths and code["others"] <= 5, name
             continue
@@ -133,12 +133,12 @@ def test_the_parts_of_a_kernel_are_what_they_are_called(table):
 
 SOUND = {
     "sm_90 kernel float32": {
-        "spilled_bytes": 0, "narrow": {}, "overflows": [], "fused_sums": 0, "body": 20.0, "instructions": 30.0, "finishing": 300,
-        "widest_load": 128, "widest_store": 128,
+        "spilled_bytes": 0, "narrow": {}, "overflows": [], "fused_sums": 0, "body": 20.0, "instructions": 30.0,
+        "finishing": 300, "widest_load": 128, "widest_store": 128,
     },
     "gfx942 kernel float32": {
-        "spilled_bytes": 0, "narrow": None, "overflows": [], "fused_sums": None, "body": None, "instructions": None, "finishing": None,
-        "widest_load": 128, "widest_store": 0,
+        "spilled_bytes": 0, "narrow": None, "overflows": [], "fused_sums": None, "body": None, "instructions": None,
+        "finishing": None, "widest_load": 128, "widest_store": 0,
     },
 }  # fmt: skip
 

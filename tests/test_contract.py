@@ -52,7 +52,7 @@ from oracle import in_double
 @each()
 def test_values_and_gradients(operation, dtype, triton_backend, device) -> None:
     shared = operation.likelihood in ONE_OF_EACH_SHAPE and not operation.long_rows
-    # A sample of elements that have an axis of their own takes a program, which takes the interpreter a tenth of a second.
+    # A sample of elements that have an axis of their own takes a program: a tenth of a second on the interpreter.
     grouped = operation.likelihood and operation.likelihood.grouped
     for options in reductions(operation) if shared else default_and_each_sample(operation):
         check_spec(operation, Spec((2 if grouped else 5, 7), dtype, device=device), **options)
@@ -258,8 +258,8 @@ def squared_errors(operation: Operation, spec: Spec, **options: Any) -> tuple[di
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @each([it for it in DOCUMENTED if "kl" not in it.arguments])
 def test_error_is_at_most_twice_that_of_float32_torch(operation, dtype, triton_backend, device) -> None:
-    """The RMS error of everything that comes out, of 32 samples or of dimensions. A sample of elements that have an axis
-    of their own takes a program, but those that are one element share it.
+    """The RMS error of everything that comes out, of 32 samples or of dimensions. A sample of elements that have an
+    axis of their own takes a program, but those that are one element share it.
     """
     grouped = operation.likelihood and operation.likelihood.grouped
     shape = (16, 6) if operation.long_rows else (128, 1) if grouped else (32, 48)

@@ -245,6 +245,13 @@ def test_func_grad_and_batched_gradients(operation, dtype, triton_backend, devic
     assert all(map(torch.equal, transformed, one_by_one[0]))
     both = [torch.stack((w, -2 * w)) for w in weights]
     batched = torch.autograd.grad(roots, leaves, both, is_grads_batched=True)
+    if operation.likelihood and operation.likelihood.grouped:
+        # torch may add along an axis in another order where there is a batch of gradients, so not in equal bits.
+        for i, factor in enumerate((1, -2)):
+            upstream = dict(zip(operation.outputs, [factor * w for w in weights], strict=False))
+            found = {f"{name}_grad": b[i] for name, b in zip(operation.gradients, batched, strict=True)}
+            check_results(found, oracle(operation, tuple(tensors), upstream, **options))
+        return
     assert all(
         torch.equal(b, torch.stack(each)) for b, each in zip(batched, zip(*one_by_one, strict=True), strict=True)
     )

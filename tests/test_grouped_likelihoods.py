@@ -14,11 +14,12 @@ import fastvae.functional as F
 from bounds import assert_within
 from contract import check as check_call
 from contract import launching_nothing
-from fastvae.likelihoods import Categorical, DiscretizedLogisticMixture, Multinomial, check, from_key
-from fastvae.operations import named, of_likelihood
+from fastvae.evaluation import evaluate
+from fastvae.likelihoods import Categorical, DiscretizedLogisticMixture, Multinomial, check
+from fastvae.models import ConvVAE
+from fastvae.operations import of_likelihood
 
 MIXTURE = DiscretizedLogisticMixture(mixtures=3)
-GROUPED = (MIXTURE, Categorical(), Multinomial())
 
 
 def operations_of(likelihood):
@@ -29,8 +30,7 @@ def operations_of(likelihood):
 
 def try_all(likelihood, parameters: Tensor, target: Tensor) -> None:
     loss, at_once = operations_of(likelihood)
-    for reduction in ("none", "mean"):
-        check_call(loss, (parameters, target), reduction=reduction)
+    check_call(loss, (parameters, target), reduction="none")
     check_call(at_once, (parameters, target, torch.linspace(0.5, 2, len(parameters), device=parameters.device)))
 
 
@@ -83,12 +83,14 @@ def test_the_formula_is_vdvaes() -> None:
     assert (gradient[..., 6:9] == 0).all()
 
 
-@pytest.mark.parametrize("size", [1, 2, 13, 65])
+@pytest.mark.parametrize("size", [1, 13, 65])
 def test_mixture_layouts(size, triton_backend, device) -> None:
     """Of channels first, channels last in memory, and channels last in the shape; of 3 colours and of one."""
     mixture, target = (x.to(device) for x in pixels(MIXTURE, 2, size, 3))
     channels_last = mixture.contiguous(memory_format=torch.channels_last)
     try_all(MIXTURE, channels_last, target)
+    if size == 65:  # where a sample takes several programs, whatever its layout
+        return
     try_all(MIXTURE, channels_last, (255 * target).round().byte().contiguous(memory_format=torch.channels_last))
     last = DiscretizedLogisticMixture(mixtures=3, dim=-1)
     for likelihood in (MIXTURE, last):
@@ -160,11 +162,37 @@ def test_samples_of_a_mixture(colours) -> None:
     torch.testing.assert_close(centres.double()[0, :, 0, 0], expected, rtol=0, atol=0.05)
 
 
+@pytest.mark.parametrize("colours", [1, 3])
+def test_a_convolutional_model_of_a_mixture(colours) -> None:
+    """Its decoder has as many channels as a pixel's numbers."""
+    model = ConvVAE((colours, 8, 5), latent_dim=3, channels=(2,), likelihood=DiscretizedLogisticMixture(2))
+    images = torch.randint(0, 256, (4, colours, 8, 5), dtype=torch.uint8)
+    output = model(images)
+    assert output.logits.shape == (4, 6 if colours == 1 else 20, 8, 5)
+    F.elbo_loss(output.logits, images, output.kl, likelihood=model.likelihood).loss.backward()
+    assert model.decoder.logits.weight.grad.isfinite().all()
+    assert model.sample(2).shape == (2, colours, 8, 5)
+    assert math.isfinite(evaluate(model, images).loss)
+
+
+@pytest.mark.parametrize(
+    ("colours", "dim", "message"),
+    [(2, None, r"images of .* must have 3 channels or 1, got 2"), (3, -1, "dim must be 1 or None where the decoder")],
+)
+def test_images_that_a_mixture_is_not_of(colours, dim, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        ConvVAE((colours, 8, 5), likelihood=DiscretizedLogisticMixture(2, dim=dim))
+
+
 # -------------------------------------------------------------------------------------------------------------- classes
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(5, 7), (3, 1), (2, 17, 3), (2, 6, 3, 5)], ids=str)
+CLASSES = [(shape, torch.float32) for shape in ((5, 7), (3, 1), (2, 17, 3), (2, 6, 3, 5))]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [*CLASSES, ((2, 17, 3), torch.bfloat16), ((2, 17, 3), torch.float16)], ids=str
+)
 def test_classes(shape, dtype, triton_backend, device) -> None:
     generator = torch.Generator().manual_seed(1)
     logits = (3 * torch.randn(shape, generator=generator)).to(device, dtype)
@@ -255,8 +283,9 @@ LONG = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", LONG)
+@pytest.mark.parametrize(
+    ("case", "dtype"), [*[(case, torch.float32) for case in LONG], ("counts", torch.bfloat16)], ids=str
+)
 def test_long_rows(case, dtype, triton_backend, device) -> None:
     likelihood, shape, target_dtype = LONG[case]
     generator = torch.Generator().manual_seed(3)
@@ -272,12 +301,10 @@ def test_long_rows(case, dtype, triton_backend, device) -> None:
 # --------------------------------------------------------------------------------------------------- the description
 
 
-@pytest.mark.parametrize(
-    "likelihood", [*GROUPED, DiscretizedLogisticMixture(10), DiscretizedLogisticMixture(1)], ids=repr
-)
+@pytest.mark.parametrize("likelihood", [MIXTURE, DiscretizedLogisticMixture(1)], ids=repr)
 def test_check_finds_nothing(likelihood) -> None:
+    """Of other numbers of components than the list of likelihoods has."""
     check(likelihood)
-    assert from_key(likelihood.key) == likelihood
 
 
 @pytest.mark.parametrize(
@@ -322,15 +349,3 @@ def test_both_dimensions_may_hold_a_mixture() -> None:
     with pytest.raises(ValueError, match="dim must be given"):
         MIXTURE.mean(mixture)
     assert DiscretizedLogisticMixture(3, dim=-1).mean(mixture).shape == (2, 9, 1)
-
-
-@pytest.mark.parametrize("likelihood", GROUPED, ids=repr)
-def test_one_launch_in_each_direction(likelihood, triton_backend, device) -> None:
-    operation = named(of_likelihood(likelihood))
-    for it in operation.values():
-        assert sum(it.launches.values()) == len(it.directions)
-    parameters, target = (x.to(device) for x in pixels(likelihood, 3, 70))
-    before = triton_backend.count
-    loss = F.negative_log_likelihood(parameters.requires_grad_(), target, likelihood)
-    loss.backward()
-    assert triton_backend.count == before + 2

@@ -22,7 +22,7 @@ from traffic import Traffic, documented_bytes, measure, metered, takes_bytes
 
 pytestmark = pytest.mark.skipif(not kernels.INTERPRETED, reason="bytes are counted on Triton's interpreter")
 
-# And of every likelihood whose elements have an axis of their own, because its bytes depend on how many numbers that has.
+# And of every likelihood whose elements have an axis of their own: its bytes depend on how many numbers that has.
 OPERATIONS = named([*of_each_kind(operations()), *(it for it in operations() if it.numbers_of_an_element)])
 # When these words of a kernel's docstring apply, by the tensors that are read and written and the upstream gradients.
 CONDITIONS = {

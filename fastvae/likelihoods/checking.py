@@ -72,7 +72,8 @@ def _exact_of_groups(likelihood: Likelihood, inputs: list[Tensor]) -> Exact:
             f"{likelihood}.formula must return a value for each element, {expected}, got {list(value.shape)}"
         )
     varied = [x for x in (*inputs, *factors) if x.requires_grad]
-    axes = [grouping.target_axis if x is target else grouping.axis for x in varied]
+    of_target = grouping.axis if grouping.target_axis is None else grouping.target_axis
+    axes = [of_target if x is target else grouping.axis for x in varied]
     sizes = [torch.where(x.isinf(), 0.0, x.detach().abs()) for x in varied]
 
     def along_axes(moved: Sequence[Tensor], batched: int = 0) -> Tensor:
@@ -83,7 +84,6 @@ def _exact_of_groups(likelihood: Likelihood, inputs: list[Tensor]) -> Exact:
     first = [value.detach().abs() + along_axes(slopes), slopes[0].detach().abs()]
     second = [torch.zeros_like(first[0]), torch.zeros_like(first[1])]
     for slope, size, axis in zip(slopes, sizes, axes, strict=True):
-        assert axis is not None
         moved = along_axes(_derivatives_of_each(slope, axis, varied), batched=1).squeeze(axis + 1).movedim(0, axis)
         second[0] += 0.5 * (size * moved).sum(axis, keepdim=True)
         if slope is slopes[0]:
