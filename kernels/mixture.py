@@ -21,9 +21,10 @@ NUMBERS = (*UNSPECIALIZED, "components", "tiles", "parts", "weights_stride", "va
 @triton.jit
 def differences(
     z_ptr, mu_ptr, logvar_ptr, row, inside_row, component, inside_component, start, dims,
-    z_stride, z_step, mu_stride, mu_step, logvar_stride, logvar_step, DIMS: tl.constexpr, FAST: tl.constexpr,
+    z_stride, z_step, mu_stride, mu_step, logvar_stride, logvar_step,
+    DIMS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """r = (z - mu) e^(-logvar / 2) [rows, components, DIMS], e^(-logvar / 2) and logvar, of dimensions from start on."""
+    """r = (z - mu) e^(-logvar / 2) [rows, components, DIMS], e^(-logvar / 2) and logvar, of dimensions from `start`."""
     dim = start + tl.arange(0, DIMS)
     column = dim.to(tl.int64)[None, :]
     inside = (dim < dims)[None, :]
@@ -91,7 +92,8 @@ def mixture_kernel(
     several parts, part is float32 [2, parts, rows] and ticket int32 [1], zero.
     Bytes: z is read once for each tile of components and the components once for each tile of rows; 4 a row are
     written, and 16 for each of several parts.
-    Launches: 1. Roundings of a term: 8, and one per step of DIMS; of the value 6 more. Deterministic: no
+    Launches: 1. Roundings of a term: 13 of r^2, and one per dimension; of the value 7 more, and those of
+    a sum. Deterministic: no
     floating-point atomics, parts are joined in order.
     """
     program, per_tile = tl.program_id(0).to(tl.uint32), tl.cast(parts, tl.uint32)
@@ -186,7 +188,8 @@ def mixture_rows_kernel(
     Shapes: as in `mixture_kernel`; value_grad [rows] at a distance, z_grad [rows, dims], dense. Sums are made in part
     float32 [parts, rows, dims] and then added; where z_grad is float32 and there is one part, they are made in z_grad
     itself and part is None. ticket int32 [1], zero, where there are several parts.
-    Launches: 1. Roundings: 14, and those of a term and of the value, in units of a weighted term. Deterministic.
+    Bytes: those of a term twice, and of the sums 8 for each tile of components after the first, 12 for each part.
+    Launches: 1. Roundings: as of the value, in units of a weighted term. Deterministic.
     """
     program, per_tile = tl.program_id(0).to(tl.uint32), tl.cast(parts, tl.uint32)
     first_row = (program // per_tile).to(tl.int64) * ROWS
@@ -237,7 +240,8 @@ def mixture_components_kernel(
     weights_grad_ptr, mu_part_ptr, logvar_part_ptr, weights_part_ptr, ticket_ptr,
     rows, components, dims, z_stride, z_step, mu_stride, mu_step, logvar_stride, logvar_step, weights_stride,
     value_grad_stride, tiles, parts, constant,
-    NEEDS_SLOPES: tl.constexpr, ROWS: tl.constexpr, COMPONENTS: tl.constexpr, DIMS: tl.constexpr, FAST: tl.constexpr,
+    NEEDS_SLOPES: tl.constexpr, ROWS: tl.constexpr, COMPONENTS: tl.constexpr, DIMS: tl.constexpr,
+    FAST: tl.constexpr,
 ):  # fmt: skip
     """mu_grad_nk = sum_b w_bn r_bnk exp(-logvar_nk / 2), logvar_grad_nk = sum_b w_bn (r_bnk^2 - 1) / 2, and
     weights_grad_n = sum_b w_bn, w as in `mixture_rows_kernel`.
@@ -246,7 +250,7 @@ def mixture_components_kernel(
     `parts` of the rows. mu_grad and logvar_grad [components, dims] and weights_grad [components], dense; parts float32
     [parts, ...] of them. A gradient that nobody needs is None, and so are its parts; NEEDS_SLOPES says that one of the
     first two is needed.
-    Launches: 1. Roundings: as there, and one per tile of rows. Deterministic.
+    Bytes, launches, roundings: as there. Deterministic.
     """
     program, per_tile = tl.program_id(0).to(tl.uint32), tl.cast(parts, tl.uint32)
     first_component = (program // per_tile).to(tl.int64) * COMPONENTS

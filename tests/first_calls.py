@@ -16,11 +16,14 @@ import torch
 import fastvae
 import fastvae.functional as F
 from fastvae.operations import Spec, of_each_kind, operations
+from pairs import PAIRWISE
 
 SPEC = Spec((3, 4, 5, 5))
 CALLS = {it.name: partial(it, F, *it.inputs(SPEC)) for it in of_each_kind(operations())}
 # A weight that is a tensor is read by another line of the kernel than a number.
 CALLS |= {f"{name} tensor": partial(call, beta=torch.tensor(0.5)) for name, call in CALLS.items() if "elbo" in name}
+
+CALLS |= PAIRWISE
 
 
 def main() -> None:
