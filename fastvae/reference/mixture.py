@@ -17,8 +17,8 @@ from fastvae.reference.precision import in_float32
 
 LOG_2PI = math.log(2 * math.pi)
 
-# Up to so many elements, torch's differences, products and sums run on the calling thread.
-_ON_ONE_THREAD = 32768
+# Of so many elements, torch's differences, products and sums run on the calling thread; of one more, on several.
+_ON_ONE_THREAD = 32767
 # Terms that are held at a time, 4 MB in float32. Exponentials are taken of all of them at once, because torch divides
 # those of 2048 already, and threads that wait for each other after each operation on a small block are slow on busy
 # cores.
