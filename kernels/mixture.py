@@ -78,6 +78,27 @@ def joined(m, s, other_m, other_s, FAST: tl.constexpr):
     return most, s + other_s * tl.where(other_m == most, 1.0, exp(other_m - most, FAST))
 
 
+@triton.jit
+def join_parts(all_m_ptr, all_s_ptr, value_ptr, rows, parts, constant, FAST: tl.constexpr):
+    """The values of all rows from the (m, s) of their parts, [parts, rows], in order."""
+    first = tl.zeros([], tl.int64)
+    while first < rows:
+        row = first + tl.arange(0, ROWS_AT_ONCE)
+        inside = row < rows
+        m = tl.full([ROWS_AT_ONCE], -float("inf"), tl.float32)
+        s = tl.zeros([ROWS_AT_ONCE], tl.float32)
+        part = 0
+        while part < parts:
+            at = tl.cast(part, tl.int64) * rows + row
+            # .cg as in `tiles.sum_in_order`
+            part_m = tl.load(all_m_ptr + at, mask=inside, other=0.0, cache_modifier=".cg")
+            part_s = tl.load(all_s_ptr + at, mask=inside, other=0.0, cache_modifier=".cg")
+            m, s = joined(m, s, part_m, part_s, FAST)
+            part += 1
+        tl.store(value_ptr + row, shift(m) + log(s, FAST) + constant, mask=inside)
+        first += ROWS_AT_ONCE
+
+
 @triton.jit(do_not_specialize=NUMBERS)
 def mixture_kernel(
     z_ptr, mu_ptr, logvar_ptr, log_weights_ptr, value_ptr, part_ptr, ticket_ptr,
@@ -122,22 +143,7 @@ def mixture_kernel(
         tl.store(part_ptr + part * rows + row, m, mask=inside_row)
         tl.store(all_s_ptr + part * rows + row, s, mask=inside_row)
         if drew_last_ticket(ticket_ptr):
-            own_first = tl.zeros([], tl.int64)
-            while own_first < rows:
-                own = own_first + tl.arange(0, ROWS_AT_ONCE)
-                there = own < rows
-                all_m = tl.full([ROWS_AT_ONCE], -float("inf"), tl.float32)
-                all_s = tl.zeros([ROWS_AT_ONCE], tl.float32)
-                index = 0
-                while index < parts:
-                    at = tl.cast(index, tl.int64) * rows + own
-                    # .cg as in `tiles.sum_in_order`
-                    part_m = tl.load(part_ptr + at, mask=there, other=0.0, cache_modifier=".cg")
-                    part_s = tl.load(all_s_ptr + at, mask=there, other=0.0, cache_modifier=".cg")
-                    all_m, all_s = joined(all_m, all_s, part_m, part_s, FAST)
-                    index += 1
-                tl.store(value_ptr + own, shift(all_m) + log(all_s, FAST) + constant, mask=there)
-                own_first += ROWS_AT_ONCE
+            join_parts(part_ptr, all_s_ptr, value_ptr, rows, parts, constant, FAST)
 
 
 @triton.jit

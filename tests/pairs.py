@@ -17,8 +17,12 @@ def _of_mixture() -> Tensor:
     return F.gaussian_mixture_log_prob(torch.randn(5, 3), torch.randn(4, 3), torch.randn(4, 3))
 
 
+def _of_samples() -> Tensor:
+    return F.importance_weighted_bound(*torch.randn(3, 4, 5))
+
+
 # The functions that `fastvae.operations` does not list, with a call of each.
-PAIRWISE = {"gaussian_mixture_log_prob": _of_mixture}
+PAIRWISE = {"gaussian_mixture_log_prob": _of_mixture, "importance_weighted_bound": _of_samples}
 
 
 class Terms(NamedTuple):
