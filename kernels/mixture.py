@@ -21,9 +21,10 @@ NUMBERS = (*UNSPECIALIZED, "components", "tiles", "parts", "weights_stride", "va
 @triton.jit
 def differences(
     z_ptr, mu_ptr, logvar_ptr, row, inside_row, component, inside_component, start, dims,
-    z_stride, z_step, mu_stride, mu_step, logvar_stride, logvar_step, DIMS: tl.constexpr, FAST: tl.constexpr,
+    z_stride, z_step, mu_stride, mu_step, logvar_stride, logvar_step,
+    DIMS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """r = (z - mu) e^(-logvar / 2) [rows, components, DIMS], e^(-logvar / 2) and logvar, of dimensions from start on."""
+    """r = (z - mu) e^(-logvar / 2) [rows, components, DIMS], e^(-logvar / 2) and logvar, of dimensions from `start`."""
     dim = start + tl.arange(0, DIMS)
     column = dim.to(tl.int64)[None, :]
     inside = (dim < dims)[None, :]
@@ -77,6 +78,27 @@ def joined(m, s, other_m, other_s, FAST: tl.constexpr):
     return most, s + other_s * tl.where(other_m == most, 1.0, exp(other_m - most, FAST))
 
 
+@triton.jit
+def join_parts(all_m_ptr, all_s_ptr, value_ptr, rows, parts, constant, FAST: tl.constexpr):
+    """The values of all rows from the (m, s) of their parts, [parts, rows], in order."""
+    first = tl.zeros([], tl.int64)
+    while first < rows:
+        row = first + tl.arange(0, ROWS_AT_ONCE)
+        inside = row < rows
+        m = tl.full([ROWS_AT_ONCE], -float("inf"), tl.float32)
+        s = tl.zeros([ROWS_AT_ONCE], tl.float32)
+        part = 0
+        while part < parts:
+            at = tl.cast(part, tl.int64) * rows + row
+            # .cg as in `tiles.sum_in_order`
+            part_m = tl.load(all_m_ptr + at, mask=inside, other=0.0, cache_modifier=".cg")
+            part_s = tl.load(all_s_ptr + at, mask=inside, other=0.0, cache_modifier=".cg")
+            m, s = joined(m, s, part_m, part_s, FAST)
+            part += 1
+        tl.store(value_ptr + row, shift(m) + log(s, FAST) + constant, mask=inside)
+        first += ROWS_AT_ONCE
+
+
 @triton.jit(do_not_specialize=NUMBERS)
 def mixture_kernel(
     z_ptr, mu_ptr, logvar_ptr, log_weights_ptr, value_ptr, part_ptr, ticket_ptr,
@@ -91,7 +113,8 @@ def mixture_kernel(
     several parts, part is float32 [2, parts, rows] and ticket int32 [1], zero.
     Bytes: z is read once for each tile of components and the components once for each tile of rows; 4 a row are
     written, and 16 for each of several parts.
-    Launches: 1. Roundings of a term: 8, and one per step of DIMS; of the value 6 more. Deterministic: no
+    Launches: 1. Roundings of a term: 13 of r^2, and one per dimension; of the value 7 more, and those of
+    a sum. Deterministic: no
     floating-point atomics, parts are joined in order.
     """
     program, per_tile = tl.program_id(0).to(tl.uint32), tl.cast(parts, tl.uint32)
@@ -120,22 +143,7 @@ def mixture_kernel(
         tl.store(part_ptr + part * rows + row, m, mask=inside_row)
         tl.store(all_s_ptr + part * rows + row, s, mask=inside_row)
         if drew_last_ticket(ticket_ptr):
-            own_first = tl.zeros([], tl.int64)
-            while own_first < rows:
-                own = own_first + tl.arange(0, ROWS_AT_ONCE)
-                there = own < rows
-                all_m = tl.full([ROWS_AT_ONCE], -float("inf"), tl.float32)
-                all_s = tl.zeros([ROWS_AT_ONCE], tl.float32)
-                index = 0
-                while index < parts:
-                    at = tl.cast(index, tl.int64) * rows + own
-                    # .cg as in `tiles.sum_in_order`
-                    part_m = tl.load(part_ptr + at, mask=there, other=0.0, cache_modifier=".cg")
-                    part_s = tl.load(all_s_ptr + at, mask=there, other=0.0, cache_modifier=".cg")
-                    all_m, all_s = joined(all_m, all_s, part_m, part_s, FAST)
-                    index += 1
-                tl.store(value_ptr + own, shift(all_m) + log(all_s, FAST) + constant, mask=there)
-                own_first += ROWS_AT_ONCE
+            join_parts(part_ptr, all_s_ptr, value_ptr, rows, parts, constant, FAST)
 
 
 @triton.jit
@@ -186,7 +194,8 @@ def mixture_rows_kernel(
     Shapes: as in `mixture_kernel`; value_grad [rows] at a distance, z_grad [rows, dims], dense. Sums are made in part
     float32 [parts, rows, dims] and then added; where z_grad is float32 and there is one part, they are made in z_grad
     itself and part is None. ticket int32 [1], zero, where there are several parts.
-    Launches: 1. Roundings: 14, and those of a term and of the value, in units of a weighted term. Deterministic.
+    Bytes: those of a term twice, and of the sums 8 for each tile of components after the first, 12 for each part.
+    Launches: 1. Roundings: as of the value, in units of a weighted term. Deterministic.
     """
     program, per_tile = tl.program_id(0).to(tl.uint32), tl.cast(parts, tl.uint32)
     first_row = (program // per_tile).to(tl.int64) * ROWS
@@ -237,7 +246,8 @@ def mixture_components_kernel(
     weights_grad_ptr, mu_part_ptr, logvar_part_ptr, weights_part_ptr, ticket_ptr,
     rows, components, dims, z_stride, z_step, mu_stride, mu_step, logvar_stride, logvar_step, weights_stride,
     value_grad_stride, tiles, parts, constant,
-    NEEDS_SLOPES: tl.constexpr, ROWS: tl.constexpr, COMPONENTS: tl.constexpr, DIMS: tl.constexpr, FAST: tl.constexpr,
+    NEEDS_SLOPES: tl.constexpr, ROWS: tl.constexpr, COMPONENTS: tl.constexpr, DIMS: tl.constexpr,
+    FAST: tl.constexpr,
 ):  # fmt: skip
     """mu_grad_nk = sum_b w_bn r_bnk exp(-logvar_nk / 2), logvar_grad_nk = sum_b w_bn (r_bnk^2 - 1) / 2, and
     weights_grad_n = sum_b w_bn, w as in `mixture_rows_kernel`.
@@ -246,7 +256,7 @@ def mixture_components_kernel(
     `parts` of the rows. mu_grad and logvar_grad [components, dims] and weights_grad [components], dense; parts float32
     [parts, ...] of them. A gradient that nobody needs is None, and so are its parts; NEEDS_SLOPES says that one of the
     first two is needed.
-    Launches: 1. Roundings: as there, and one per tile of rows. Deterministic.
+    Bytes, launches, roundings: as there. Deterministic.
     """
     program, per_tile = tl.program_id(0).to(tl.uint32), tl.cast(parts, tl.uint32)
     first_component = (program // per_tile).to(tl.int64) * COMPONENTS

@@ -13,20 +13,22 @@ from .layout import remembered
 from .mixture import mixture_components_kernel, mixture_kernel, mixture_rows_kernel
 from .tiles import power_of_2
 
-# A tile [rows, components, dimensions] is 32 numbers for each thread of 4 warps, or 16 of 8. Of more than four
-# dimensions, a sum over them would take more steps between threads than a thread has dimensions to add.
-_SIDE, _DIMS = 32, 4
+# A tile [rows, components, dimensions]: a thread of 4 warps has one component, one of four dimensions, and each row.
+# Of more dimensions, a sum over them would take more steps between threads than a thread has to add. With 32 rows the
+# value takes 62 registers, but a gradient 226, with 8 rows 80 (sm_90, triton 3.9).
+_ROWS, _ROWS_OF_GRADIENTS, _COMPONENTS, _DIMS = 32, 8, 32, 4
 # Where a side has few tiles, the other is shared by so many programs in all: two for each unit of a large card.
 _PROGRAMS = 256
 
 
-def tile_of(rows: int, components: int, dims: int) -> tuple[int, int, int]:
-    return min(_SIDE, power_of_2(rows)), min(_SIDE, power_of_2(components)), min(_DIMS, power_of_2(dims))
+def tile_of(rows: int, components: int, dims: int, gradients: bool) -> tuple[int, int, int]:
+    most = _ROWS_OF_GRADIENTS if gradients else _ROWS
+    return min(most, power_of_2(rows)), min(_COMPONENTS, power_of_2(components)), min(_DIMS, power_of_2(dims))
 
 
 def divided(own: int, other: int) -> tuple[int, int, int]:
-    """How `own` tiles of one side, for each of which programs go through `other` tiles, are divided: programs, tiles for
-    each, and parts. It depends on the problem only, so that sums are of the same terms everywhere.
+    """How `own` tiles of one side, for each of which programs go through `other` tiles, are divided: programs, tiles
+    for each, and parts. It depends on the problem only, so that sums are of the same terms everywhere.
     """
     tiles = -(-other // max(1, min(other, _PROGRAMS // own)))
     parts = -(-other // tiles)
@@ -45,14 +47,13 @@ def plan_mixture(
     **constants: bool,
 ) -> tuple[Plan, int]:
     """The plan, and the number of parts. by_rows: a program has rows; else components."""
-    tile = tile_of(rows, components, dims)
+    tile = tile_of(rows, components, dims, gradients)
     row_tiles, component_tiles = -(-rows // tile[0]), -(-components // tile[1])
     sides = (row_tiles, component_tiles) if by_rows else (component_tiles, row_tiles)
     programs, tiles, parts = divided(*sides)
     plan = make_plan(
         programs,
-        # With 4 warps the kernels of gradients take 204 to 255 registers (sm_80 to sm_100, triton 3.9), close to spills.
-        8 if gradients else 4,
+        4,
         rows,
         components,
         dims,

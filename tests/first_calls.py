@@ -17,11 +17,14 @@ import fastvae
 import fastvae.functional as F
 from fastvae.kernels import elbo, likelihood, posterior  # noqa: F401 - imported once for all, which runs none of them
 from fastvae.operations import Spec, of_each_kind, operations
+from pairs import PAIRWISE
 
 IMAGES, ROWS = Spec((3, 4, 5, 5)), Spec((2, 5000))
 CALLS = {it.name: partial(it, F, *it.inputs(ROWS if it.long_rows else IMAGES)) for it in of_each_kind(operations())}
 # A weight that is a tensor is read by another line of the kernel than a number.
 CALLS |= {f"{name} tensor": partial(call, beta=torch.tensor(0.5)) for name, call in CALLS.items() if "elbo" in name}
+
+CALLS |= PAIRWISE
 
 
 def main() -> None:

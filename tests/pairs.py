@@ -5,22 +5,24 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import pytest
 import torch
 from torch import Tensor
 
-import fastvae
-from fastvae.reference import mixture as blocks
+import fastvae.functional as F
 
 LOG_2PI = math.log(2 * math.pi)
 
 
-@pytest.fixture(params=["triton", "reference"])
-def backend(request, monkeypatch):
-    """Both paths: that of the CPU in blocks of a few pairs, with a rest."""
-    monkeypatch.setattr(blocks, "_PER_THREAD", 50)
-    with fastvae.use_backend(request.param):
-        yield request.param
+def _of_mixture() -> Tensor:
+    return F.gaussian_mixture_log_prob(torch.randn(5, 3), torch.randn(4, 3), torch.randn(4, 3))
+
+
+def _of_samples() -> Tensor:
+    return F.importance_weighted_bound(*torch.randn(3, 4, 5))
+
+
+# The functions that `fastvae.operations` does not list, with a call of each.
+PAIRWISE = {"gaussian_mixture_log_prob": _of_mixture, "importance_weighted_bound": _of_samples}
 
 
 class Terms(NamedTuple):

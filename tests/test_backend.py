@@ -17,6 +17,7 @@ import fastvae
 import fastvae.functional as F
 from fastvae import backend
 from fastvae.operations import operations
+from pairs import PAIRWISE
 
 CPU = torch.device("cpu")
 
@@ -346,7 +347,8 @@ for name in ("triton", "auto"):
 
 @pytest.mark.skipif(torch.cuda.is_available() or sys.platform == "win32", reason="forks, on Triton's interpreter")
 def test_every_operation_may_be_the_first_of_a_process():
-    assert {it.function for it in operations()} == {name for name in F.__all__ if name.islower()}
+    functions = {it.function for it in operations()} | set(PAIRWISE)
+    assert functions == {name for name in F.__all__ if name.islower()}
     command = [sys.executable, Path(__file__).with_name("first_calls.py")]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)

@@ -5,7 +5,7 @@ specification.
 from fastvae.functional.elbo import elbo_loss, elbo_value_and_grad
 from fastvae.functional.gaussian import gaussian_kl, gaussian_sample, gaussian_sample_kl, gaussian_sample_kl_packed
 from fastvae.functional.likelihood import negative_log_likelihood, sigmoid_mse_loss
-from fastvae.functional.pairwise import gaussian_mixture_log_prob
+from fastvae.functional.pairwise import gaussian_mixture_log_prob, importance_weighted_bound
 from fastvae.reference.elbo import ELBO
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "gaussian_sample",
     "gaussian_sample_kl",
     "gaussian_sample_kl_packed",
+    "importance_weighted_bound",
     "negative_log_likelihood",
     "sigmoid_mse_loss",
 ]

@@ -3,7 +3,7 @@
 from fastvae.nn.elbo import ELBOLoss
 from fastvae.nn.gaussian import GaussianKL, GaussianSampling, GaussianSamplingKL
 from fastvae.nn.likelihood import NegativeLogLikelihood, SigmoidMSELoss
-from fastvae.nn.pairwise import GaussianMixtureLogProb
+from fastvae.nn.pairwise import GaussianMixtureLogProb, ImportanceWeightedBound
 
 __all__ = [
     "ELBOLoss",
@@ -11,6 +11,7 @@ __all__ = [
     "GaussianMixtureLogProb",
     "GaussianSampling",
     "GaussianSamplingKL",
+    "ImportanceWeightedBound",
     "NegativeLogLikelihood",
     "SigmoidMSELoss",
 ]

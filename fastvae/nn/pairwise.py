@@ -7,6 +7,21 @@ from torch import Tensor, nn
 import fastvae.functional as F
 
 
+class ImportanceWeightedBound(nn.Module):
+    """The bound of several samples, to be maximised, see `fastvae.functional.importance_weighted_bound`."""
+
+    def __init__(self, *, dim: int = 0, estimator: str = "iwae") -> None:
+        super().__init__()
+        self.dim = dim
+        self.estimator = estimator
+
+    def forward(self, log_p_x_given_z: Tensor, log_p_z: Tensor, log_q_z: Tensor, *, z: Tensor | None = None) -> Tensor:
+        return F.importance_weighted_bound(log_p_x_given_z, log_p_z, log_q_z, self.dim, self.estimator, z=z)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, estimator={self.estimator!r}"
+
+
 class GaussianMixtureLogProb(nn.Module):
     """The log-density of a mixture of diagonal Gaussians, see `fastvae.functional.gaussian_mixture_log_prob`."""
 

@@ -1,5 +1,5 @@
-"""The log-density of a mixture of diagonal Gaussians, in plain PyTorch: its formula, and the same in blocks, with memory
-for the inputs only.
+"""The log-density of a mixture of diagonal Gaussians, in plain PyTorch: its formula, and the same in blocks, with
+memory for the inputs only.
 
 Tomczak and Welling, "VAE with a VampPrior", 2017, equation 9: the prior is such a mixture.
 """
@@ -17,9 +17,12 @@ from fastvae.reference.precision import in_float32
 
 LOG_2PI = math.log(2 * math.pi)
 
-# Elements of a block for each thread: 256 KB in float32, which stay in the second cache, and which torch divides among
-# its threads, because it gives each at least 32768.
-_PER_THREAD = 65536
+# Of so many elements, torch's differences, products and sums run on the calling thread; of one more, on several.
+_ON_ONE_THREAD = 32767
+# Terms that are held at a time, 4 MB in float32. Exponentials are taken of all of them at once, because torch divides
+# those of 2048 already, and threads that wait for each other after each operation on a small block are slow on busy
+# cores.
+_PAIRS = 1 << 20
 
 
 def gaussian_mixture_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, log_weights: Tensor | None = None) -> Tensor:
@@ -65,11 +68,21 @@ def together(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(None if t is None else t.double() if wide else in_float32(t) for t in tensors)
 
 
-def block_of(rows: int, components: int, dims: int) -> tuple[int, int]:
-    """(rows, dimensions) of a block [dimensions, rows, components]: whole rows of pairs, and what dimensions fit."""
-    size = _PER_THREAD * torch.get_num_threads()
-    in_block = min(max(1, size // components), max(1, rows))
-    return in_block, min(max(1, size // (components * in_block)), dims)
+def block_size() -> int:
+    """Elements of a block. With up to four threads it stays in the cache, and no other thread takes part. With more,
+    each has a part.
+    """
+    threads = torch.get_num_threads()
+    return _ON_ONE_THREAD if threads <= 4 else min(4 * _ON_ONE_THREAD * threads, _PAIRS)
+
+
+def block_of(rows: int, components: int, dims: int) -> tuple[int, int, int]:
+    """The rows whose terms are held at a time, those of a block [dimensions, rows, components] among them, and its
+    dimensions.
+    """
+    size = block_size()
+    held, in_block = (min(max(1, most // components), max(1, rows)) for most in (max(size, _PAIRS), size))
+    return held, in_block, min(max(1, size // (components * in_block)), dims)
 
 
 def parts(count: int, step: int) -> Iterator[slice]:
@@ -86,22 +99,26 @@ class Pairs:
         """[dims, rows, components] of z [K, rows]."""
         return (z[dims, :, None] - self.mu[dims, None, :]).mul_(self.scale[dims, None, :])
 
-    def terms(self, z: Tensor, constants: Tensor, step: int) -> Tensor:
-        """constants - sum_k r^2 / 2, [rows, components]."""
-        squares = z.new_zeros(z.shape[1], self.mu.shape[1])
-        for dims in parts(len(z), step):
-            r = self.differences(z, dims)
-            if len(r) == 1:
-                squares.addcmul_(r[0], r[0])
-            else:
-                squares.add_(r.square_().sum(0))
-        return torch.add(constants, squares, alpha=-0.5, out=squares)
+    def terms(self, z: Tensor, constants: Tensor, rows: int, step: int) -> Tensor:
+        """constants - sum_k r^2 / 2, [rows, components], by blocks."""
+        terms = z.new_zeros(z.shape[1], self.mu.shape[1])
+        for part in parts(len(terms), rows):
+            squares = terms[part]
+            for dims in parts(len(z), step):
+                r = self.differences(z[:, part], dims)
+                if len(r) == 1:
+                    squares.addcmul_(r[0], r[0])
+                else:
+                    squares.add_(r.square_().sum(0))
+            torch.add(constants, squares, alpha=-0.5, out=squares)
+        return terms
 
 
 def constants_of(logvar: Tensor, log_weights: Tensor | None) -> Tensor:
     """What of each component's term does not depend on z, [N]."""
-    constants = -0.5 * (logvar + LOG_2PI).sum(1)
-    return constants - math.log(len(logvar)) if log_weights is None else constants + log_weights
+    weights = -math.log(len(logvar)) if log_weights is None else log_weights
+    constants: Tensor = weights - 0.5 * (logvar + LOG_2PI).sum(1)
+    return constants
 
 
 class _OfBlocks(torch.autograd.Function):
@@ -113,10 +130,10 @@ class _OfBlocks(torch.autograd.Function):
     def forward(ctx: Any, *tensors: Tensor | None) -> Tensor:
         z, mu, logvar, log_weights = together(*tensors)
         pairs, constants, z = Pairs(mu, logvar), constants_of(logvar, log_weights), z.t().contiguous()
-        rows, step = block_of(z.shape[1], len(mu), len(z))
-        value = z.new_empty(z.shape[1])
-        for part in parts(len(value), rows):
-            value[part] = torch.logsumexp(pairs.terms(z[:, part], constants, step), 1)
+        held, *block = block_of(z.shape[1], len(mu), len(z))
+        value: Tensor = z.new_empty(z.shape[1])
+        for part in parts(len(value), held):
+            value[part] = torch.logsumexp(pairs.terms(z[:, part], constants, *block), 1)
         ctx.save_for_backward(*tensors, value)
         return value
 
@@ -131,30 +148,30 @@ class _OfBlocks(torch.autograd.Function):
 def _gradients(
     tensors: Sequence[Tensor | None], value: Tensor, needed: Sequence[bool], value_grad: Tensor
 ) -> Iterator[Tensor | None]:
-    """With the weight w = value_grad * exp(term - value) of each pair, the sums over pairs of w, w r^2 and w r e^(-logvar
-    / 2).
-    """
+    """Sums of w, w (r^2 - 1) / 2 and w r e^(-logvar / 2) over pairs, with w = value_grad * exp(term - value)."""
     z, mu, logvar, log_weights = together(*tensors)
     pairs, constants, z = Pairs(mu, logvar), constants_of(logvar, log_weights), z.t().contiguous()
-    rows, step = block_of(z.shape[1], len(mu), len(z))
+    held, rows, step = block_of(z.shape[1], len(mu), len(z))
     of_z, of_components = needed[0], needed[1] or needed[2]
     z_grad = torch.empty_like(z)
     mu_grad, logvar_grad = torch.zeros_like(pairs.mu), torch.zeros_like(pairs.mu)
     weights_grad = z.new_zeros(len(mu))
     # Where all terms are -infinity, their weights are 0: -infinity less 0.
     finite = torch.where(value == -math.inf, 0.0, value)
-    for part in parts(len(value), rows):
-        w = pairs.terms(z[:, part], constants, step).sub_(finite[part, None]).exp_().mul_(value_grad[part, None])
+    for part in parts(len(value), held):
+        w = pairs.terms(z[:, part], constants, rows, step).sub_(finite[part, None]).exp_().mul_(value_grad[part, None])
         weights_grad += w.sum(0)
-        for dims in parts(len(z), step) if of_z or of_components else ():
-            # A weight of 0 times the greatest number is 0, times infinity it would be NaN.
-            r = pairs.differences(z[:, part], dims).clamp_(-torch.finfo(z.dtype).max, torch.finfo(z.dtype).max)
-            weighted = w * r
-            if of_components:
-                mu_grad[dims] += weighted.sum(1)
-                logvar_grad[dims] += r.mul_(weighted).sum(1)
-            if of_z:
-                z_grad[dims, part] = weighted.mul_(pairs.scale[dims, None, :]).sum(2)
+        for own in parts(len(w), rows):
+            for dims in parts(len(z), step) if of_z or of_components else ():
+                # A weight of 0 times the greatest number is 0, times infinity it would be NaN.
+                greatest = torch.finfo(z.dtype).max
+                r = pairs.differences(z[:, part][:, own], dims).clamp_(-greatest, greatest)
+                weighted = w[own] * r
+                if of_components:
+                    mu_grad[dims] += weighted.sum(1)
+                    logvar_grad[dims] += r.mul_(weighted).sum(1)
+                if of_z:
+                    z_grad[dims, part][:, own] = weighted.mul_(pairs.scale[dims, None, :]).sum(2)
     found = (
         -z_grad.t(),
         (mu_grad * pairs.scale).t(),
@@ -168,7 +185,7 @@ def _gradients(
 def differentiable_gradients(
     tensors: Sequence[Tensor | None], needed: Sequence[bool], value_grad: Tensor
 ) -> Iterator[Tensor | None]:
-    """The gradients by torch's own differentiation of the formula, for a backward pass that is itself differentiated."""
+    """The gradients by torch's own differentiation of the formula, where a backward pass is itself differentiated."""
 
     def of_needed(*wanted: Tensor) -> Tensor:
         each = iter(wanted)
