@@ -40,16 +40,7 @@ import torch
 
 import fastvae
 from fastvae.kinds import POSITIVE_INTEGER
-from fastvae.likelihoods import (
-    Bernoulli,
-    ContinuousBernoulli,
-    DiscretizedLogistic,
-    Gaussian,
-    Laplace,
-    Likelihood,
-    SigmoidMSE,
-)
-from fastvae.models import VAE, ConvVAE, TabularVAE
+from fastvae.models.named import OF_NUMBERS, OF_PICTURES, model_of
 from fastvae.program import (
     Parser,
     UserError,
@@ -86,20 +77,6 @@ from fastvae.training.run import (
 )
 from fastvae.training.settings import setting
 
-# Of bytes read as [0, 1]. Least widths of 0.05, and of about a quarter of a byte: on the bundled digits the losses fall
-# from epoch to epoch with these. Without one, pixels that are always black would let their width, and the loss, fall
-# without end.
-LIKELIHOODS: dict[str, Likelihood] = {
-    "sigmoid-mse": SigmoidMSE(),
-    "bernoulli": Bernoulli(),
-    "continuous-bernoulli": ContinuousBernoulli(),
-    "gaussian": Gaussian(sigmoid=True, min_logvar=-6.0),
-    "laplace": Laplace(min_log_scale=-3.0),
-    "discretized-logistic": DiscretizedLogistic(min_log_scale=-7.0),
-}
-# Of standardised numbers; a least width of a thirtieth of their deviation.
-OF_NUMBERS: dict[str, Likelihood] = {"gaussian": Gaussian(min_logvar=-7.0), "laplace": Laplace(min_log_scale=-3.5)}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Options(RunSettings):
@@ -109,7 +86,7 @@ class Options(RunSettings):
     likelihood: str | None = setting(
         None,
         "of the pixels given the decoder's output, default: sigmoid-mse; of tables and signals gaussian or laplace",
-        choices=tuple(LIKELIHOODS),
+        choices=tuple(OF_PICTURES),
         exact=True,
     )
 
@@ -166,7 +143,7 @@ def run(options: Options, device: torch.device, resumed: Resumed | None, held: c
     test_images = placed(dataset.test_images, device)
     images = len(train_images)
     batch_size = options.batch_size or default_batch_size(dataset.name, images)
-    likelihoods = LIKELIHOODS if dataset.has_pictures else OF_NUMBERS
+    likelihoods = OF_PICTURES if dataset.has_pictures else OF_NUMBERS
     name = options.likelihood or next(iter(likelihoods))
     if name not in likelihoods:
         raise UserError(
@@ -175,14 +152,8 @@ def run(options: Options, device: torch.device, resumed: Resumed | None, held: c
     options = replace(options, batch_size=batch_size, likelihood=name)
     check_run(options, train_images, processes, resumed)
     torch.manual_seed(options.seed)
-    model: VAE
     if resumed is None:  # made on the CPU, so that a seed means the same initial weights on every device
-        shape, likelihood = tuple(train_images.shape[1:]), likelihoods[name]
-        if len(shape) == 1:
-            model = TabularVAE(shape[0], options.latent_dim, likelihood=likelihood)
-        else:
-            channels, height, width = shape
-            model = ConvVAE((channels, height, width), options.latent_dim, likelihood=likelihood)
+        model = model_of(tuple(train_images.shape[1:]), options.latent_dim, likelihoods[name])
     else:
         model = resumed.model
     model.to(device)

@@ -23,6 +23,7 @@ from fastvae import program
 from fastvae.data import DownloadError, load_digits
 from fastvae.models import ConvVAE
 from fastvae.program import UserError
+from fastvae.models.named import OF_PICTURES
 from fastvae.training import GraphError, TrainingState
 from fastvae.training import run as training_run
 from fastvae.training.folder import locked, prepare_run
@@ -436,8 +437,8 @@ def test_options_of_training(tmp_path, run, monkeypatch, capsys):
         assert words in capsys.readouterr().err
 
 
-def test_the_names_of_likelihoods(example):
-    assert list(example.LIKELIHOODS) == [
+def test_the_names_of_likelihoods():
+    assert list(OF_PICTURES) == [
         "sigmoid-mse",
         "bernoulli",
         "continuous-bernoulli",
@@ -448,11 +449,11 @@ def test_the_names_of_likelihoods(example):
 
 
 @pytest.mark.parametrize("name", ["gaussian", "discretized-logistic"])
-def test_a_likelihood(tmp_path, run, example, name, capsys):
+def test_a_likelihood(tmp_path, run, name, capsys):
     """It trains, is kept in the checkpoint, makes the pictures, and goes on."""
     import fastvae
 
-    likelihood = example.LIKELIHOODS[name]
+    likelihood = OF_PICTURES[name]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(*SMALL, "--likelihood", name, "--epochs", 2, "--out", whole) == 0
     assert f"likelihood {', '.join(likelihood.parameters)}\n" in capsys.readouterr().out
