@@ -27,6 +27,7 @@ def test_a_task(task, tmp_path, monkeypatch, capsys):
         condition = None if made.condition is None else made.condition[::10]
         return made._replace(data=made.data[::10], condition=condition)
 
+    monkeypatch.setattr(example, "BATCH_SIZE", 8)
     monkeypatch.setitem(example.TASKS, task, part)
     monkeypatch.setattr(sys, "argv", ["any_data.py", task, "--epochs", "6", "--device", "cpu"])
     before = torch.get_rng_state()

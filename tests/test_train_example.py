@@ -22,8 +22,8 @@ import torch
 from fastvae import program
 from fastvae.data import DownloadError, load_digits
 from fastvae.models import ConvVAE
-from fastvae.program import UserError
 from fastvae.models.named import OF_PICTURES
+from fastvae.program import UserError
 from fastvae.training import GraphError, TrainingState
 from fastvae.training import run as training_run
 from fastvae.training.folder import locked, prepare_run
