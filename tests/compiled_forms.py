@@ -111,7 +111,7 @@ def events(operation: Operation, dtype: torch.dtype, target_dtype: torch.dtype) 
                 torch.empty(shape, dtype=it) for it in (*[dtype] * len(operation.likelihood.parameters), target_dtype)
             ]
         return
-    shapes = [(6, 5000), (2000, 4099)] if operation.long_rows else [(6, 3, 4, 4), (2, 3, 20, 31), (7, 1)]
+    shapes = [(6, 5000), (2000, 4099)] if operation.long_rows else [(6, 3, 20, 32), (7, 1)]
     for shape in shapes:
         spec = Spec(shape, dtype, target_dtype)
         parameters, target = (it.detach() for it in operation.inputs(spec)[:2])
