@@ -159,7 +159,7 @@ def test_the_registered_operations():
 
 
 def of_toy(estimator: str, samples: int, draws: int) -> tuple[Tensor, Tensor]:
-    """The gradients of the mean bound in m and in a of p(z) = N(0, 1), p(x|z) = N(a z, 1), q(z|x) = N(m, 2/3), x = 1, for
+    """The gradients of the bound in m and in a of p(z) = N(0, 1), p(x|z) = N(a z, 1), q(z|x) = N(m, 2/3), x = 1, for
     each of the draws. (The posterior of a = 1 is N(1/2, 1/2).)
     """
     a = torch.full((draws,), 0.8, dtype=torch.float64, requires_grad=True)
@@ -217,7 +217,7 @@ def test_dreg_scales_the_gradient_that_arrives_at_z(backend):
     assert torch.autograd.grad(bound.sum(), half)[0].dtype is torch.bfloat16
 
 
-# ---------------------------------------------------------------------------------------------------------------- errors
+# --------------------------------------------------------------------------------------------------------------- errors
 
 X = torch.zeros(2, 3)
 

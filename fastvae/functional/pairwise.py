@@ -83,11 +83,12 @@ def importance_weighted_bound(
           posterior = torch.distributions.Normal(mu.detach(), torch.exp(logvar.detach() / 2))
           log_q_z = posterior.log_prob(z).sum(-1)
 
-      The score is left out. Without bias for S = 1, where the gradient is 0 when the posterior is exact; biased for
-      S > 1 (Tucker et al., 2018).
+      The score is left out. Without bias for S = 1, where the gradient is 0 when the posterior is exact; with a bias
+      for S > 1 (Tucker et al., 2018).
     - "dreg": log_q_z as for "stl", and z, the tensor that the densities were made from. A hook multiplies the
-      gradient that arrives at z by w once more, so that the encoder's has no bias and less variance; the gradients of the
-      decoder and of a learned prior stay as they are. All that z feeds is scaled, so other losses need a z of their own.
+      gradient that arrives at z by w once more, so that the encoder's has no bias and less variance; the gradients of
+      the decoder and of a learned prior stay as they are. All that z feeds is scaled, so other losses need a z of their
+      own.
 
     Args:
         log_p_x_given_z, log_p_z, log_q_z: of one shape and device, such as [S, B].
