@@ -13,10 +13,10 @@ from .layout import remembered
 from .mixture import mixture_components_kernel, mixture_kernel, mixture_rows_kernel
 from .tiles import power_of_2
 
-# A tile [rows, components, dimensions]: of 4 warps a thread has one component, one of four dimensions, and each row. Of
+# A tile [rows, components, dimensions]: a thread of 4 warps has one component, one of four dimensions, and each row. Of
 # more dimensions, a sum over them would take more steps between threads than a thread has to add. With 32 rows the
-# value takes 62 registers, but a gradient 226; with 8 rows and 8 warps 64, and with 4 warps triton 3.6 spills (sm_90).
-_ROWS, _ROWS_OF_GRADIENTS, _COMPONENTS, _DIMS = 32, 8, 32, 4
+# value takes 62 registers, but a gradient 226 (sm_90, triton 3.9); with 8 rows, triton 3.6 spills some.
+_ROWS, _ROWS_OF_GRADIENTS, _COMPONENTS, _DIMS = 32, 4, 32, 4
 # Where a side has few tiles, the other is shared by so many programs in all: two for each unit of a large card.
 _PROGRAMS = 256
 
@@ -53,7 +53,7 @@ def plan_mixture(
     programs, tiles, parts = divided(*sides)
     plan = make_plan(
         programs,
-        8 if gradients else 4,
+        4,
         rows,
         components,
         dims,
