@@ -25,7 +25,7 @@ def term(parameters, target, SETTINGS: tl.constexpr, FAST: tl.constexpr):
     x - log t, and Stirling's series for the bracket.
     """
     x = parameters[0]
-    rate = numerics.exp(x, FAST)
+    rate = numerics.exp_compensated(x, FAST)
     if not SETTINGS[0]:
         return tl.fma(-target, x, rate), (rate - target,)
     t = tl.maximum(target, 6.0, propagate_nan=tl.PropagateNan.ALL)

@@ -183,7 +183,7 @@ class _Inflated(torch.autograd.Function):
 
 def inflated_slopes(n: Tensor, logits: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """By n and by the logits, of each element. At t = 0 that by n is the negative binomial's share of the zeros."""
-    count = t.clamp(0, 1).ceil_()  # 1 where there is one, and 0 for t = 0
+    count = t.clamp(0, 1).ceil_().to(n.dtype)  # 1 where there is one, and 0 for t = 0
     # Of torch's sigmoid the gradient is 0 above 17, so where it is differentiated it is ours, which takes longer.
     f = sigmoid if torch.is_grad_enabled() else torch.sigmoid
     of_zero = f(-logits) * torch.expm1(-n) * f(logits + n)
