@@ -59,7 +59,7 @@ class Launch:
     @property
     def tile(self) -> int:
         """The elements of a program; those that have an axis of their own count once for each place of it."""
-        if "INNER" in self.constants:
+        if "ELEMENTS" in self.constants:
             return self.constants["ELEMENTS"] * self.constants["INNER"]
         return self.constants.get("ROWS", 1) * self.constants["COLUMNS"]
 
@@ -68,7 +68,7 @@ class Launch:
         """Of the accesses of whole tiles, in bits: 128, and of a tensor of a narrower dtype as many elements; and one
         element each of those behind the last that 16 divides, and of sums.
         """
-        if "INNER" in self.constants and not self.constants["TARGET_HAS_AXIS"]:
+        if "ELEMENTS" in self.constants and not self.constants["TARGET_HAS_AXIS"]:
             return {128, 8 * self.arguments["target_ptr"].itemsize}  # a number for each colour of a pixel, one by one
         if "VECTOR" not in self.constants:
             return {128}
