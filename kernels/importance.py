@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from .mixture import join_parts, joined, shift
-from .numerics import exp, log
-from .tiles import UNSPECIALIZED, drew_last_ticket
+from .log_sum_exp import joined, shift, store_value
+from .numerics import exp
+from .tiles import UNSPECIALIZED
 
 NUMBERS = (*UNSPECIALIZED, "samples", "tiles", "parts", "value_grad_stride")
 
@@ -58,14 +58,7 @@ def bound_kernel(
         most = tl.max(log_w, axis=0)
         m, s = joined(m, s, most, tl.sum(exp(log_w - shift(most)[None, :], FAST), axis=0), FAST)
         first += SAMPLES
-    if part_ptr is None:
-        tl.store(value_ptr + row, shift(m) + log(s, FAST) + constant, mask=inside_row)
-    else:
-        all_s_ptr = part_ptr + tl.cast(parts, tl.int64) * rows
-        tl.store(part_ptr + part * rows + row, m, mask=inside_row)
-        tl.store(all_s_ptr + part * rows + row, s, mask=inside_row)
-        if drew_last_ticket(ticket_ptr):
-            join_parts(part_ptr, all_s_ptr, value_ptr, rows, parts, constant, FAST)
+    store_value(m, s, value_ptr, part_ptr, ticket_ptr, row, inside_row, rows, part, parts, constant, FAST)
 
 
 @triton.jit(do_not_specialize=NUMBERS)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .importance import bound_backward_kernel, bound_kernel
 from .launch import Plan, launch, make_plan, ticket
 from .layout import remembered
-from .mixture_log_prob import divided
+from .mixture_log_prob import allocate_gradients, divided
 from .tiles import power_of_2
 
 # A tile [samples, rows]: 8 numbers of each tensor for each thread of 4 warps, and the rows of it are neighbours.
@@ -54,15 +54,6 @@ def importance_weighted_bound(likelihood: Tensor, prior: Tensor, posterior: Tens
     part = value.new_empty(2, parts, rows) if parts > 1 else None
     launch(bound_kernel, plan, value.device, *tensors, value, part, ticket(value.device) if parts > 1 else None)
     return value
-
-
-def allocate_gradients(tensors: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
-    """Uninitialised gradients of those that need one, dense."""
-    return [
-        torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        for tensor, need in zip(tensors, needed, strict=True)
-        if need
-    ]
 
 
 def importance_weighted_bound_backward(

@@ -8,13 +8,12 @@ then squared, because e^-logvar may overflow where the square does not.
 import triton
 import triton.language as tl
 
-from .numerics import exp, exp_half, log
+from .log_sum_exp import joined, shift, store_value
+from .numerics import exp, exp_half
 from .tiles import UNSPECIALIZED, drew_last_ticket
 
 # What the last program, or each where there is one split, adds up at a time: 8 numbers for each thread of 4 warps.
 AT_ONCE = tl.constexpr(1024)
-# Rows whose parts are joined at a time.
-ROWS_AT_ONCE = tl.constexpr(256)
 NUMBERS = (*UNSPECIALIZED, "components", "tiles", "parts", "weights_stride", "value_grad_stride")
 
 
@@ -64,41 +63,6 @@ def log_terms(
     return tl.where(inside_component[None, :], terms, -float("inf"))
 
 
-@triton.jit
-def shift(m):
-    """What is subtracted from terms whose maximum is m: a difference of equal infinities would be NaN."""
-    return tl.where(tl.abs(m) == float("inf"), 0.0, m)
-
-
-@triton.jit
-def joined(m, s, other_m, other_s, FAST: tl.constexpr):
-    """(m, s) of two parts, where s = sum e^(term - shift(m)). NaN among the terms is in s, whatever the maximum is."""
-    most = tl.maximum(m, other_m)
-    s = s * tl.where(m == most, 1.0, exp(m - most, FAST))
-    return most, s + other_s * tl.where(other_m == most, 1.0, exp(other_m - most, FAST))
-
-
-@triton.jit
-def join_parts(all_m_ptr, all_s_ptr, value_ptr, rows, parts, constant, FAST: tl.constexpr):
-    """The values of all rows from the (m, s) of their parts, [parts, rows], in order."""
-    first = tl.zeros([], tl.int64)
-    while first < rows:
-        row = first + tl.arange(0, ROWS_AT_ONCE)
-        inside = row < rows
-        m = tl.full([ROWS_AT_ONCE], -float("inf"), tl.float32)
-        s = tl.zeros([ROWS_AT_ONCE], tl.float32)
-        part = 0
-        while part < parts:
-            at = tl.cast(part, tl.int64) * rows + row
-            # .cg as in `tiles.sum_in_order`
-            part_m = tl.load(all_m_ptr + at, mask=inside, other=0.0, cache_modifier=".cg")
-            part_s = tl.load(all_s_ptr + at, mask=inside, other=0.0, cache_modifier=".cg")
-            m, s = joined(m, s, part_m, part_s, FAST)
-            part += 1
-        tl.store(value_ptr + row, shift(m) + log(s, FAST) + constant, mask=inside)
-        first += ROWS_AT_ONCE
-
-
 @triton.jit(do_not_specialize=NUMBERS)
 def mixture_kernel(
     z_ptr, mu_ptr, logvar_ptr, log_weights_ptr, value_ptr, part_ptr, ticket_ptr,
@@ -113,9 +77,8 @@ def mixture_kernel(
     several parts, part is float32 [2, parts, rows] and ticket int32 [1], zero.
     Bytes: z is read once for each tile of components and the components once for each tile of rows; 4 a row are
     written, and 16 for each of several parts.
-    Launches: 1. Roundings of a term: 13 of r^2, and one per dimension; of the value 7 more, and those of
-    a sum. Deterministic: no
-    floating-point atomics, parts are joined in order.
+    Launches: 1. Roundings of a term: 13 of r^2, and one per dimension; of the value 7 more, and those of a sum.
+    Deterministic: no floating-point atomics, parts are joined in order.
     """
     program, per_tile = tl.program_id(0).to(tl.uint32), tl.cast(parts, tl.uint32)
     row = (program // per_tile).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -136,14 +99,7 @@ def mixture_kernel(
         most = tl.max(terms, axis=1)
         m, s = joined(m, s, most, tl.sum(exp(terms - shift(most)[:, None], FAST), axis=1), FAST)
         first += COMPONENTS
-    if part_ptr is None:
-        tl.store(value_ptr + row, shift(m) + log(s, FAST) + constant, mask=inside_row)
-    else:
-        all_s_ptr = part_ptr + tl.cast(parts, tl.int64) * rows
-        tl.store(part_ptr + part * rows + row, m, mask=inside_row)
-        tl.store(all_s_ptr + part * rows + row, s, mask=inside_row)
-        if drew_last_ticket(ticket_ptr):
-            join_parts(part_ptr, all_s_ptr, value_ptr, rows, parts, constant, FAST)
+    store_value(m, s, value_ptr, part_ptr, ticket_ptr, row, inside_row, rows, part, parts, constant, FAST)
 
 
 @triton.jit

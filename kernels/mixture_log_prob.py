@@ -17,7 +17,8 @@ from .tiles import power_of_2
 # more dimensions, a sum over them would take more steps between threads than a thread has to add. With 32 rows the
 # value takes 62 registers, but a gradient 226 (sm_90, triton 3.9); with 8 rows, triton 3.6 spills some.
 _ROWS, _ROWS_OF_GRADIENTS, _COMPONENTS, _DIMS = 32, 4, 32, 4
-# Where a side has few tiles, the other is shared by so many programs in all: two for each unit of a large card.
+# Where a side has few tiles, the other is shared by so many programs in all: about two for each unit of a large card.
+# Not measured on a GPU.
 _PROGRAMS = 256
 
 

@@ -51,8 +51,8 @@ def exp(x, FAST: tl.constexpr):
 
 @triton.jit
 def exp_compensated(x, FAST: tl.constexpr):
-    """e^x within 2 ulp for any x, where `exp` loses |x| * 2^-24: the exponent's rounding error makes up for itself, in
-    7 instructions more. For a large e^x that is a result, as a rate is, and no factor of one.
+    """e^x as `exp`, without the |x| * 2^-24 that the rounded exponent costs there: what was rounded off is made up for,
+    in 7 instructions more. For a large e^x that is a result, as a rate is, and no factor of one.
     """
     exponent = x * 1.4426950408889634
     # x log2 e - exponent, with what float32 leaves of log2 e; 0 where e^x is infinite, or less than a normal number.

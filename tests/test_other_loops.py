@@ -20,7 +20,8 @@ def test_a_loop_of_another_library_trains(package, monkeypatch, tmp_path, capsys
     program = EXAMPLES / f"{package}_loop.py"
     monkeypatch.setattr(sys, "argv", [str(program), "--epochs", "2"])
     runpy.run_path(str(program), run_name="__main__")
-    assert float(re.findall(r"loss ([\d.]+) nats", capsys.readouterr().out)[-1]) < 40  # 32 after two epochs, 81 before
+    loss = float(re.findall(r"loss ([\d.]+) nats", capsys.readouterr().out)[-1])
+    assert loss < 40  # 31.7 here; 45 in the first epoch
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastvae.autograd.registration import apply, is_differentiated, is_traced, refuse_vmap, register
 from fastvae.kernels import importance_weighted as kernels
+from fastvae.kernels.mixture_log_prob import allocate_gradients
 from fastvae.reference import importance as reference
 
 _operations = torch.ops.fastvae
@@ -25,7 +26,7 @@ register(
 register(
     f"importance_weighted_bound_backward({_TENSORS}, Tensor value, Tensor value_grad, bool[] needed) -> Tensor[]",
     kernels.importance_weighted_bound_backward,
-    lambda likelihood, prior, posterior, value, value_grad, needed: kernels.allocate_gradients(
+    lambda likelihood, prior, posterior, value, value_grad, needed: allocate_gradients(
         (likelihood, prior, posterior), needed
     ),
 )

@@ -25,13 +25,18 @@ def check_reduction(reduction: str, more: tuple[str, ...] = ()) -> None:
 
 def check_batch(name: str, tensor: Tensor) -> None:
     """A floating-point tensor [B, ...] with at least one dimension after the batch."""
+    check_floating(name, tensor)
+    if tensor.ndim < 2:
+        raise ValueError(f"{name} must have shape [B, ...] with at least 2 dimensions, got {list(tensor.shape)}")
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """A dense tensor of one of the dtypes that operations take."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in FLOATING:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
     check_dense(name, tensor)
-    if tensor.ndim < 2:
-        raise ValueError(f"{name} must have shape [B, ...] with at least 2 dimensions, got {list(tensor.shape)}")
 
 
 def check_dense(name: str, tensor: Tensor) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastvae import reference
-from fastvae.functional.checks import FLOATING, check_dense, check_device, check_integer, check_like, takes_triton
+from fastvae.functional.checks import check_device, check_floating, check_integer, check_like, takes_triton
 from fastvae.reference.importance import log_weights, normalised_weights
 
 ESTIMATORS = ("iwae", "stl", "dreg")
@@ -36,10 +36,10 @@ def gaussian_mixture_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, log_weights
 
     Source: Tomczak and Welling, "VAE with a VampPrior", 2017, equation 9.
     """
-    _check_floating("z", z)
+    check_floating("z", z)
     if z.ndim < 1 or z.shape[-1] < 1:
         raise ValueError(f"z must have shape [..., K] with K at least 1, got {list(z.shape)}")
-    _check_floating("mu", mu)
+    check_floating("mu", mu)
     if mu.ndim != 2 or mu.shape[0] < 1 or mu.shape[1] != z.shape[-1]:
         raise ValueError(
             f"mu must have shape [N, {z.shape[-1]}], N at least 1 and K of z {list(z.shape)}, got {list(mu.shape)}"
@@ -49,7 +49,7 @@ def gaussian_mixture_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, log_weights
     if logvar.dtype != mu.dtype:
         raise TypeError(f"logvar must have the dtype of mu, {mu.dtype}, got {logvar.dtype}")
     if log_weights is not None:
-        _check_floating("log_weights", log_weights)
+        check_floating("log_weights", log_weights)
         if log_weights.shape != mu.shape[:1]:
             raise ValueError(f"log_weights must have shape [{mu.shape[0]}], got {list(log_weights.shape)}")
         check_device("log_weights", log_weights, "z", z)
@@ -113,7 +113,7 @@ def importance_weighted_bound(
     names = ("log_p_x_given_z", "log_p_z", "log_q_z")
     given = (log_p_x_given_z, log_p_z, log_q_z)
     for name, tensor in zip(names, given, strict=True):
-        _check_floating(name, tensor)
+        check_floating(name, tensor)
         check_like(name, tensor, names[0], given[0])
     shape = given[0].shape
     dim = check_integer("dim", dim)
@@ -126,7 +126,7 @@ def importance_weighted_bound(
     if (z is not None) != (estimator == "dreg"):
         raise ValueError(f'z must be given for the estimator "dreg", and for no other, got {estimator!r}')
     if z is not None:
-        _check_floating("z", z)
+        check_floating("z", z)
         if z.shape[: len(shape)] != shape:
             raise ValueError(f"z must have the log-densities' dimensions first, {list(shape)}, got {list(z.shape)}")
     rows = [tensor.movedim(dim, 0).reshape(shape[dim], -1) for tensor in given]
@@ -153,11 +153,3 @@ def _scale_gradient_of(z: Tensor, given: tuple[Tensor, Tensor, Tensor], dim: int
         return (gradient * weights.view(*shape, *[1] * (gradient.ndim - len(shape)))).to(gradient.dtype)
 
     z.register_hook(scaled)  # type: ignore[no-untyped-call]
-
-
-def _check_floating(name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in FLOATING:
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
-    check_dense(name, tensor)
