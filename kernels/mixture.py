@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .log_sum_exp import joined, shift, store_value
-from .numerics import exp, exp_half
+from .numerics import exp, exp_half, product
 from .tiles import UNSPECIALIZED, drew_last_ticket
 
 # What the last program, or each where there is one split, adds up at a time: 8 numbers for each thread of 4 warps.
@@ -183,7 +183,7 @@ def mixture_rows_kernel(
             )  # fmt: skip
             # 0 times infinity would be NaN.
             weighted = tl.where(w[:, :, None] == 0.0, 0.0, w[:, :, None] * r)
-            slope = -tl.sum(weighted * scale[None, :, :], axis=1)
+            slope = -tl.sum(product(weighted, scale[None, :, :]), axis=1)
             add_to(sums_ptr, row, inside_row, start + tl.arange(0, DIMS), dims, slope, first > begin)
             start += DIMS
         tl.debug_barrier()  # the next sums are read by other threads
@@ -244,12 +244,12 @@ def mixture_components_kernel(
             )  # fmt: skip
             dim = start + tl.arange(0, DIMS)
             r = tl.where(w[:, :, None] == 0.0, 0.0, r)  # 0 times infinity would be NaN
-            weighted = w[:, :, None] * r
+            weighted = product(w[:, :, None], r)
             if mu_grad_ptr is not None:
                 slope = tl.sum(weighted, axis=0) * scale
                 add_to(mu_part_ptr + part * part_size, component, inside_component, dim, dims, slope, first > begin)
             if logvar_grad_ptr is not None:
-                slope = 0.5 * (tl.sum(weighted * r, axis=0) - own[:, None])
+                slope = 0.5 * (tl.sum(product(weighted, r), axis=0) - own[:, None])
                 add_to(logvar_part_ptr + part * part_size, component, inside_component, dim, dims, slope, first > begin)
             start += DIMS
         tl.debug_barrier()  # the next sums are read by other threads
