@@ -62,7 +62,7 @@ class NegativeBinomial(Likelihood):
         return value if self.constant else value - log_factorial(target)
 
     def slopes(self, mean: Tensor, dispersion: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        return reference.slopes(mean, dispersion, target, self.eps)
+        return reference.slopes(mean, dispersion, target, self.eps)[:2]
 
     def mean(self, mean: Tensor, *_: Tensor) -> Tensor:
         return mean

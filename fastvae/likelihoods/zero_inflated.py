@@ -83,9 +83,10 @@ class ZeroInflatedNegativeBinomial(Likelihood):
     def slopes(
         self, mean: Tensor, dispersion: Tensor, zero_logits: Tensor, target: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        n = dispersion * torch.log1p(mean / (dispersion + self.eps))  # at t = 0
+        by_mean, by_dispersion, log_ratio = reference.slopes(mean, dispersion, target, self.eps)
+        # A count has no use for n, which must only stay finite.
+        n = (dispersion * log_ratio).clamp_(min=0)
         factor, by_logits = reference.inflated_slopes(n, zero_logits, target)
-        by_mean, by_dispersion = reference.slopes(mean, dispersion, target, self.eps)
         return factor * by_mean, factor * by_dispersion, by_logits
 
     def mean(self, mean: Tensor, dispersion: Tensor, zero_logits: Tensor) -> Tensor:

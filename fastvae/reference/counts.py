@@ -79,7 +79,7 @@ class _NegativeBinomial(torch.autograd.Function):
         mean, dispersion, target = ctx.saved_tensors
         by_mean = by_dispersion = by_target = None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            of_mean, of_dispersion = slopes(mean, dispersion, target, ctx.eps)
+            of_mean, of_dispersion, _ = slopes(mean, dispersion, target, ctx.eps)
             if ctx.needs_input_grad[0]:
                 by_mean = (grad * of_mean).sum_to_size(mean.shape)
             if ctx.needs_input_grad[1]:
@@ -119,8 +119,8 @@ def _x(mean: Tensor, d: Tensor, above: Tensor, eps: float, b: Tensor) -> Tensor:
     return torch.addcmul(above, mean, (APPROXIMATIONS[d.dtype].offset - eps) / (d + eps)) * b
 
 
-def slopes(mean: Tensor, d: Tensor, t: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """By the mean and by the dispersion, of each element."""
+def slopes(mean: Tensor, d: Tensor, t: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """By the mean and by the dispersion, of each element; and log(1 + x), of which d times is the value at t = 0."""
     table = APPROXIMATIONS[mean.dtype]
     c, e = table.offset, d + eps
     a, b = 1 / (d + c), (t + (d + c)).reciprocal_()
@@ -128,14 +128,15 @@ def slopes(mean: Tensor, d: Tensor, t: Tensor, eps: float) -> tuple[Tensor, Tens
     x = _x(mean, d, above, eps, b)
     share = above.add_(eps) / (mean + e)
     t_b = t * b
-    far = torch.log1p(x).sub_(share).add_(eps / e)
+    log_ratio = torch.log1p(x)
+    far = (log_ratio - share).add_(eps / e)
     by_dispersion = log1p_minus(x.clamp(-0.5, 0.5)).addcmul_(x, share).addcmul_(t_b, c / e)
     # Of weight 0 and 1 `lerp` returns just what it is given, so the rounding errors of far are not added.
     by_dispersion.lerp_(far, x.detach().round().clamp_(-1, 1).abs_())
     for k in range(table.steps):
         by_dispersion.sub_(t / ((t + (d + k)) * (d + k)))
     by_dispersion.addcmul_(t_b * a, divided_difference(table.slope, a, b))
-    return share * d / (mean + eps), by_dispersion
+    return (share * d).div_(mean + eps), by_dispersion, log_ratio
 
 
 def log1p_minus(x: Tensor) -> Tensor:
@@ -163,10 +164,12 @@ class _Inflated(torch.autograd.Function):
 
     @staticmethod
     def forward(n: Tensor, logits: Tensor, t: Tensor) -> Tensor:
-        k = torch.minimum(-logits, n).sub_(60).clamp_(min=0)
+        k = torch.minimum(-logits, n).sub_(60).clamp_(min=0, max=torch.finfo(n.dtype).max)
         both = (logits + k).exp_().add_((k - n).exp_())
-        of_zero = torch.expm1(-n).div(both).neg_().log1p_().add_(k)
-        return torch.where(t.bool(), softplus(logits).add(n), of_zero)
+        of_zero = torch.expm1(-n).div_(both).neg_().log1p_().add_(k)
+        # The value for t > 0 is never the smaller one. For t = 0 it is taken out by a limit of -infinity.
+        limit = t.clamp(0, 1).ceil_().sub_(0.5).mul_(math.inf)
+        return torch.maximum(of_zero, torch.minimum(softplus(logits).add(n), limit))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
