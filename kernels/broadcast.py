@@ -132,9 +132,10 @@ def broadcast_kernel(
 
     small = ()
     for k in tl.static_range(len(KINDS)):
-        # Triton folds a constant only where it is an argument.
-        x = load_smaller(parameter_ptrs[k], tl.constexpr(KINDS[k]), first_column + column, group, inside_column)
-        small = small + (x,)  # noqa: RUF005 - Triton knows no *
+        # Triton folds a constant only where it is an argument. Of a name of its own: to the loop below, which has a
+        # tile where this has a number, the same name would be one variable.
+        one = load_smaller(parameter_ptrs[k], tl.constexpr(KINDS[k]), first_column + column, group, inside_column)
+        small = small + (one,)  # noqa: RUF005 - Triton knows no *
 
     factor = scale * SLOPE_FACTOR
     if loss_ptr is not None or not PER_ROW:

@@ -38,7 +38,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import fastvae.functional as F
 from codegen import TARGETS
 from fastvae.kernels import batch
-from fastvae.operations import Operation, Spec, named, of_each_kind, operations
+from fastvae.likelihoods import ZeroInflatedNegativeBinomial
+from fastvae.operations import Operation, Spec, named, of_each_kind, of_smaller, operations
 from launches import Launch, record
 from traffic import takes_bytes
 
@@ -156,7 +157,9 @@ def calls() -> Iterator[Callable[[], Any]]:
     every = operations()
     # A term of several slots, and a target of classes, are read by other lines.
     terms = [it for it in every if it.numbers_of_an_element and it.function != "elbo_loss"]
-    for operation in named([*of_each_kind(every), *terms]).values():
+    # A parameter of each element after a smaller one.
+    between = of_smaller(ZeroInflatedNegativeBinomial(), {"dispersion": "column"})
+    for operation in named([*of_each_kind(every), *terms, *between]).values():
         if operation.likelihood is None:
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 yield from operation_calls(operation, of_posterior(operation, dtype))
