@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from evidence_process import Result
-from fastvae.operations import kernel_names, operations
+from fastvae.operations import all_kernel_names
 
-KERNELS = f"^({'|'.join(sorted({kernel.split('.')[1] for kernel in kernel_names(operations())}))})$"
+KERNELS = f"^({'|'.join(sorted({kernel.split('.')[1] for kernel in all_kernel_names()}))})$"
 COUNTERS = {
     "gpu__time_duration.sum": "nanoseconds",
     "dram__bytes_read.sum": "bytes read",

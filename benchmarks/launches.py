@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
+from math import prod
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -24,16 +25,14 @@ import fastvae.functional as F
 from fastvae.kernels import batch
 from fastvae.kernels.launch import Plan
 from fastvae.likelihoods import Bernoulli, SigmoidMSE
-from fastvae.operations import Operation, Spec, kernel_names, operations
+from fastvae.operations import Operation, Spec, all_kernel_names, operations
+from pairwise import OBJECTIVES, in_directions
 from stand_in import stand_in
 
 # Those that launch.
 MODULES = [
     batch,
-    *(
-        import_module(f"fastvae.kernels.{name}")
-        for name in sorted({it.split(".")[0] for it in kernel_names(operations())})
-    ),
+    *(import_module(f"fastvae.kernels.{name}") for name in sorted({it.split(".")[0] for it in all_kernel_names()})),
 ]
 channels_last = partial(Tensor.contiguous, memory_format=torch.channels_last)
 TYPES = {
@@ -45,6 +44,8 @@ TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
+# The sides of a tile of pairs or of samples.
+_SIDES = ("ROWS", "COLUMNS", "COMPONENTS", "SAMPLES", "DIMS")
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,11 @@ class Launch:
 
     @property
     def tile(self) -> int:
-        """The elements of a program; those that have an axis of their own count once for each place of it."""
+        """The elements of a program. Those that have an axis of their own count once for each place of it, pairs once
+        for each dimension, and samples once for each row.
+        """
+        if "COMPONENTS" in self.constants or "SAMPLES" in self.constants:
+            return prod(size for name, size in self.constants.items() if name in _SIDES)
         if "ELEMENTS" in self.constants:
             return self.constants["ELEMENTS"] * self.constants["INNER"]
         return self.constants.get("ROWS", 1) * self.constants["COLUMNS"]
@@ -68,6 +73,8 @@ class Launch:
         """Of the accesses of whole tiles, in bits: 128, and of a tensor of a narrower dtype as many elements; and one
         element each of those behind the last that 16 divides, and of sums.
         """
+        if "COMPONENTS" in self.constants or "SAMPLES" in self.constants:
+            return {8 << k for k in range(5)}  # what a thread reads follows from how the compiler spreads pairs
         if "ELEMENTS" in self.constants and not self.constants["TARGET_HAS_AXIS"]:
             return {128, 8 * self.arguments["target_ptr"].itemsize}  # a number for each colour of a pixel, one by one
         if "VECTOR" not in self.constants:
@@ -256,11 +263,23 @@ def _of_likelihood(operation: Operation, direction: str, long: Spec) -> Iterator
         yield size, Configuration(operation, direction, spec, {"reduction": "mean"} if as_one_row else options)
 
 
+def pairwise_launches(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
+    """The kernels of the objectives of pairs and of samples, with gradients to every input."""
+    for name, objective in OBJECTIVES.items():
+        for size, sizes in objective.table.items():
+            every = range(len(objective.inputs(sizes, dtype)))
+            for call in in_directions(objective, sizes, dtype, every):
+                for launch in record(call):
+                    kernel = launch.kernel.fn.__name__.removesuffix("_kernel")
+                    yield f"{name} {kernel} {size} {str(dtype).removeprefix('torch.')}", launch
+
+
 def launches() -> Iterator[tuple[str, Launch]]:
     """Each kernel in the configurations that fastvae uses, by name."""
     for dtype in (torch.float32, torch.bfloat16):
         for size, it in configurations(dtype):
             yield f"{it.operation.name} {it.direction} {size} {str(dtype).removeprefix('torch.')}", it.record()
+        yield from pairwise_launches(dtype)
     photos = torch.empty(512, 1, 28, 28, dtype=torch.uint8)
     (launch,) = record(lambda: batch.gather_batch(photos, torch.arange(128)))
     yield "gather_batch forward uint8 images float32", launch

@@ -55,6 +55,15 @@ LIKELIHOODS = (
 SMALLER = ((NegativeBinomial(), {"dispersion": "column"}), (Gaussian(), {"logvar": "channel"}))
 # Likelihoods that are also tried with rows that no program can hold.
 LONG_ROWS = (Multinomial(),)
+# The kernels of the objectives that are no list's entries, because their inputs have not the shape of one batch.
+PAIRWISE = {
+    "gaussian_mixture_log_prob": (
+        "mixture_log_prob.mixture_kernel",
+        "mixture_log_prob.mixture_rows_kernel",
+        "mixture_log_prob.mixture_components_kernel",
+    ),
+    "importance_weighted_bound": ("importance_weighted.bound_kernel", "importance_weighted.bound_backward_kernel"),
+}
 # A gradient has so many roundings more than its slope, because the kernel multiplies it by a factor: a product of up to
 # four numbers.
 FACTOR = 5
@@ -242,6 +251,11 @@ def named(operations: Iterable[Operation]) -> dict[str, Operation]:
 def kernel_names(operations: Sequence[Operation]) -> list[str]:
     """Their kernels, each once: "module.kernel" of fastvae.kernels."""
     return sorted({kernel for operation in operations for kernels in operation.kernels.values() for kernel in kernels})
+
+
+def all_kernel_names() -> list[str]:
+    """Those of every operation and objective."""
+    return sorted({*kernel_names(operations()), *(kernel for kernels in PAIRWISE.values() for kernel in kernels)})
 
 
 def _of_posterior() -> list[Operation]:

@@ -41,6 +41,7 @@ from fastvae.kernels import batch
 from fastvae.likelihoods import ZeroInflatedNegativeBinomial
 from fastvae.operations import Operation, Spec, named, of_each_kind, of_smaller, operations
 from launches import Launch, record
+from pairwise import OBJECTIVES, in_directions, subsets
 from traffic import takes_bytes
 
 Given = tuple[list[torch.Tensor], dict[str, Any]]
@@ -174,6 +175,14 @@ def calls() -> Iterator[Callable[[], Any]]:
             if target_dtype.is_floating_point or takes_bytes(operation):
                 yield from operation_calls(operation, of_likelihood(operation, dtype, target_dtype))
     yield from batch_calls()
+    yield from pairwise_calls()
+
+
+def pairwise_calls() -> Iterator[Callable[[], Any]]:
+    for objective in OBJECTIVES.values():
+        for sizes, dtype in product(objective.forms, (torch.float32, torch.bfloat16)):
+            for needed in subsets(objective, sizes):
+                yield from in_directions(objective, sizes, dtype, needed)
 
 
 def form(launch: Launch) -> tuple[Any, ...]:

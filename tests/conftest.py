@@ -28,7 +28,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import fastvae
-from fastvae.operations import kernel_names, operations
+from fastvae.operations import all_kernel_names
 
 
 class Launches:
@@ -172,7 +172,7 @@ def compiling(*command: object) -> bytes:
 
 def plan_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """Work out at every call how a kernel is launched, so that a test can change what that follows from."""
-    for module_name in {kernel.split(".")[0] for kernel in kernel_names(operations())}:
+    for module_name in {kernel.split(".")[0] for kernel in all_kernel_names()}:
         module = importlib.import_module(f"fastvae.kernels.{module_name}")
         for name, function in list(vars(module).items()):
             if name.startswith("plan_"):

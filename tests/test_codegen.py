@@ -21,10 +21,19 @@ from conftest import compiling
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import codegen
 import disassembly
-from fastvae.operations import operations
+from fastvae.operations import PAIRWISE, operations
 from launches import configurations
+from pairwise import OBJECTIVES
 
 GROUPED = {it.name for it in operations() if it.numbers_of_an_element}
+# By the names of the table. How their accesses and parts lie follows from how the compiler spreads pairs over threads.
+OF_PAIRS = {
+    f"{name} {kernel.split('.')[1].removesuffix('_kernel')} {size} {dtype}"
+    for name, kernels in PAIRWISE.items()
+    for kernel in kernels
+    for size in OBJECTIVES[name].table
+    for dtype in ("float32", "bfloat16")
+}
 
 
 def bulk_sizes() -> dict[str, list[int]]:
@@ -59,7 +68,7 @@ def planted():
 
 @pytest.mark.slow
 def test_every_kernel_is_compiled_and_the_committed_table_has_every_target(table):
-    kernels = set(bulk_sizes())
+    kernels = set(bulk_sizes()) | OF_PAIRS
     assert set(table) == {f"{target} {kernel}" for target in COMPILED for kernel in kernels}
     committed = codegen.read_committed(triton.__version__)
     assert set(committed) == {f"{target} {kernel}" for target in codegen.TARGETS for kernel in kernels}
@@ -80,6 +89,8 @@ def test_bulk_tensors_move_in_vectors_of_128_bits(table):
         if name.startswith("gfx"):
             continue
         kernel = name.split(" ", 1)[1]
+        if kernel in OF_PAIRS:
+            continue
         if kernel.split()[0] in GROUPED:
             # How many follows from how the compiler spreads an axis over threads: 5 classes have 8 places.
             widths = {"128", "32"} if "Mixture" in kernel else {"128"}  # colours are read one by one
@@ -112,6 +123,8 @@ def test_the_parts_of_a_kernel_are_what_they_are_called(table):
         if name.startswith("gfx"):
             continue
         kernel = name.split(" ", 1)[1]
+        if kernel in OF_PAIRS:
+            continue
         smaller = "_per_column" in kernel or "_per_channel" in kernel  # whose gradient is a sum
         sums = not kernel.startswith(("gaussian_sample ", "gather_batch ")) and ("backward" not in kernel or smaller)
         assert (code["row_sums"] > 0) == sums, name

@@ -12,9 +12,9 @@ import pytest
 
 from compiled_forms import covering
 from conftest import compiling
-from fastvae.operations import kernel_names, operations
+from fastvae.operations import all_kernel_names
 
-KERNELS = {name.split(".")[1] for name in kernel_names(operations())} | {"gather_batch_kernel"}
+KERNELS = {name.split(".")[1] for name in all_kernel_names()} | {"gather_batch_kernel"}
 
 
 @pytest.fixture(scope="module")

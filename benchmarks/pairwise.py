@@ -1,0 +1,84 @@
+"""The objectives of pairs and of samples, as they are compiled ahead of time: for the tables of compiled code, and for
+the test that every form compiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import fastvae.functional as F
+
+Sizes = tuple[int, ...]
+
+
+class Objective(NamedTuple):
+    """function(*inputs(sizes, dtype))"""
+
+    function: Callable[..., Any]
+    inputs: Callable[[Sizes, torch.dtype], list[Tensor]]
+    table: dict[str, Sizes]
+    """By name, the sizes of the table of compiled code."""
+    forms: Sequence[Sizes]
+    """Sizes, of which all forms are compiled: with one part and with several, and smaller than a tile."""
+
+
+def _mixture(sizes: Sizes, dtype: torch.dtype) -> list[Tensor]:
+    rows, components, dims = sizes
+    shapes = (rows, dims), (components, dims), (components, dims), (components,)
+    return [torch.empty(shape, dtype=dtype) for shape in shapes]
+
+
+def _samples(sizes: Sizes, dtype: torch.dtype) -> list[Tensor]:
+    return [torch.empty(sizes, dtype=dtype) for _ in range(3)]
+
+
+OBJECTIVES = {
+    "gaussian_mixture_log_prob": Objective(
+        F.gaussian_mixture_log_prob,
+        _mixture,
+        {"many": (2048, 2048, 10), "few": (100, 500, 64)},
+        [(3, 2, 1), (40, 3, 5), (3, 70, 5), (20000, 3, 5), (600, 600, 2)],
+    ),
+    "gaussian_mixture_log_prob_equal_weights": Objective(
+        lambda *tensors: F.gaussian_mixture_log_prob(*tensors),
+        lambda sizes, dtype: _mixture(sizes, dtype)[:3],
+        {},
+        [(3, 2, 1), (600, 600, 2)],
+    ),
+    "importance_weighted_bound": Objective(
+        F.importance_weighted_bound,
+        _samples,
+        {"many": (64, 1024), "long": (5000, 20)},
+        [(1, 1), (3, 40), (5000, 20), (64, 20000)],
+    ),
+}
+
+
+def in_directions(objective: Objective, sizes: Sizes, dtype: torch.dtype, needed: Sequence[int]) -> Iterator[Any]:
+    """Forward, and backward to the inputs with these numbers, as functions of nothing that follow each other."""
+    tensors = [t.requires_grad_(k in needed) for k, t in enumerate(objective.inputs(sizes, dtype))]
+    outputs: list[Tensor] = []
+
+    def forward() -> None:
+        result = objective.function(*tensors)
+        outputs.extend([result] if isinstance(result, Tensor) else result)
+
+    def backward() -> None:
+        upstream = [torch.ones_like(output) for output in outputs]
+        torch.autograd.grad(outputs, [tensors[k] for k in needed], upstream, allow_unused=True)
+
+    yield forward
+    if needed:
+        yield backward
+
+
+def subsets(objective: Objective, sizes: Sizes) -> Iterator[tuple[int, ...]]:
+    """The inputs that may need gradients."""
+    count = len(objective.inputs(sizes, torch.float32))
+    for n in range(count + 1):
+        yield from combinations(range(count), n)
