@@ -49,7 +49,7 @@ def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[object]
 
 
 def checksum(content: bytes | Path) -> str:
-    """The SHA-256 of bytes or of a file, as 64 hexadecimal digits. A file is read block by block. Raises ``OSError``."""
+    """The SHA-256 of bytes or of a file, as 64 hexadecimal digits. Reads a file in blocks. Raises ``OSError``."""
     digest = hashlib.sha256(b"" if isinstance(content, Path) else content)
     if isinstance(content, Path):
         with open(content, "rb") as file:

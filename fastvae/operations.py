@@ -163,7 +163,7 @@ class Operation:
         return formula
 
     def tensors_moved(self, direction: str) -> tuple[list[str], list[str]]:
-        """The names of the tensors of the event's size that the operation reads, and the names of those that it writes."""
+        """The names of the tensors of the event's size: those that the operation reads, and those that it writes."""
         read, written = self.formula(direction).split("->")
         return re.findall(r"\w+", read), re.findall(r"\w+", written)
 
@@ -484,7 +484,7 @@ def in_short(likelihood: Likelihood) -> str:
 
 
 def table(operations: Sequence[Operation], computes: bool) -> list[str]:
-    """The lines of the documentation's table of operations. ``computes`` adds a column that tells what each computes."""
+    """The lines of the documentation's table of operations. ``computes`` adds a column with what each computes."""
     titles = ["function", "computes", "launches, forward + backward", "bytes per float32 element, forward + backward"]
     rows = [titles, ["---"] * 4, *(_row(operation) for operation in operations if operation.computes)]
     return [f"| {' | '.join(row if computes else [row[0], *row[2:]])} |".replace(" --- ", "---") for row in rows]

@@ -107,7 +107,7 @@ def parse_settings(parser: Parser, settings: type[Settings]) -> tuple[Settings, 
 
 
 def flag_values(settings: Training, *, of_the_run: bool = False) -> dict[str, Any]:
-    """The value of each flag in JSON's types, by its name with _ for -. ``of_the_run``: only the flags of `take_over`."""
+    """Each flag's value in JSON's types, by its name with _ for -. ``of_the_run``: only the flags of `take_over`."""
     values = {
         known.flag or name: getattr(settings, name)
         for name, known in settings_of(settings)
@@ -257,7 +257,7 @@ def device_name(device: torch.device) -> str:
 
 
 def placed(images: Tensor, device: torch.device) -> Tensor:
-    """The images on the device, if they take at most a quarter of its free memory, because activations need the rest."""
+    """The images on the device, if they take at most a quarter of its free memory; activations need the rest."""
     if device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] / 4:
         return images
     return images.to(device)
@@ -323,7 +323,7 @@ def skipped_in_words(dataset: ImageDataset) -> str:
 
 
 def printable(text: str) -> str:
-    """The text on one line, without characters that a terminal cannot show, because names of files may hold any bytes."""
+    """The text on one line, without unprintable characters, because names of files may hold any bytes."""
     return "".join(sign if sign.isprintable() else "?" for sign in text)
 
 
