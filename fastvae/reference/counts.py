@@ -23,8 +23,8 @@ For t >= 1 `fastvae.kernels.counts` starts from t - 1, because log Gamma(t + d) 
     log Gamma(t + d) = (t + d - 1/2) log(t - 1 + d + c) - (t - 1 + d) + constant + p(1 / (t - 1 + d + c)).
 
 With this form the slope by the dispersion has no cancelling parts left at t = 1 and mean << 1 << d. Here, without it,
-the float32 error of the slope is up to 2e-6 t / d^2. Between 0 and 1, where there are no counts, the error of the value is about 1e-6 in
-both.
+the float32 error of the slope is up to 2e-6 t / d^2. Between 0 and 1, where there are no counts, the error of the value
+is about 1e-6 in both.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ with polynomials p and q that have no constant part. Therefore
     psi(t + d) - psi(d)             = log1p(t a) - (q(a) - q(b)) + sum_k t / ((d + k) (t + d + k))
 
 with 1 + v = prod_k (1 + t / (d + k)), k = 0 ... n - 1. The difference of a polynomial is (a - b) p[a, b] with
-a - b = t a b. Horner's rule, applied to its own steps, evaluates p[a, b]. Every part has the factor t, so no two large parts
-cancel.
+a - b = t a b. Horner's rule, applied to its own steps, evaluates p[a, b]. Every part has the factor t, so no two large
+parts cancel.
 """
 
 from __future__ import annotations
