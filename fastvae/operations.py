@@ -289,7 +289,7 @@ def _of_posterior() -> list[Operation]:
         backward="mu + logvar + z_grad -> mu_grad + logvar_grad",
         options={"reduction": "batchmean"},
         reductions=reductions,
-        computes="both",
+        computes="z and its divergence",
     )
     of_packed = replace(
         both,
@@ -297,7 +297,7 @@ def _of_posterior() -> list[Operation]:
         function="gaussian_sample_kl_packed",
         arguments=packed,
         gradients=packed,
-        computes="both, from [mu \\| logvar] along any dimension, without a copy",
+        computes="z and its divergence, from [mu \\| logvar] along any dimension, without a copy",
     )
     return [
         sample,
@@ -309,7 +309,7 @@ def _of_posterior() -> list[Operation]:
             launches={"forward": 2, "backward": 1},  # and a sum
             options={"free_bits": 0.5},
             reductions=("batchmean", "per_dimension"),
-            computes="the same, where each dimension counts as at least `free_bits`",
+            computes="the same; each dimension counts as at least `free_bits`",
         ),
         both,
         of_packed,
@@ -330,7 +330,7 @@ def _of_posterior() -> list[Operation]:
             kernels=of_dimensions,
             options={"reduction": "per_dimension", "free_bits": 0.5},
             reductions=("per_dimension", "batchmean"),
-            computes="the batch mean of each dimension, and at least `free_bits` of each",
+            computes="z, and the batch mean of each dimension's divergence, at least `free_bits`",
             measured=False,
         ),
     ]
