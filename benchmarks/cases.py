@@ -1,4 +1,4 @@
-"""What is measured: the public operations at three sizes, forward, and forward with backward."""
+"""The cases that are measured: the public operations at three sizes, forward, and forward with backward."""
 
 from __future__ import annotations
 

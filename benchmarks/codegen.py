@@ -1,26 +1,26 @@
-"""What the compiler makes of every kernel: registers, spills, shared memory, width of loads and stores, instructions.
+"""The compiled code of every kernel: registers, spills, shared memory, width of loads and stores, instructions.
 
     python benchmarks/codegen.py [--target sm_80 sm_90 sm_100 gfx942]    print the table
     python benchmarks/codegen.py --write       write it to benchmarks/codegen/triton-<version>.json, to be committed
     python benchmarks/codegen.py --check       compare with that file: what `tests/test_codegen.py` does
     python benchmarks/codegen.py --markdown    print the columns a person reads, as Markdown (sm_90 unless --target)
 
-Needs no GPU: the launches are recorded instead of made, and compiled ahead of time with the ptxas that Triton
-carries. Must run where TRITON_INTERPRET is not set, because the mode is fixed when a kernel is decorated.
+This needs no GPU. The launches are recorded instead of run, and compiled ahead of time with the ptxas that Triton
+contains. TRITON_INTERPRET must not be set, because the mode is fixed when a kernel is decorated.
 
-Instructions are counted in SASS (NVIDIA only), as they stand in the code of one thread: a loop counts once. Each is
-counted in one of five parts. Which one, follows from the source line that the compiler noted beside the instruction,
-and from what Triton's intermediate code makes on that line:
+Instructions are counted in SASS (NVIDIA only), in the code of one thread, so a loop counts once. Each instruction
+belongs to one of five parts. The part depends on the source line that the compiler noted for the instruction, and on
+Triton's intermediate code for that line:
 
 - body: lines that work on tensors of a whole tile; per element.
-- tails: lines that make the masks of those loads and stores; per element. (The zeros that masked loads start from
-  stand on the load's line, so they count in the body.)
+- tails: lines that compute the masks of those loads and stores; per element. (The initial zeros of masked loads are on
+  the load's line, so they count in the body.)
 - row sums: the reductions of `tl.sum`, before any ticket is drawn; per thread.
 - fixed: all other lines, which work on numbers and on one value per row: addresses, seeds, scales; per thread.
 - finishing: the ticket, and everything after it, which only the last program runs: the sum over programs; per thread.
 
-Comparing two tile sizes instead, slope and intercept, would measure code that is never run: another tile has other
-layouts, other vectors and other registers.
+A comparison of two tile sizes (slope and intercept) would measure code that never runs, because another tile has other
+layouts, vectors and registers.
 """
 
 from __future__ import annotations

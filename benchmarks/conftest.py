@@ -1,10 +1,11 @@
 """`pytest benchmarks/ --benchmark`: times every provider of every case, and writes a page, a figure and JSON.
 
-Without --benchmark each case runs once, small, and is judged against float64: a test of the benchmarks themselves.
+Without --benchmark each case runs once, at a small size, and is compared with float64. This tests the benchmarks
+themselves.
 
-pytest-benchmark times one test to its end before it starts the next; here all providers of a case are timed in turns,
-at the first of the case's tests, and each test hands its provider's times to pytest-benchmark. So its own options
-(--benchmark-json, --benchmark-compare, --benchmark-histogram, --benchmark-columns, ...) work as ever.
+pytest-benchmark finishes timing one test before it starts the next. Here the first test of a case times all providers
+alternately, and each test passes its provider's times to pytest-benchmark. The options of pytest-benchmark
+(--benchmark-json, --benchmark-compare, --benchmark-histogram, --benchmark-columns, ...) therefore work as usual.
 """
 
 from __future__ import annotations

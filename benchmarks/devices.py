@@ -1,8 +1,8 @@
-"""The clock, the memory meter and the launch counter of the device that is measured.
+"""The clock, the memory meter and the launch counter of the measured device.
 
-A CUDA device is timed in two ways. `call_seconds` is what a call takes in a loop of calls, the host's share included.
-`graph_seconds` is the kernels' share alone: calls on several input sets, captured in one CUDA graph, replayed after
-the L2 cache was filled with something else. A CPU has only the first.
+A CUDA device is timed in two ways. `call_seconds` is the time of a call in a loop of calls, including the host's time.
+`graph_seconds` is the time of the kernels alone: calls on several input sets are captured in one CUDA graph, which is
+replayed after the L2 cache was filled with other data. A CPU has only the first.
 """
 
 from __future__ import annotations

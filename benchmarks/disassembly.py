@@ -1,4 +1,4 @@
-"""Reading compiled code: what each instruction is for, how wide memory is accessed, where an offset may overflow."""
+"""Read compiled code: the purpose of each instruction, the width of memory accesses, and offsets that may overflow."""
 
 from __future__ import annotations
 

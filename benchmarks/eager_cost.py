@@ -1,12 +1,13 @@
-"""What the operations cost as users write them in eager PyTorch (`plain.py`), beside fastvae's: launches and bytes.
+"""Launches and bytes of the operations as users write them in eager PyTorch (`plain.py`), beside fastvae's.
 
     python benchmarks/eager_cost.py [--compile]
 
-prints a table as Markdown. Needs no GPU: it counts what autograd and PyTorch dispatch, forward and backward. A launch
-is an operation that is neither a view nor an allocation. Its bytes are those of the tensors that it is given and
-returns, each once; what a kernel reads twice, and the workspace of a sum, are not counted. fastvae's numbers are those
-of its list of operations, which `tests/test_launches.py` and `tests/test_traffic.py` hold. With `--compile` it has two
-columns more: the loops that torch.compile makes of the same code for a CPU, and the bytes that Inductor counts.
+prints a table as Markdown. It needs no GPU, because it counts the operations that autograd and PyTorch dispatch,
+forward and backward. A launch is an operation that is neither a view nor an allocation. Its bytes are those of the
+tensors that it reads and returns, each counted once. Second reads of a tensor and the workspace of a sum are not
+counted. fastvae's numbers come from its list of operations, which `tests/test_launches.py` and `tests/test_traffic.py`
+check. With `--compile` the table has two more columns: the loops that torch.compile generates for the same code on a
+CPU, and the bytes that Inductor counts.
 """
 
 from __future__ import annotations

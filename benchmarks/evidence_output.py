@@ -1,4 +1,4 @@
-"""What the output of each part of the evidence says: whether it passed, and what it found."""
+"""Read the output of each part of the evidence: whether it passed, and its results."""
 
 from __future__ import annotations
 

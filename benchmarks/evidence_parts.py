@@ -1,4 +1,4 @@
-"""The parts of the evidence: what runs together, in which order, and for how long at most."""
+"""The parts of the evidence: which run together, their order, and their time limits."""
 
 from __future__ import annotations
 

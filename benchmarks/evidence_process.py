@@ -1,4 +1,4 @@
-"""A part of the evidence as a process: its command and limit, started, asked to end, stopped, read."""
+"""Run a part of the evidence as a process: start its command, enforce its time limit, stop it and read its output."""
 
 from __future__ import annotations
 

@@ -2,17 +2,17 @@
 
     python benchmarks/gpu_evidence.py --out DIR [--data-dir MNIST] [--minutes 7] [--only NAME ...] [--skip NAME ...]
 
-Each part is a process of its own with a limit, so that a failure costs one part. Parts that are not timed run together,
-what is timed runs alone, and what says most comes first: every operation against float64, training on MNIST, NCCL, the
-headline benchmarks, compute-sanitizer, the tests on the device; then more seeds, the training step beside its rivals,
-hardware counters, host time, races. --minutes bounds one invocation. The same command again goes on: parts that passed
-with these sources are kept, the others run again; the tests that failed run again by name, first. --only and --skip
-choose parts by words of their names.
+Each part is a separate process with a time limit, so that a failure costs one part. Parts without timing run together,
+and timed parts run alone. The most important parts come first: every operation against float64, training on MNIST,
+NCCL, the headline benchmarks, compute-sanitizer and the tests on the device. Then follow more seeds, the training step
+beside its rivals, hardware counters, host time and races. --minutes limits one invocation. The same command again
+continues: parts that passed with these sources are kept, and the others run again, beginning with the tests that
+failed. --only and --skip choose parts by words of their names.
 
-Files in DIR, written after each part and each atomically: summary.md, to read; evidence.tgz, with everything else (the
-output of each part, the benchmarks, what train.py wrote without its checkpoints); evidence.json, from which the next
-invocation goes on. --deliver DIR copies the first two there as well. Each result says from which sources it is. A tool
-that is absent or that fails is recorded as such, never as a pass.
+These files in DIR are written after each part, each atomically: summary.md, to read; evidence.tgz, with everything else
+(the output of each part, the benchmarks, and train.py's files without its checkpoints); evidence.json, from which the
+next invocation continues. --deliver DIR also copies the first two there. Each result names the sources that it comes
+from. If a tool is absent or fails, this is recorded, and never counts as a pass.
 
 On a bare machine of 16 cores that was lent for minutes, without a network, with MNIST's files in .mnist/ and $OUT as
 the folder that is brought back (.evidence/ is ignored by git and stays, or is carried, between two commands):

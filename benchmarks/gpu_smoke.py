@@ -2,9 +2,9 @@
 
     python benchmarks/gpu_smoke.py [--device cpu] [--shard I/N]
 
-With --device cpu the kernels run on Triton's interpreter. Nearly all of the time is compilation, on one core: --shard
-runs every N-th check from number I on, so that N processes share the work. Each check stands alone, and prints one line
-when it ends. The exit code is 0 if all passed.
+With --device cpu the kernels run on Triton's interpreter. Nearly all of the time is compilation, on one core. --shard
+runs every N-th check from number I on, so that N processes can share the work. The checks are independent, and each
+prints one line when it ends. The exit code is 0 if all passed.
 """
 
 from __future__ import annotations

@@ -1,16 +1,15 @@
-"""What fastvae costs the host: its import, and each call.
+"""The time of fastvae on the host: of its import, and of each call.
 
     python benchmarks/host_time.py [--device cpu|cuda] [--rounds 100] [--json PATH]
 
-Calls are measured on tiny tensors: the checks, the choice of backend, autograd, the reservation of noise, the
-allocation of results, and the launches, which are never waited for. They are printed beside the eager operations that
-they replace (`plain.py` on the same tensors), measured in turn with them, and judged by the ratio: the
-microseconds are those of this machine.
+Calls are measured on tiny tensors. Their time includes the checks, the choice of backend, autograd, the reservation of
+noise, the allocation of results, and the launches, but not the kernels. It is printed beside the time of the eager
+operations that they replace (`plain.py` on the same tensors), which is measured alternately. Compare the ratios,
+because the microseconds depend on the machine.
 
-On a CPU a stand-in for the driver (`stand_in.py`) launches nothing, and eager times include what the CPU computes on a
-hundred numbers. What is missing there on both sides is the driver's own share of a launch: on CUDA it comes once on top
-of each fused call and of each fused backward, and on top of every one of the operations that eager PyTorch makes of
-them.
+On a CPU a stand-in for the driver (`stand_in.py`) launches nothing, and eager times include the computation of a
+hundred numbers. Neither side includes the driver's time for a launch. On CUDA this time is added once for each fused
+call and each fused backward, and once for every eager operation that they replace.
 """
 
 from __future__ import annotations

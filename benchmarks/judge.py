@@ -1,4 +1,4 @@
-"""Whether a provider computed what it should have: it is judged against float64 before it is timed."""
+"""Check the results of a provider against float64 before it is timed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The launches that fastvae makes, recorded instead of made, and compiled ahead of time."""
+"""Record the launches of fastvae instead of running them, and compile them ahead of time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""One subject, all providers: judged first, then timed in turns, so that a change of clock or load meets all alike."""
+"""Measure all providers of one case. They are checked first and then timed alternately, so that changes of clock or
+load affect all of them.
+"""
 
 from __future__ import annotations
 

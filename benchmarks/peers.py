@@ -1,11 +1,12 @@
-"""Likelihoods on the CPU beside what their users have: the time and the peak memory of a loss and its gradients.
+"""Likelihoods on the CPU beside other libraries' code: the time and the peak memory of a loss and its gradients.
 
     python benchmarks/peers.py [NAME ...] [--threads N] [--rounds 15] [--compile]
 
-The peers are scvi-tools' `log_nb_positive` and `log_zinb_positive`, torch.distributions, and a mixture of logistics as
-PixelCNN++ and VDVAE have it. Times are taken in turns in one process: of each provider the least, and the median of the
-rounds' ratios to fastvae. With one thread it is CPU time, which other programs disturb less. The memory is by how much
-resident memory grows, in a process for each provider. With --compile both are measured under torch.compile too.
+The peers are scvi-tools' `log_nb_positive` and `log_zinb_positive`, torch.distributions, and the mixture of logistics
+of PixelCNN++ and VDVAE. The providers are timed alternately in one process. The table has the least time of each, and
+the median over the rounds of the ratio to fastvae. With one thread the times are CPU times, because other programs
+disturb them less. The memory is the growth of the resident memory, in a separate process for each provider. With
+--compile both are also measured under torch.compile.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The operations as users write them in PyTorch: what fastvae is measured against.
+"""The operations as users write them in PyTorch, the baseline of the measurements.
 
-They are fastvae's specification but for a few likelihoods. That of `SigmoidMSE` takes five operations more, so that
-pixels whose sigmoid rounds to 1 keep their gradients, and that of `Bernoulli` more than torch's own function, so that
-small losses do not cancel. A baseline must not pay for either. The likelihoods of counts are those of scvi-tools
-(`log_nb_positive` and `log_zinb_positive` of scvi-tools 1.x).
+They are fastvae's specification except for a few likelihoods. The specification of `SigmoidMSE` needs five more
+operations, so that pixels whose sigmoid rounds to 1 keep their gradients. The specification of `Bernoulli` needs more
+operations than torch's own function, so that small losses do not cancel. A baseline must not pay for either. The
+likelihoods of counts are those of scvi-tools (`log_nb_positive` and `log_zinb_positive` of scvi-tools 1.x).
 """
 
 from __future__ import annotations

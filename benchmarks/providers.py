@@ -1,4 +1,4 @@
-"""Who computes a case: PyTorch as users call it, and fastvae."""
+"""The providers that compute a case: PyTorch as users call it, and fastvae."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The results of a benchmark run: benchmarks.json, benchmarks.md and benchmarks.png, each written atomically.
 
-python benchmarks/report.py DIR    # makes the page and the figure again, from DIR/benchmarks.json
+python benchmarks/report.py DIR    # writes the page and the figure again, from DIR/benchmarks.json
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     compute-sanitizer --tool memcheck python benchmarks/small_calls.py
     ncu --profile-from-start off ... python benchmarks/small_calls.py --elements 16777216
 
-Sizes are odd, so that every tile has an edge, and there are one and several tiles. With --elements each operation runs
-once at that size, after a call that compiles it, and only the second is profiled.
+Sizes are odd, so that every tile has an edge, and there are cases with one tile and with several. With --elements each
+operation runs at that size twice. The first call compiles it, and only the second is profiled.
 """
 
 from __future__ import annotations

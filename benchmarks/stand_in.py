@@ -1,7 +1,7 @@
-"""A stand-in for the driver of an H200: Triton compiles for it and prepares every launch, and nothing is launched.
+"""A stand-in for the driver of an H200. Triton compiles for it and prepares every launch, but nothing is launched.
 
-What it is for: launches of CPU tensors, up to where the driver would take over, on a machine without a GPU. Only where
-TRITON_INTERPRET is not set.
+It measures launches of CPU tensors, up to the call of the driver, on a machine without a GPU. TRITON_INTERPRET must not
+be set.
 """
 
 from __future__ import annotations

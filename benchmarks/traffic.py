@@ -2,12 +2,12 @@
 
     python benchmarks/traffic.py
 
-prints, for each operation in each direction, what one element costs: bytes read, bytes written, and what they should
-come to by the formula beside them, which names the tensors that must be read and written. The rest, up to a few per
-cent, are sums, partial sums, tickets, the noise's seed and scalar arguments.
+prints for each operation and direction the bytes read and written per element, and the expected bytes by a formula,
+which names the tensors that must be read and written. The remainder, up to a few per cent, consists of sums, partial
+sums, tickets, the noise's seed and scalar arguments.
 
-Needs no GPU. What is counted is what the kernels ask for, lane by lane: the active lanes of each load, store and atomic
-of a kernel, times their size. Caches may make it less on a card, and partial sectors more.
+This needs no GPU. It counts the accesses of the kernels, lane by lane: the active lanes of each load, store and atomic,
+times their size. On a card caches may reduce the traffic, and partial sectors may increase it.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
-"""The example's training from start to end by one provider: the time of all epochs, and the loss of the last.
+"""Train the example from start to end with one provider, and report the time of all epochs and the loss of the last.
 
     python benchmarks/train_epochs.py PROVIDER [--data-dir DIR] [--epochs 30] [--seeds 0 ...] [--json PATH]
 
 PROVIDER is textbook, eager, compile or fused, as in `training_step`; or fused-graph, the steps of `fastvae.training`
-(on a CPU without a graph). MNIST where its files are in DIR, else the digits that come with scikit-learn. Shuffling is
-counted; compilation, capture and evaluation are not: an epoch runs before the clock does. With several seeds, training
-starts anew with each; the times are those of the first.
+(on a CPU without a graph). The data are MNIST if its files are in DIR, else the digits that come with scikit-learn. The
+time includes shuffling. It does not include compilation, capture and evaluation, because one epoch runs before the
+clock starts. With several seeds training starts again with each; the times are those of the first.
 
-benchmarks/reference_losses.json holds what eager PyTorch reached in float32 on a CPU in 30 epochs of MNIST, by seed.
+benchmarks/reference_losses.json holds the losses, by seed, of eager PyTorch in float32 on a CPU after 30 epochs of
+MNIST.
 """
 
 from __future__ import annotations

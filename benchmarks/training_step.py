@@ -1,11 +1,11 @@
 """The whole training step of the example: forward, backward and Adam's update on a batch of 128 images.
 
-Each provider gets what a user would give it: images as bytes on the device, channels_last, TF32, cuDNN's search for
-the best algorithm, the fused Adam. `eager` is PyTorch's own loop with fastvae's specification; `compile` is the loss
-compiled as a whole, its backward with it, and the fused update after it; `compile-nchw` is the same in torch's default
-memory format, because the compiler copies what goes into a channels_last layer with one output channel. Only `textbook`
-has nothing of it: the step as tutorials write it, on float images in torch's default memory format, with Adam as it
-comes.
+Each provider gets the settings that a user would choose: images as bytes on the device, channels_last, TF32, cuDNN's
+search for the best algorithm, and the fused Adam. `eager` is PyTorch's own loop with fastvae's specification. `compile`
+compiles the whole loss with its backward, and runs the fused update after it. `compile-nchw` is the same in torch's
+default memory format, because the compiler copies the input of a channels_last layer with one output channel.
+`textbook` has none of these settings. It is the step as tutorials write it, on float images in torch's default memory
+format, with the default Adam.
 """
 
 from __future__ import annotations

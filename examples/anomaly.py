@@ -1,14 +1,15 @@
-"""Find the images that a trained VAE explains worse than those it was trained on.
+"""Find the images that a trained VAE explains worse than those that it was trained on.
 
-    python examples/anomaly.py runs/mnist-...          which test images stand out
-    python examples/anomaly.py RUN --against digits    how well the images of another dataset are told apart
-    python examples/anomaly.py RUN --normal 0 1 2      how well other labels are, by a model trained on these alone
-    python examples/anomaly.py RUN                     the same, of a run that train.py --labels 0 1 2 made
+    python examples/anomaly.py runs/mnist-...          find unusual test images
+    python examples/anomaly.py RUN --against digits    treat the images of another dataset as anomalies
+    python examples/anomaly.py RUN --normal 0 1 2      treat other labels as anomalies
+    python examples/anomaly.py RUN                     the same, if train.py --labels 0 1 2 wrote the run
 
-RUN is a folder that train.py wrote, or a checkpoint file. An image is flagged whose score is above the threshold: a
-percentile of the scores of the training images, with --normal of those of its labels. Normal test images may be flagged
-more often than that percentile says, as the model has not seen them; the counts are given. Ctrl-C leaves no
-half-written file; its exit code is 130. What the user can put right ends in one line and exit code 2.
+RUN is a folder that train.py wrote, or a checkpoint file. An image is flagged if its score is above the threshold.
+The threshold is a percentile of the training images' scores, with --normal of those with these labels. Normal test
+images may be flagged more often than the percentile says, because the model has not seen them; the program prints the
+counts. Ctrl-C leaves no half-written file; the exit code is 130. Errors that the user can fix end with one line and
+exit code 2.
 
 Files in --out, each written atomically; those of an earlier call are removed first:
     anomaly.json            threshold, counts, and with --against or --normal the area under the curve

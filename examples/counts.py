@@ -1,17 +1,18 @@
-"""Train a VAE on counts, of molecules in simulated cells, and compare its likelihood with Poisson's.
+"""Train a VAE on counts of molecules in simulated cells, and compare its likelihood with Poisson's.
 
     python examples/counts.py                      zero-inflated negative binomial, about a minute on two cores
     python examples/counts.py --likelihood nb      negative binomial
 
-The cells are drawn here: of a few types, which differ in some of their genes; each with a number of molecules of its
-own; with counts that vary more than their mean, and some that were missed. The VAE is not told the types. Its encoder
-sees log(1 + counts), its decoder gives each gene's share of a cell's molecules, and every gene has a dispersion. The
-same VAE with a Poisson likelihood, and a Poisson likelihood with one share per gene for all cells, are beside it.
+The program simulates cells of a few types, which differ in some of their genes. Each cell has its own number of
+molecules. The variance of a count is larger than its mean, and some counts are missed. The VAE does not see the types.
+Its encoder reads log(1 + counts), its decoder returns each gene's share of a cell's molecules, and every gene has a
+dispersion. It is compared with the same VAE with a Poisson likelihood, and with a Poisson likelihood that has one share
+per gene for all cells.
 
 On a CUDA device every step runs the fused operations, elsewhere plain PyTorch.
 
 Files in --out, each written atomically:
-    latent_map.png    the posteriors' means of the test cells, coloured by type
+    latent_map.png    the means of the test cells' posteriors, coloured by type
     summary.json      every number that is printed, with settings and versions
 """
 

@@ -1,21 +1,21 @@
-"""Measure what a trained VAE is worth, on the test images of the dataset it was trained on.
+"""Measure a trained VAE on the test images of the dataset that it was trained on.
 
     python examples/evaluate.py runs/mnist-...            writes into runs/mnist-.../evaluation
     python examples/evaluate.py RUN --dataset digits      on images of another dataset of the same shape
 
-RUN is a folder that train.py wrote, or a checkpoint file. Ctrl-C leaves no half-written file; its exit code is 130.
-What the user can put right ends in one line and exit code 2.
+RUN is a folder that train.py wrote, or a checkpoint file. Ctrl-C leaves no half-written file; the exit code is 130.
+Errors that the user can fix end with one line and exit code 2.
 
-Bounds are of log p(x) in nats per image, under the model's likelihood. By default that is a Gaussian of variance 1
-around each pixel, with its constant: a density of pixels in [0, 1]. Compare bounds between models of one likelihood
-only. Where p(x) is a probability, bounds are given in bits per dimension too, because these are a code length: of the
+Bounds are of log p(x) in nats per image, under the model's likelihood. The default likelihood is a Gaussian of variance
+1 around each pixel, with its constant: a density of pixels in [0, 1]. Compare bounds only between models with the same
+likelihood. If p(x) is a probability, bounds are also given in bits per dimension, because these are a code length: of
 bytes with DiscretizedLogistic, of binary images with Bernoulli.
 
 Files in --out, each written atomically; those of an earlier evaluation are removed first:
     evaluation.json            every number below, with settings and versions
     images.csv                 a row for each image: label, mean squared error, bounds
     error_histogram.png        the mean squared error of each image, with z = mu
-    kl_per_dimension.png       the divergence of each latent dimension, and which are active
+    kl_per_dimension.png       the divergence of each latent dimension; active ones are coloured
     worst_reconstructions.png  the images with the largest error, largest first; not of tables and signals
 """
 

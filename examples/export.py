@@ -1,18 +1,18 @@
-"""Write what a run learned into files for use elsewhere.
+"""Export a trained model to files for use elsewhere.
 
     python examples/export.py RUN               RUN: a run's folder, or a checkpoint.pt or model.safetensors
     python examples/export.py RUN --out DIR     write into DIR instead of the folder of RUN
 
-Files, each written atomically, and only after what it computes was compared with the model; those of an earlier export
-are removed first:
-    model.safetensors    the weights; fastvae.load("model.safetensors") gives the model back
+Files of an earlier export are removed first. Each file is written atomically, after its results were compared with the
+model's:
+    model.safetensors    the weights; fastvae.load("model.safetensors") returns the model
     encoder.onnx         images [B, C, H, W] in [0, 1] -> mu and logvar, [B, K] each
     decoder.onnx         z [B, K] -> images [B, C, H, W] in [0, 1]
     decoder.pt2          the same for torch.export.load("decoder.pt2").module(), which needs no fastvae
 
-A file whose package is not installed is left out, and named at the end with the command that installs it; decoder.pt2
-needs torch alone. What the user can put right ends in one line and exit code 2, an exported model that computes
-something else in exit code 1.
+If the package for a file is not installed, the file is left out. The program names it at the end, with the command that
+installs the package. decoder.pt2 only needs torch. Errors that the user can fix end with one line and exit code 2. The
+exit code is 1 if an exported model computes another result.
 """
 
 from __future__ import annotations

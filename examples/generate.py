@@ -1,17 +1,17 @@
-"""Pictures of what a trained VAE makes: samples, interpolations, latent traversals and a map of the latents.
+"""Write pictures from a trained VAE: samples, interpolations, latent traversals and a map of the latents.
 
     python examples/generate.py runs/mnist-...                  writes into runs/mnist-.../generated
-    python examples/generate.py RUN --between 3 18 --around 3   of test images by their numbers
+    python examples/generate.py RUN --between 3 18 --around 3   choose test images by number
 
-RUN is a folder that train.py wrote, or a checkpoint file. Ctrl-C leaves no half-written file; its exit code is 130.
-What the user can put right ends in one line and exit code 2.
+RUN is a folder that train.py wrote, or a checkpoint file. Ctrl-C leaves no half-written file; the exit code is 130.
+Errors that the user can fix end with one line and exit code 2.
 
 Files in --out, each written atomically; those of an earlier call are removed first:
     generated.png       64 images decoded from z ~ N(0, I)
-    interpolations.png  from a test image to another: decoded from the line between their posteriors' means
-    traversals.png      one latent dimension at a time goes from -3 to 3, the one with the largest divergence first
-    latent_map.png      the posteriors' means of the test images, coloured by label where there are labels: the latents
-                        themselves where there are two, else their first two principal components
+    interpolations.png  from a test image to another, decoded from the line between the means of their posteriors
+    traversals.png      one latent dimension at a time goes from -3 to 3; the largest divergence comes first
+    latent_map.png      the means of the test images' posteriors, coloured by label if there are labels: two latents
+                        themselves, or the first two principal components of more
 """
 
 from __future__ import annotations

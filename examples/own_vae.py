@@ -1,9 +1,9 @@
-"""A VAE of your own, trained by fastvae's loop: any encoder and decoder, here fully connected ones.
+"""Train your own encoder and decoder by fastvae's loop. Here both are fully connected.
 
     python examples/own_vae.py [--epochs 40]
 
-On a CUDA device the loop runs the fused operations inside CUDA graphs, elsewhere plain PyTorch. Writes
-runs/own_vae.png: 64 images decoded from z ~ N(0, I).
+On a CUDA device the loop runs the fused operations inside CUDA graphs, elsewhere plain PyTorch. The
+program writes runs/own_vae.png with 64 images decoded from z ~ N(0, I).
 """
 
 from __future__ import annotations

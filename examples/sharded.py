@@ -1,8 +1,8 @@
-"""A VAE whose weights do not fit on one device: each process keeps a part of them (`fully_shard`, PyTorch's FSDP2).
+"""A VAE whose weights do not fit on one device. Each process has a part of them (`fully_shard`, PyTorch's FSDP2).
 
     torchrun --nproc-per-node=2 examples/sharded.py [--steps 100]
 
-On machines with CUDA devices each process has one of them, elsewhere a CPU.
+Each process uses one CUDA device if there are any, else the CPU.
 """
 
 from __future__ import annotations

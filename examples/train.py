@@ -1,25 +1,25 @@
-"""Train a convolutional VAE, on handwritten digits or images of one's own, and show what it learned.
+"""Train a convolutional VAE on handwritten digits or your own data, and write pictures of the results.
 
     python examples/train.py                    scikit-learn's bundled digits on a CPU, MNIST on a CUDA device
     python examples/train.py --dataset mnist    MathWorks' example: 30 epochs in batches of 128
     python examples/train.py --data-dir DIR     pictures of your own, of any format and size
     python examples/train.py --data-dir F.csv   a table of your own; --dataset signal: signals
-    python examples/train.py --labels 0 1 2     some of the classes alone, as anomaly.py can use
-    python examples/train.py --likelihood gaussian     pixels with a mean and a variance of their own
-    python examples/train.py --resume DIR       go on with the run in DIR, as if it had not stopped
+    python examples/train.py --labels 0 1 2     only some of the classes, for anomaly.py
+    python examples/train.py --likelihood gaussian     a mean and a variance for each pixel
+    python examples/train.py --resume DIR       continue the run in DIR, as if it had not stopped
     torchrun --nproc-per-node=N examples/train.py     in N processes, each with its GPU and its part of every batch
 
-Ctrl-C ends training after the current step; the model is still evaluated, everything is written, and the exit code is 0
-("interrupted" in summary.json is true). A second Ctrl-C aborts, with exit code 130. What the user can put right ends in
-one line and exit code 2, a loss that diverges in exit code 1.
+Ctrl-C ends training after the current step. The model is still evaluated, all files are written, and the exit code is 0
+("interrupted" in summary.json is true). A second Ctrl-C aborts with exit code 130. Errors that the user can fix end
+with one line and exit code 2. The exit code is 1 if the loss diverges.
 
-Files in --out, each written atomically; those of an earlier run are removed first. A run that finds another at work in
-its folder ends without touching it:
+Files in --out are written atomically. Those of an earlier run are removed first. If another run uses the folder, the
+program ends and changes nothing:
     metrics.csv            a row for each epoch: losses in nats per image, seconds since training began
     checkpoint.pt          the model and the state of its training, written every --checkpoint-every epochs and at the
-                           end; checkpoint.previous.pt is the one before
-    checkpoint.best.pt     with --patience: that of the epoch with the smallest test loss
-    tensorboard/           losses, images and latents of each epoch, where tensorboard is installed
+                           end; checkpoint.previous.pt is the checkpoint before it
+    checkpoint.best.pt     with --patience: the checkpoint of the epoch with the smallest test loss
+    tensorboard/           losses, images and latents of each epoch, if tensorboard is installed
     loss.png               the losses over the epochs
     reconstructions.png    test images and their reconstructions
     error_histogram.png    the reconstruction error of each test image

@@ -47,17 +47,17 @@ def load(path: str | os.PathLike[str]) -> VAE: ...
 @overload
 def load(path: str | os.PathLike[str], model: Model | type[Model]) -> Model: ...
 def load(path: str | os.PathLike[str], model: VAE | type[VAE] | None = None) -> VAE:
-    """The model of a run: of its folder, or of its checkpoint.pt, see `fastvae.training.write_checkpoint`; or of a file
-    whose name ends in .safetensors, see `fastvae.export.write_safetensors`.
+    """Load a trained model from the folder of a run, from its checkpoint.pt (see `fastvae.training.write_checkpoint`),
+    or from a file whose name ends in .safetensors (see `fastvae.export.write_safetensors`).
 
-    A file builds fastvae's own models, such as `ConvVAE`. For one of your own give ``model``: any model of the same
-    layers, of which a copy gets the file's weights; or its class, if its models have an attribute ``settings``, a dict
-    of the arguments that the class is called with.
+    A file is enough to build fastvae's own models, such as `ConvVAE`. For a model of your own pass ``model``. It is a
+    model with the same layers; it is copied, and the copy gets the file's weights. Or it is a class whose models have
+    an attribute ``settings``, a dict of the arguments of the class.
 
-    Of a run that kept a moving average of the weights, the model has the average. It is on the CPU, in evaluation mode,
-    and has the dtypes that it was written with. Raises ``OSError`` where there is no such file, and ``ValueError``
-    where it holds no such model or is damaged, where ``model`` is needed or does not fit, or where the likelihood is
-    your own and not imported yet.
+    If the run kept a moving average of the weights, the model has the average. The model is on the CPU, in evaluation
+    mode, with the dtypes that it was saved with. Raises ``OSError`` if there is no such file. Raises ``ValueError`` if
+    the file holds no model or is damaged, if ``model`` is needed or does not fit, or if the module of your own
+    likelihood is not imported yet.
     """
     path = Path(path)
     found: VAE

@@ -24,7 +24,7 @@ _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 class Backend(NamedTuple):
-    """The path a call takes: ``name`` is "triton" or "reference", ``reason`` says why in words."""
+    """The path that a call takes. ``name`` is "triton" or "reference"; ``reason`` is the reason in words."""
 
     name: str
     reason: str
@@ -48,12 +48,11 @@ _requested = [_checked(os.environ.get("FASTVAE_BACKEND", "auto"), "environment v
 class use_backend:
     """Choose the backend inside a ``with`` block: "triton", "reference" or "auto".
 
-    Works outside and inside a function compiled by torch.compile. Asking for "triton" where it cannot run makes the
-    operations raise ``RuntimeError`` saying what is missing; but where torch must see the operations, in torch.func
-    transforms inside torch.compile, in torch.jit.trace and in torch.onnx.export, they are the specification on every
-    choice. The choice is
-    process-wide, as is torch's own backend selection: where several threads are in such blocks, the one that was
-    entered last holds for all, and none holds when all have left.
+    It works outside and inside a function compiled by torch.compile. If "triton" cannot run, the operations raise
+    ``RuntimeError`` and name what is missing. In torch.func transforms inside torch.compile, in torch.jit.trace and in
+    torch.onnx.export every choice runs the specification, because torch must see the single operations. The choice
+    applies to the whole process, as torch's own backend selection does. If several threads are in such blocks, the
+    block that was entered last applies to all threads, until all have left.
     """
 
     def __init__(self, name: str) -> None:
@@ -94,26 +93,27 @@ def _obstacle(tensor: torch.Tensor) -> str | None:
 
 
 def backend_for(tensor: torch.Tensor) -> Backend:
-    """The backend an operation on ``tensor`` takes now, and the reason in words.
+    """The backend that an operation on ``tensor`` takes now, and the reason in words.
 
-    Raises ``RuntimeError`` if "triton" was asked for and cannot run on this tensor, saying what is missing. "auto"
-    takes Triton on CUDA devices where it can run, and the reference everywhere else: it never fails for lack of a GPU.
-    Inside torch.compile "auto" leaves the losses of images to the compiler, see `choose`.
+    Raises ``RuntimeError`` if "triton" was asked for and cannot run on this tensor; the message names what is missing.
+    "auto" takes Triton on CUDA devices if it can run there, and the reference everywhere else, so it never fails
+    without a GPU. Inside torch.compile "auto" lets the compiler generate the losses, see `choose`.
     """
     return choose(tensor, inductor_fuses=False)
 
 
 def choose(tensor: torch.Tensor, inductor_fuses: bool) -> Backend:
-    """`backend_for` of one operation. ``inductor_fuses`` says that torch.compile makes of its specification what is at
-    least as good as the fused operation, which it can fuse with nothing.
+    """`backend_for` for one operation. ``inductor_fuses``: under torch.compile use the specification, because Inductor
+    can fuse it with its neighbours and cannot fuse our kernel.
 
-    Read in the code generated for sm_90 by torch 2.11 and 2.13, of the example's training step; launches forward and
-    backward, with those of neighbours that the choice changes:
+    The following was read from the code that torch 2.11 and 2.13 generate for sm_90 and the example's training step. It
+    counts launches forward and backward, including those of neighbouring operations that the choice changes:
         loss: specification 4 + 3, fused 5 + 5, of equal bytes. Of images of 32x32, 3 + 2 and 5 + 5, and a quarter fewer
             bytes: the bias, the squared error and the bias's gradient become one pass.
         sampling and divergence: specification 2 + 1, fused 2 + 2, of equal bytes. Of latents [16, 4, 64, 64], 4 + 1 and
             3 + 1, and 14.7 against 8.4 MB, because the compiler stores the noise.
-    So sampling stays fused: its noise is not stored, nor drawn anew where activations are computed again.
+    Sampling therefore stays fused: its noise is not stored, and not drawn a second time when activations are
+    recomputed.
     """
     requested = _requested[0]
     if requested == "reference":

@@ -1,14 +1,16 @@
-"""Models for use elsewhere: their weights as safetensors, their halves as ONNX and as programs of `torch.export`.
+"""Export models for use elsewhere: weights as safetensors, and encoder and decoder as ONNX or as programs of
+`torch.export`.
 
-    write_safetensors(path, model)              fastvae.load(path) gives the model back
+    write_safetensors(path, model)              fastvae.load(path) returns the model
     write_onnx(path, Encoder(model))            images [B, C, H, W] in [0, 1] -> mu, logvar, [B, K] each
     write_onnx(path, Decoder(model))            z [B, K] -> images [B, C, H, W], the likelihood's means
     write_program(path, Decoder(model))         torch.export.load(path).module()(z), without fastvae
 
-Of a model of your own: fastvae.load(path, model), Encoder(model, some data), and of a conditional one
-Encoder(model, some data, their conditions), Decoder(model, conditions).
+For a model of your own use fastvae.load(path, model) and Encoder(model, some data). For a conditional model use
+Encoder(model, some data, their conditions) and Decoder(model, conditions).
 
-Batches may have any size. Everything is float32. What is written is first run, and compared with the model.
+Batches may have any size. Everything is float32. Before a file is written, the exported program is run and compared
+with the model.
 """
 
 from __future__ import annotations
@@ -40,14 +42,15 @@ _UNSEALED = "0" * 64
 
 
 class Encoder(nn.Module):
-    """(mu, logvar), [B, K] each, of data [B, ...]: a float32 copy of the model's encoder on the CPU.
+    """A float32 copy of the model's encoder on the CPU, which returns (mu, logvar), [B, K] each, for data [B, ...].
 
     Args:
-        data: some samples [N, ...], which show the shape, and on which the exported encoder is compared with this one;
-            None: numbers drawn from [0, 1], of a model with a ``data_shape``, the shape of one sample.
-        condition: of a conditional model, that of each sample.
+        data: some samples [N, ...]. They give the shape, and the exported encoder is compared with this one on them.
+            With None the samples are random numbers in [0, 1], if the model has a ``data_shape``, the shape of one
+            sample.
+        condition: the condition of each sample, for a conditional model.
 
-    Raises ``ValueError`` where data are needed, or the condition has not as many rows.
+    Raises ``ValueError`` if data are needed, or if the condition has another number of rows.
     """
 
     output_names = ("mu", "logvar")
@@ -72,9 +75,9 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Data [B, ...] of z, the likelihood's means: a float32 copy of the model's decoder on the CPU.
+    """A float32 copy of the model's decoder on the CPU, which returns the likelihood's means [B, ...] for z.
 
-    condition: of a conditional model, some conditions [N, ...], which show its shape.
+    condition: for a conditional model some conditions [N, ...], which give the shape.
     """
 
     def __init__(self, model: VAE, condition: Tensor | None = None) -> None:
@@ -95,12 +98,12 @@ class Decoder(nn.Module):
 def write_onnx(path: str | os.PathLike[str], half: Encoder | Decoder) -> float | None:
     """Write ONNX (operator set 20), with named inputs and outputs whose first dimension is "batch".
 
-    Returns what `half` and onnxruntime differ by at most, |difference| / (1 + |value|), and None where onnxruntime is
-    not installed.
+    Returns the largest difference between `half` and onnxruntime, |difference| / (1 + |value|), or None if onnxruntime
+    is not installed.
 
     Raises:
         ImportError: onnxscript, which torch's exporter needs, is not installed.
-        RuntimeError: onnxruntime computes something else than the model; nothing is written.
+        RuntimeError: onnxruntime's result differs from the model's; nothing is written.
         OSError: the file cannot be written.
     """
     if importlib.util.find_spec("onnxscript") is None:
@@ -135,10 +138,10 @@ def write_onnx(path: str | os.PathLike[str], half: Encoder | Decoder) -> float |
 
 
 def write_program(path: str | os.PathLike[str], half: Encoder | Decoder) -> float:
-    """Write a program for ``torch.export.load(path).module()``, which takes and gives what `half` does.
+    """Write a program for ``torch.export.load(path).module()``, which has the inputs and outputs of `half`.
 
-    Returns what the two differ by at most, as `write_onnx`. Raises ``RuntimeError`` where that is too much, before
-    anything is written, and ``OSError``.
+    Returns the largest difference between the two, as `write_onnx` does. Raises ``RuntimeError`` before anything is
+    written if the difference is too large, and ``OSError``.
     """
     buffer = io.BytesIO()
     torch.export.save(_traced(half), buffer)
@@ -151,13 +154,13 @@ def write_program(path: str | os.PathLike[str], half: Encoder | Decoder) -> floa
 
 
 def write_safetensors(path: str | os.PathLike[str], model: VAE) -> None:
-    """The model's weights, bit for bit and under their names in its state_dict, with its class, its settings (see
-    `fastvae.training.write_checkpoint`) and its likelihood as metadata, and a checksum: "sha256", of the file with 64
-    zeros in its place.
+    """Write the model's weights, bit for bit and under their names in its state_dict. The metadata hold the model's
+    class, its settings (see `fastvae.training.write_checkpoint`), its likelihood, and a checksum: "sha256", of the file
+    with 64 zeros in its place.
 
-    Raises ``ImportError`` where safetensors is not installed, ``OSError``, ``ValueError`` for a ConvVAE that its
-    settings do not build, because a layer was replaced, and ``TypeError`` for what is no VAE, or settings that no file
-    can hold.
+    Raises ``ImportError`` if safetensors is not installed, ``OSError``, ``ValueError`` for a ConvVAE that its settings
+    cannot build, because a layer was replaced, and ``TypeError`` if the model is not a VAE or a file cannot hold its
+    settings.
     """
     try:
         from safetensors.torch import save
@@ -180,12 +183,11 @@ def write_safetensors(path: str | os.PathLike[str], model: VAE) -> None:
 
 
 def read_safetensors(path: str | os.PathLike[str], model: VAE | type[VAE] | None = None) -> VAE:
-    """The model that `write_safetensors` wrote, on the CPU; ``model`` as in `fastvae.load`.
+    """Read the model that `write_safetensors` wrote. It is on the CPU; ``model`` is as in `fastvae.load`.
 
-    Raises ``ImportError`` where safetensors is not installed, ``OSError`` where there is no such file, and
-    ``ValueError`` where it does not hold such a model, or is damaged: its checksum is another one (files that were
-    written before there was one have none); where ``model`` is needed or does not fit; or where the module of its
-    likelihood, which the error names, is to be imported first.
+    Raises ``ImportError`` if safetensors is not installed, and ``OSError`` if there is no such file. Raises
+    ``ValueError`` if the file holds no such model, if its checksum is wrong (older files have none), if ``model`` is
+    needed or does not fit, or if the module of its likelihood, which the error names, must be imported first.
     """
     try:
         from safetensors import safe_open

@@ -15,10 +15,10 @@ from typing import BinaryIO
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that takes the place of ``path`` when the block ends, and vanishes if it raises.
+    """A binary file that replaces ``path`` when the block ends, and is removed if the block raises.
 
-    So readers, and runs that are killed, see the old content or the new, never a part of it. Raises ``OSError``, which
-    names ``path``, also where the block could not write, because the disk is full.
+    Readers therefore see the old content or the new content, never a part of it, even if the process is killed. Raises
+    ``OSError``, which names ``path``, also if the block cannot write because the disk is full.
     """
     # A name of its own, so that processes writing at the same time do not write into each other's file.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
@@ -37,7 +37,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
-    """A CSV file, complete or absent. None is an empty field; floats have the seven digits that float32 holds."""
+    """Write a CSV file, which is either complete or absent. None becomes an empty field. Floats have the seven digits
+    of float32.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
@@ -47,7 +49,7 @@ def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[object]
 
 
 def checksum(content: bytes | Path) -> str:
-    """The SHA-256, 64 hexadecimal digits, of bytes or of a file, which is read block by block. Raises ``OSError``."""
+    """The SHA-256 of bytes or of a file, as 64 hexadecimal digits. Reads a file in blocks. Raises ``OSError``."""
     digest = hashlib.sha256(b"" if isinstance(content, Path) else content)
     if isinstance(content, Path):
         with open(content, "rb") as file:

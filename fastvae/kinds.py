@@ -1,4 +1,4 @@
-"""Kinds of numbers. One definition checks an argument and reads a flag, in the same words."""
+"""Kinds of numbers. The same definition checks arguments and reads flags, so both have the same error messages."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from torch import Tensor
 
 
 class Kind(NamedTuple):
-    """words: what a value must be, as an error says it. number: int or float. fits: whether a number is so."""
+    """words: the description of an allowed value in error messages. number: int or float. fits: whether a number is
+    allowed.
+    """
 
     words: str
     number: type[int] | type[float]
     fits: Callable[[float], bool]
 
     def checked(self, name: str, value: object) -> Any:
-        """The value as an int or a float; numbers of NumPy and tensors of one element are taken.
+        """The value as an int or a float. NumPy's numbers and tensors with one element are accepted.
 
-        Raises ``TypeError`` for what is no number (or no integer), and ``ValueError`` for one of another kind.
+        Raises ``TypeError`` for a value that is not a number (or not an integer), and ``ValueError`` for a number that
+        is not allowed.
         """
         if isinstance(value, Tensor) and value.numel() == 1:
             value = value.item()
@@ -36,7 +39,7 @@ class Kind(NamedTuple):
         return converted
 
     def read(self, text: str) -> Any:
-        """The number that a flag is given, for argparse. Raises ``ArgumentTypeError``."""
+        """The number in a flag's text, for argparse. Raises ``ArgumentTypeError``."""
         try:
             if self.number is int and not (text.isascii() and text.isdigit()):
                 raise ValueError

@@ -2,8 +2,8 @@
 
 Every test, table and benchmark of all operations reads this list: the tests of the error bound, launches, bytes,
 layouts, autograd and torch.compile; the tables of the compiled code; the cases of the benchmarks; and the table of
-operations in the documentation. So a new operation is one entry here. Kernels are given by name, because this module
-imports no Triton.
+operations in the documentation. A new operation therefore needs one entry here. Kernels are given by name, because this
+module imports no Triton.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Spec:
 
 @dataclass(frozen=True)
 class Operation:
-    """A public function and how it is tried: with which arguments and options, and which arguments get gradients.
+    """A public function, and how the tests call it: its arguments, its options, and the arguments that get gradients.
 
     `forward` and `backward` name the tensors of the event's size that are read and written: "mu + logvar -> z". An
     operation may move the bytes of these tensors and no others. A gradient is named after its tensor: "z_grad".
@@ -115,7 +115,7 @@ class Operation:
         return flattened(self.call(getattr(library, self.function), *tensors, **{**self.options, **options}))
 
     def inputs(self, spec: Spec) -> tuple[Tensor, ...]:
-        """The arguments; those of `gradients` require grad."""
+        """The arguments. Those named in `gradients` require grad."""
         generator = torch.Generator().manual_seed(spec.seed)
         drawn: dict[str, Tensor] = {}
         if self.likelihood:
@@ -149,8 +149,8 @@ class Operation:
         return tuple(tensors)
 
     def elements(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of what has a value of the formula, given that of a `Spec`. If an element has an axis of its own,
-        that takes the place of the channels of images.
+        """The shape of the elements that have a value of the formula, for the shape of a `Spec`. If an element has an
+        axis of its own, this axis replaces the channels of images.
         """
         if self.long_rows:
             assert self.likelihood is not None
@@ -172,14 +172,14 @@ class Operation:
         return formula
 
     def tensors_moved(self, direction: str) -> tuple[list[str], list[str]]:
-        """The names of the tensors of the event's size that are read, and of those that are written."""
+        """The names of the tensors of the event's size: those that the operation reads, and those that it writes."""
         read, written = self.formula(direction).split("->")
         return re.findall(r"\w+", read), re.findall(r"\w+", written)
 
     def bytes_per_element(
         self, direction: str, dtype: torch.dtype = torch.float32, target_dtype: torch.dtype | None = None
     ) -> tuple[int, int]:
-        """Bytes read and written per element of z or of the likelihood."""
+        """The bytes read and written per element of z or of the likelihood."""
         numbers = self.numbers_of_an_element
 
         def size(names: list[str]) -> int:
@@ -219,7 +219,7 @@ def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tens
 
 
 def flattened(result: Any) -> tuple[Tensor, ...]:
-    """The tensors of a result: a tensor, or tuples of tensors and tuples."""
+    """The tensors of a result, which is a tensor or a nested tuple of tensors."""
     if isinstance(result, Tensor):
         return (result,)
     tensors: list[Tensor] = []
@@ -229,17 +229,17 @@ def flattened(result: Any) -> tuple[Tensor, ...]:
 
 
 def operations(extra: Sequence[Likelihood] = ()) -> list[Operation]:
-    """Every public operation, and those of likelihoods that are not fastvae's own."""
+    """Every public operation, and the operations of ``extra`` likelihoods, which are not part of fastvae."""
     of_likelihoods = [it for likelihood in (*LIKELIHOODS, *extra) for it in of_likelihood(likelihood)]
     smaller = [it for entry in SMALLER for it in of_smaller(*entry)]
     return [*_of_posterior(), *of_likelihoods, *smaller, *(it for each in LONG_ROWS for it in of_long_rows(each))]
 
 
 def of_each_kind(operations: Sequence[Operation]) -> list[Operation]:
-    """Those of the posterior, and of a few likelihoods: of one parameter, of two, of one that is smaller, of elements
-    that have an axis of their own, and of long rows.
+    """The operations of the posterior, and those of a few likelihoods: with one parameter, with two, with a smaller
+    parameter, with elements that have an axis of their own, and with long rows.
 
-    Launches, bytes and layouts are those of kernels and launchers, which do not depend on a likelihood's term.
+    Tests of launches, bytes and layouts use these, because kernels and launchers do not depend on a likelihood's term.
     """
     return [it for it in operations if it.likelihood in (None, SigmoidMSE(), Bernoulli(), Gaussian(), Multinomial())]
 
@@ -249,7 +249,7 @@ def named(operations: Iterable[Operation]) -> dict[str, Operation]:
 
 
 def kernel_names(operations: Sequence[Operation]) -> list[str]:
-    """Their kernels, each once: "module.kernel" of fastvae.kernels."""
+    """The names of the operations' kernels, "module.kernel" of fastvae.kernels, each once."""
     return sorted({kernel for operation in operations for kernels in operation.kernels.values() for kernel in kernels})
 
 
@@ -303,7 +303,7 @@ def _of_posterior() -> list[Operation]:
         backward="mu + logvar + z_grad -> mu_grad + logvar_grad",
         options={"reduction": "batchmean"},
         reductions=reductions,
-        computes="both",
+        computes="z and its divergence",
     )
     of_packed = replace(
         both,
@@ -311,7 +311,7 @@ def _of_posterior() -> list[Operation]:
         function="gaussian_sample_kl_packed",
         arguments=packed,
         gradients=packed,
-        computes="both, from [mu \\| logvar] along any dimension, without a copy",
+        computes="z and its divergence, from [mu \\| logvar] along any dimension, without a copy",
     )
     return [
         sample,
@@ -323,7 +323,7 @@ def _of_posterior() -> list[Operation]:
             launches={"forward": 2, "backward": 1},  # and a sum
             options={"free_bits": 0.5},
             reductions=("batchmean", "per_dimension"),
-            computes="the same, where each dimension counts as at least `free_bits`",
+            computes="the same; each dimension counts as at least `free_bits`",
         ),
         both,
         of_packed,
@@ -344,14 +344,16 @@ def _of_posterior() -> list[Operation]:
             kernels=of_dimensions,
             options={"reduction": "per_dimension", "free_bits": 0.5},
             reductions=("per_dimension", "batchmean"),
-            computes="the batch mean of each dimension, and at least `free_bits` of each",
+            computes="z, and the batch mean of each dimension's divergence, at least `free_bits`",
             measured=False,
         ),
     ]
 
 
 def of_likelihood(likelihood: Likelihood) -> list[Operation]:
-    """The three operations of a likelihood; and if the target has a slope, two of them again with its gradient."""
+    """The three operations of a likelihood. If the target has a slope, two of them appear again with the target's
+    gradient.
+    """
     parameters = likelihood.parameters
     gradients = tuple(f"{name}_grad" for name in parameters)
     value, *slopes = likelihood.roundings
@@ -462,8 +464,8 @@ def of_smaller(likelihood: Likelihood, smaller: Mapping[str, str]) -> list[Opera
 
 
 def of_long_rows(likelihood: Likelihood) -> list[Operation]:
-    """The operations of softmax over rows that no program can hold: the sums of each row, and then its gradient, for
-    which everything is read again.
+    """The operations of softmax over rows that are too long for one program. They compute the sums of each row first,
+    and then the gradient, which reads everything again.
     """
     entries = []
     for entry in of_likelihood(likelihood)[:3]:
@@ -489,14 +491,14 @@ def of_long_rows(likelihood: Likelihood) -> list[Operation]:
 
 
 def in_short(likelihood: Likelihood) -> str:
-    """As it is called: with the settings that are not the defaults."""
+    """The likelihood's call, with the settings that differ from the defaults."""
     values = ((it, getattr(likelihood, it.name)) for it in fields(likelihood))
     changed = [f"{it.name}={value!r}" for it, value in values if value != it.default]
     return f"{type(likelihood).__name__}({', '.join(changed)})"
 
 
 def table(operations: Sequence[Operation], computes: bool) -> list[str]:
-    """The lines of the documentation's table of operations; with a column of what each computes, if asked for."""
+    """The lines of the documentation's table of operations. ``computes`` adds a column with what each computes."""
     titles = ["function", "computes", "launches, forward + backward", "bytes per float32 element, forward + backward"]
     rows = [titles, ["---"] * 4, *(_row(operation) for operation in operations if operation.computes)]
     return [f"| {' | '.join(row if computes else [row[0], *row[2:]])} |".replace(" --- ", "---") for row in rows]

@@ -1,4 +1,4 @@
-"""What the example programs share: flags, the run that they use, and errors that end in one line."""
+"""Code that the example programs share: flags, opening a run, and errors that end in one line."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ BATCH_SIZE_RANGE = (16, 128)  # of one's own images
 
 
 class UserError(Exception):
-    """What the user can put right; the message is printed on one line."""
+    """An error that the user can fix. The message is printed on one line."""
 
 
 def run_program(name: str, body: Callable[[], None]) -> int:
-    """Run a program; returns its exit code: 2, and one line on standard error, for what the user can put right (also a
-    missing package, or a file that cannot be read or written), 130 after Ctrl-C, else 0.
+    """Run a program and return its exit code. An error that the user can fix (such as a missing package, or a file that
+    cannot be read or written) prints one line on standard error and returns 2. Ctrl-C returns 130. Otherwise the code
+    is 0.
     """
     try:
         body()
@@ -69,7 +70,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_flags(parser: Parser, settings: type[Training]) -> None:
-    """A flag for each field of a dataclass of settings that has a help."""
+    """Add a flag for each field of a dataclass of settings that has a help text."""
     for field, (name, known) in zip(dataclasses.fields(settings), settings_of(settings), strict=True):
         if known.help is None:
             continue
@@ -94,8 +95,8 @@ Settings = TypeVar("Settings", bound=Training)
 
 
 def parse_settings(parser: Parser, settings: type[Settings]) -> tuple[Settings, set[str]]:
-    """The settings that the command line gives, by the flags of `add_flags`, which the parser gets, and the names of
-    those that it gave. Raises `UserError`.
+    """Add the flags of `add_flags` to the parser and parse the command line. Returns the settings, and the names of the
+    flags that were given. Raises `UserError`.
     """
     add_flags(parser, settings)
     values = vars(parser.parse_args())
@@ -106,7 +107,7 @@ def parse_settings(parser: Parser, settings: type[Settings]) -> tuple[Settings, 
 
 
 def flag_values(settings: Training, *, of_the_run: bool = False) -> dict[str, Any]:
-    """What each flag says, by its name with _ for -, as JSON has it; ``of_the_run``: of those that `take_over` has."""
+    """Each flag's value in JSON's types, by its name with _ for -. ``of_the_run``: only the flags of `take_over`."""
     values = {
         known.flag or name: getattr(settings, name)
         for name, known in settings_of(settings)
@@ -116,7 +117,7 @@ def flag_values(settings: Training, *, of_the_run: bool = False) -> dict[str, An
 
 
 def add_run_flags(parser: Parser, folder: str) -> None:
-    """The flags of every program that uses a run; ``folder`` is where in the run it writes."""
+    """Add the flags of every program that uses a run. ``folder`` is the folder inside the run that it writes to."""
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, or a checkpoint file")
     parser.add_argument("--dataset", metavar="NAME", help="default: the run's")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="of the dataset's files, default: the run's")
@@ -130,11 +131,11 @@ def add_run_flags(parser: Parser, folder: str) -> None:
 class Run(NamedTuple):
     """A run that `open_run` opened.
 
-    checkpoint: its file. epoch: how many epochs it was trained. model: on the device, in evaluation mode. dataset: on
-    the CPU. trained_images: how many of the dataset's training images the model has seen, the first ones; None where
-    the checkpoint does not say, or names another dataset. trained_labels: the only labels that it has seen, if they
-    were chosen (``--labels``). images, uint8, and labels (None where the dataset has none): the test images, on the
-    device.
+    checkpoint: its file. epoch: the number of trained epochs. model: on the device, in evaluation mode. dataset: on the
+    CPU. trained_images: the number of the dataset's training images, from the first on, that the model has seen; None
+    if the checkpoint does not tell, or names another dataset. trained_labels: the labels that it was trained on, if
+    they were chosen (``--labels``). images: the test images, uint8, on the device. labels: their labels, or None if the
+    dataset has none.
     """
 
     checkpoint: Path
@@ -148,8 +149,8 @@ class Run(NamedTuple):
 
 
 def open_run(arguments: argparse.Namespace, *, of_all_labels: bool = False) -> Run:
-    """The run that the flags of `add_run_flags` name; of a run with ``--labels`` its dataset has these labels alone,
-    unless ``of_all_labels``. Raises `UserError`, ``ImportError``, ``OSError``.
+    """Open the run that the flags of `add_run_flags` name. If the run has ``--labels``, the dataset holds only these
+    labels, unless ``of_all_labels``. Raises `UserError`, ``ImportError``, ``OSError``.
     """
     plots.require_matplotlib()
     device = choose_device(arguments.device)
@@ -201,9 +202,10 @@ def open_dataset(
     *,
     trained: bool = False,
 ) -> ImageDataset:
-    """The dataset that a flag names, with test images that the model, and figures, can take. Raises `UserError`.
+    """Open the dataset that a flag names, and check that the model and the figures accept its test images. Raises
+    `UserError`.
 
-    settings: of the model's run; trained: whether it was trained on this dataset.
+    settings: those of the model's run. trained: whether the model was trained on this dataset.
     """
     shape = tuple(getattr(model, "data_shape", ()))
     options: dict[str, Any] = {}
@@ -255,7 +257,7 @@ def device_name(device: torch.device) -> str:
 
 
 def placed(images: Tensor, device: torch.device) -> Tensor:
-    """The images on the device, if they take at most a quarter of its free memory: activations need the rest."""
+    """The images on the device, if they take at most a quarter of its free memory; activations need the rest."""
     if device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] / 4:
         return images
     return images.to(device)
@@ -269,7 +271,9 @@ def choose_dataset(
     strict: bool = False,
     labels: Sequence[int] | None = None,
 ) -> tuple[ImageDataset, str]:
-    """The dataset, and in words why it was chosen and how to get another, or what its images are."""
+    """The dataset, and a text: either the reason why it was chosen and how to choose another, or a description of its
+    images.
+    """
     chosen: dict[str, Any] = {} if labels is None else {"labels": labels}
     if name in OWN_DATASETS and data_dir is None:
         raise UserError(f"--dataset {name} needs --data-dir, where its files are")
@@ -293,13 +297,15 @@ def choose_dataset(
 
 
 def default_batch_size(dataset: str, images: int) -> int:
-    """Of one's own images a hundredth, in a range: enough steps for a small set, large batches for a large one."""
+    """For the user's own images a hundredth of their number, within limits, so that a small set gives enough steps and
+    a large one large batches.
+    """
     smallest, largest = BATCH_SIZE_RANGE
     return BATCH_SIZES.get(dataset, min(max(images // 100, smallest), largest, images))
 
 
 def shape_in_words(shape: Sequence[int]) -> str:
-    """Of images (C, H, W), signals (C, 1, L) or a table's rows (F,)."""
+    """Describe the shape of images (C, H, W), signals (C, 1, L) or a table's rows (F,)."""
     if len(shape) == 1:
         return f"{shape[0]} columns"
     channels, height, width = shape
@@ -309,7 +315,7 @@ def shape_in_words(shape: Sequence[int]) -> str:
 
 
 def skipped_in_words(dataset: ImageDataset) -> str:
-    """How many files, and the first of them; all of them are in summary.json."""
+    """The number of files, and the names of the first ones. summary.json lists all of them."""
     first = "; ".join(f"{printable(item.path)}: {item.reason}" for item in dataset.skipped[:3])
     rest = ", ..." if len(dataset.skipped) > 3 else ""
     files = "file" if len(dataset.skipped) == 1 else "files"
@@ -317,13 +323,14 @@ def skipped_in_words(dataset: ImageDataset) -> str:
 
 
 def printable(text: str) -> str:
-    """On one line, and without what a terminal cannot be sent: names of files may hold any bytes."""
+    """The text on one line, without unprintable characters, because names of files may hold any bytes."""
     return "".join(sign if sign.isprintable() else "?" for sign in text)
 
 
 def prepare_folder(folder: Path, names: Sequence[str], *, new: bool = True) -> Path:
-    """Make the folder, and remove files of these names that are left of an earlier run, so that what it holds is all of
-    one run; of a run that goes on (not new) only what it left unfinished when it was killed. Raises `UserError`.
+    """Make the folder. If the run is new, remove files of these names that an earlier run left, so that all files
+    belong to one run. If the run continues, remove only the unfinished files that it left when it was killed. Raises
+    `UserError`.
     """
     make_folder(folder)
     try:

@@ -1,16 +1,16 @@
-"""Reserving noise from a torch generator, without drawing it.
+"""Reserve noise from a torch generator without drawing it.
 
-A fused operation makes its noise from (seed, offset) alone, see `fastvae.kernels.noise`. The pair comes from the
+A fused operation computes its noise from the pair (seed, offset), see `fastvae.kernels.noise`. The pair comes from the
 generator in one of three ways:
 
-- CUDA, eager: the numbers themselves. The generator's offset moves on as if a kernel of torch had drawn: no launch,
-  no synchronisation, and `manual_seed`, `fork_rng`, `set_rng_state` and activation checkpointing act on it as on any
-  draw.
-- CUDA, while a graph is captured, and in the steps before (`by_pointer`): device pointers, so that each replay draws
-  anew and `manual_seed` before a replay repeats it. Where this torch offers no pointers (before 2.13), one captured
+- CUDA, eager: the two numbers themselves. The generator's offset grows as if a kernel of torch had drawn. This needs no
+  launch and no synchronisation, and `manual_seed`, `fork_rng`, `set_rng_state` and activation checkpointing work as for
+  any other draw.
+- CUDA, during the capture of a graph and in the steps before it (`by_pointer`): device pointers. Each replay then draws
+  new noise, and `manual_seed` before a replay repeats it. Before torch 2.13, which has no such pointers, one captured
   draw of two integers.
-- Everything else (CPU generators have no offset; torch.compile must see the draw): one draw of two integers from the
-  generator.
+- Otherwise one draw of two integers from the generator, because CPU generators have no offset and torch.compile must
+  see the draw.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _lock = threading.Lock()
 
 
 class PhiloxState(NamedTuple):
-    """By value: (None, None, seed, offset). By pointer: int64 tensors, and an offset that is added to the one that is
-    read.
+    """By value: (None, None, seed, offset). By pointer: two int64 tensors, and an offset that is added to the offset
+    read from them.
     """
 
     seed_tensor: Tensor | None
@@ -48,9 +48,10 @@ _wanted_by_pointer = False
 
 @contextmanager
 def by_pointer() -> Iterator[None]:
-    """In this block noise is reserved by pointer, as it is while a graph is captured.
+    """In this block noise is reserved by pointer, as during the capture of a graph.
 
-    Before torch 2.13 that is a draw with a kernel of torch's own, which a capture must not be the first to load.
+    Before torch 2.13 this draws with a kernel of torch. Draws before a capture load the kernel, because a capture
+    cannot load it.
     """
     global _wanted_by_pointer
     before, _wanted_by_pointer = _wanted_by_pointer, True
@@ -74,7 +75,7 @@ def reserve(device: torch.device, generator: torch.Generator | None) -> PhiloxSt
 
 
 def by_value(generator: torch.Generator) -> PhiloxState:
-    """The numbers themselves, of a generator that has an offset."""
+    """The pair of numbers of a generator that has an offset."""
     with _lock:
         offset = generator.get_offset()
         generator.set_offset(offset + _INCREMENT)

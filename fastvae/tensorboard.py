@@ -1,4 +1,4 @@
-"""A run's numbers, images and latents for TensorBoard, which needs the package tensorboard."""
+"""Write a run's numbers, images and latents for TensorBoard. This needs the package tensorboard."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ _SAMPLED = 32
 
 
 class TensorBoard(Listener):
-    """Writes each epoch to files in a folder, which hold it when the call returns, whatever happens to the run then.
+    """Writes each epoch to files in a folder. The files are complete when the call returns, even if the run is killed
+    then.
 
     model: the one that is tested. images: test images [N, C, H, W].
     """
@@ -33,10 +34,9 @@ class TensorBoard(Listener):
 
     @torch.no_grad()
     def epoch(self, metrics: EpochMetrics) -> None:
-        """Write the metrics, reconstructions with z = mu of test images below these, samples, and histograms: of mu,
-        and of the divergence of each latent dimension in nats, which is near 0 for one that the model does not use.
-
-        It draws nothing from the default generators.
+        """Write the metrics; test images above their reconstructions with z = mu; samples; a histogram of mu; and a
+        histogram of the divergence of each latent dimension in nats, which is near 0 for a dimension that the model
+        does not use. This draws nothing from the default generators.
         """
         row, writer, model = metrics, self.writer, self.model
         for name, value in row._asdict().items():
@@ -68,9 +68,10 @@ class TensorBoard(Listener):
 
 
 def open_tensorboard(folder: Path, model: VAE, images: Tensor, epochs: int = 0) -> TensorBoard | None:
-    """A writer into ``folder`` of what `TensorBoard` shows; None where tensorboard is not installed.
+    """A `TensorBoard` that writes into ``folder``, or None if tensorboard is not installed.
 
-    epochs: those of the run there that this one goes on from; what is there of later ones is no longer shown.
+    epochs: the number of epochs of the earlier run in the folder from which this run continues. Later epochs in the
+    folder are no longer shown.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter

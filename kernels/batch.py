@@ -1,4 +1,4 @@
-"""The kernel that makes a batch: chosen images, read as bytes, written as floats."""
+"""The kernel that makes a batch: it reads chosen images as bytes and writes them as floats."""
 
 from __future__ import annotations
 

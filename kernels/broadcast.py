@@ -1,8 +1,8 @@
-"""The kernel of likelihoods that have smaller parameters than the target: a number for each column, such as a gene, for
-each channel, or one for all.
+"""The kernel for likelihoods with parameters that are smaller than the target: a number for each column, such as a
+gene, for each channel, or one for all.
 
-A smaller parameter is read where it lies. Its gradient is a sum over the batch, so a program keeps its columns and goes
-through the rows. `smaller.py` launches this kernel.
+A smaller parameter is read without a copy. Its gradient is a sum over the batch, so a program keeps its columns and
+goes through the rows. `smaller.py` launches this kernel.
 """
 
 import triton
@@ -43,7 +43,7 @@ def sum_partials(partial_ptr, sums_ptr, outer, size, inner, COLUMNS: tl.constexp
 
 @triton.jit
 def load_smaller(ptr, KIND: tl.constexpr, columns, group, inside):
-    """A parameter that a program reads once, in float32; of kind ELEMENT 0."""
+    """A parameter that a program reads once, in float32; 0 for kind ELEMENT."""
     if KIND == COLUMN:
         x = tl.load(ptr + columns, mask=inside, other=0.0).to(tl.float32)
     elif KIND == GROUP:
@@ -57,7 +57,7 @@ def load_smaller(ptr, KIND: tl.constexpr, columns, group, inside):
 
 @triton.jit
 def load_element(ptr, small, KIND: tl.constexpr, offsets, inside):
-    """A parameter of a tile: loaded if it has a number for each element."""
+    """A parameter of a tile. It is loaded if it has a number for each element."""
     if KIND == ELEMENT:
         x = tl.load(ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     else:
@@ -67,7 +67,7 @@ def load_element(ptr, small, KIND: tl.constexpr, offsets, inside):
 
 @triton.jit
 def store_sum(partial_ptr, KIND: tl.constexpr, sums, columns, inside):
-    """The sum over a program's rows: of each column, or of all."""
+    """Store the sum over a program's rows: one for each column, or one in all."""
     if KIND == COLUMN:
         tl.store(partial_ptr + columns, tl.sum(sums, axis=0)[None, :], mask=inside)
     else:
@@ -76,7 +76,7 @@ def store_sum(partial_ptr, KIND: tl.constexpr, sums, columns, inside):
 
 @triton.jit
 def finish_sum(partial_ptr, sums_ptr, KIND: tl.constexpr, blocks, groups, columns, chunks):
-    """What the programs left by `store_sum`."""
+    """Add the partial sums that the programs stored by `store_sum`."""
     if KIND == COLUMN:
         sum_partials(partial_ptr, sums_ptr, blocks, groups * columns, 1, 32, 128)
     elif KIND == GROUP:

@@ -11,9 +11,10 @@ from .numerics import log, reciprocal
 def negative_binomial(mean, dispersion, t, EPS: tl.constexpr, FAST: tl.constexpr):
     """(value, (slope by the mean, slope by the dispersion)) of -log p(t).
 
-    Errors, as in `special`, for counts up to 1e6, means up to 1e6 and dispersions from 1e-6 to 1e8, of S without a part
-    of t, which is given: 8, 4 and 40; 22, 8 and 70. t may be any number from 1 on. Between 0 and 1, where no count is,
-    the value is off by 8 and 22 of 1 + S, and the slope by the dispersion by 80 of S with the part of t.
+    Errors are given as in `special`, for counts up to 1e6, means up to 1e6 and dispersions from 1e-6 to 1e8, in units
+    of S without the part of t, because t is exact: 8, 4 and 40; 22, 8 and 70. t may be any number from 1 on. Between 0
+    and 1, where there are no counts, the error of the value is 8 and 22 in units of 1 + S, and that of the slope by the
+    dispersion is 80 in units of S with the part of t.
     """
     d, c = dispersion, 1.0625
     m, e = mean + EPS, d + EPS

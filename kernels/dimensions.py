@@ -1,5 +1,5 @@
-"""Kernels of the divergence of each dimension: the mean over the batch of KL(N(mu, exp(logvar)) || N(0, I)), element
-of the event by element, with the sample of the posterior beside it, and the gradients of both.
+"""Kernels of the divergence of each dimension: the mean over the batch of KL(N(mu, exp(logvar)) || N(0, I)) for each
+element of the event. They also compute the sample of the posterior, and the gradients of both.
 """
 
 import triton
@@ -73,7 +73,7 @@ def dimensions_forward_kernel(
 def finish(
     partial_ptr, kl_ptr, columns, blocks, kl_scale, free_bits, COLUMNS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """kl of partial sums [blocks, columns], added in an order that depends on `blocks` only, in one
+    """Add the partial sums [blocks, columns] to kl, in an order that depends on `blocks` only, because there is one
     compiled form.
     """
     first = 0
@@ -96,7 +96,7 @@ def finish(
 
 @triton.jit
 def at_least(kl, free_bits):
-    """The larger of the two; NaN stays."""
+    """The larger of the two numbers. NaN stays NaN."""
     return tl.where(kl <= free_bits, free_bits, kl)
 
 

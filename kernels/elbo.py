@@ -1,4 +1,4 @@
-"""Launching the kernels of every likelihood in the evidence lower bound."""
+"""Launch the kernels of every likelihood in the evidence lower bound."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Scalar = float | Tensor
 
 
 def allocate_values(first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """loss, reconstruction and mean_kl: three tensors, because views of one buffer could not be modified in place by
-    the user.
+    """loss, reconstruction and mean_kl. They are three tensors, because a user could not modify views of one buffer in
+    place.
     """
     new_empty = first.new_empty
     return new_empty([], dtype=torch.float32), new_empty([], dtype=torch.float32), new_empty([], dtype=torch.float32)
@@ -59,7 +59,7 @@ def elbo_forward(
     needed: Sequence[bool],
     kl_grad: Tensor | None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor]]:
-    """The three values, and the gradients that are needed; kl_grad is filled if it is given. weights: beta,
+    """The three values, and the gradients that are needed. kl_grad is filled unless it is None. weights: beta,
     reconstruction_weight and grad_scale.
     """
     values = allocate_values(tensors[0])
@@ -98,7 +98,7 @@ def elbo_forward(
 
 
 def as_argument(scalar: Scalar) -> Scalar:
-    """A kernel argument: an integer would be compiled into the kernel, a float is not."""
+    """The number as a float, because an integer argument would be compiled into the kernel."""
     return scalar.resolve_neg() if isinstance(scalar, Tensor) else float(scalar)
 
 
@@ -153,7 +153,7 @@ def elbo_backward(
     needed: Sequence[bool],
     needs_kl: bool,
 ) -> list[Tensor]:
-    """The gradients of those of the parameters, the target and kl that need one."""
+    """The gradients of the parameters, the target and kl, as far as they are needed."""
     inputs = needed_of(tensors, needed)
     kl_grads = [kl.new_empty(kl.shape)] if needs_kl else []
     if tensors[0].shape[0] == 0:

@@ -1,7 +1,7 @@
 """The two kernels of every likelihood whose elements are independent.
 
-Memory, tiles and sums are here. The formula is TERM, a Triton function of a tile of each parameter and of the target
-(`fastvae.likelihoods.Term`); `likelihood.py` has the launchers.
+This module handles memory, tiles and sums. The formula is TERM, a Triton function of a tile of each parameter and of
+the target (`fastvae.likelihoods.Term`). `likelihood.py` has the launchers.
 """
 
 import triton
@@ -32,7 +32,7 @@ def evaluate(
     parameter_ptrs, target_ptr, base, offsets, target_base, target_offsets, inside,
     TERM: tl.constexpr, SETTINGS: tl.constexpr, SLOPES: tl.constexpr, UNIT: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """(value, slopes) of the elements that lie at base + offsets in each parameter, and elsewhere in the target."""
+    """(value, slopes) of the elements at base + offsets in each parameter. The target has its own base and offsets."""
     parameters = ()
     for k in tl.static_range(len(parameter_ptrs)):
         parameter = tl.load(parameter_ptrs[k] + base + offsets, mask=inside, other=0.0).to(tl.float32)
@@ -57,8 +57,8 @@ def store_gradients(gradient_ptrs, slopes, factor, base, offsets, inside, WANTED
 def places(first_row, first_column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr):
     """(row [ROWS, 1], column [1, COLUMNS], inside [ROWS, COLUMNS]) of a tile.
 
-    A thread takes VECTOR neighbours, 16 bytes of the widest tensor. With more it would load them in several vectors.
-    Each load of a warp would then have gaps, and the warp would ask for each sector twice.
+    A thread takes VECTOR neighbours, 16 bytes of the widest tensor. With more it would need several vector loads. Each
+    load of a warp would then have gaps, and the warp would request each sector twice.
     """
     row = tl.arange(0, ROWS)[:, None]
     column = tl.max_contiguous(tl.arange(0, COLUMNS), VECTOR)[None, :]
@@ -67,7 +67,7 @@ def places(first_row, first_column, rows, columns, ROWS: tl.constexpr, COLUMNS: 
 
 @triton.jit
 def from_start(first_row, first_column, row, column, units, ALIGNMENT: tl.constexpr):
-    """(base, offsets [ROWS, COLUMNS]) of a tile's elements, whose rows lie at a distance of units * ALIGNMENT."""
+    """(base, offsets [ROWS, COLUMNS]) of a tile's elements. The distance between rows is units * ALIGNMENT."""
     stride = tl.cast(units, tl.int64) * ALIGNMENT
     return first_row * stride + first_column, row * stride + column
 

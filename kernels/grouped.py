@@ -1,8 +1,9 @@
-"""The kernel of likelihoods whose element has an axis of its own in the parameters, such as the components of a mixture
-or the classes of a pixel.
+"""The kernel for likelihoods whose elements have an axis of their own in the parameters, such as the components of a
+mixture or the classes of a pixel.
 
-A program holds that axis whole, in registers: the parameters are read once, and sums along it (log-sum-exp) are made
-there. The formula is TERM, a Triton function of a tile of each kind of parameter. `groups.py` launches this kernel.
+A program holds the whole axis in registers. It reads the parameters once, and computes sums along the axis
+(log-sum-exp) in registers. The formula is TERM, a Triton function of a tile of each kind of parameter. `groups.py`
+launches this kernel.
 """
 
 import triton

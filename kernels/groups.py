@@ -1,4 +1,4 @@
-"""Launching the kernel of likelihoods whose element has an axis of its own (`grouped.grouped_kernel`)."""
+"""Launch the kernel for likelihoods whose elements have an axis of their own (`grouped.grouped_kernel`)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LONGEST = 4096
 
 
 def terms_of_a_sample(likelihood: Likelihood, tensors: Sequence[Tensor]) -> int:
-    """How many values of the formula a sample has."""
+    """The number of values of the formula in a sample."""
     shape = tensors[0].shape
     if not likelihood.grouped:
         return prod(shape[1:])
@@ -41,7 +41,7 @@ class Lying(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What the plan of a launch follows from."""
+    """Everything that determines the plan of a launch."""
 
     batch: int
     elements: int  # of a sample
@@ -56,8 +56,8 @@ class Problem(NamedTuple):
 
 @remembered
 def lying(shape: torch.Size, strides: Strides, axis: int | None) -> Lying | None:
-    """How a tensor lies whose dimensions, but the batch and the axis, are one: None if they lie at several distances.
-    A stride that nothing follows is 0.
+    """The strides of a tensor if all its dimensions except the batch and the axis are merged into one, or None if they
+    cannot be merged. The stride of a dimension of size 1 is 0.
     """
     element, expected = 0, None
     for d in range(len(shape) - 1, 0, -1):
@@ -73,8 +73,8 @@ def lying(shape: torch.Size, strides: Strides, axis: int | None) -> Lying | None
 
 
 def read(tensor: Tensor, axis: int | None, neighbours: bool) -> tuple[Tensor, Lying]:
-    """The tensor, or a copy where a kernel cannot read it as it lies: one that needs neighbours along the axis needs
-    its stride to be 1.
+    """The tensor, or a copy if the kernel cannot read it directly. A kernel that needs neighbours along the axis needs
+    the axis to have stride 1.
     """
     found = None if tensor.is_neg() else lying(tensor.shape, tensor.stride(), axis)
     if found is None or (neighbours and axis is not None and found.axis != 1):
@@ -87,7 +87,7 @@ def read(tensor: Tensor, axis: int | None, neighbours: bool) -> tuple[Tensor, Ly
 
 
 def joined(lies: Lying, batch: int, elements: int) -> Lying | None:
-    """The same tensor with its samples as one row, if they follow each other as elements do."""
+    """The same tensor with all samples in one row, if they follow each other at the distance of elements."""
     if batch == 1:
         return lies
     if elements == 1:
@@ -145,7 +145,7 @@ def plan_grouped(
 
 
 class Read(NamedTuple):
-    """The tensors as a kernel reads and writes them."""
+    """The tensors that a kernel reads and writes, with their strides."""
 
     parameters: Tensor
     target: Tensor
@@ -187,8 +187,8 @@ def grouped(
     needed: Sequence[bool],
     asked: Asked,
 ) -> list[Tensor]:
-    """Fill what is asked for, and return the gradient of the parameters, if it is needed. The
-    arguments are those of `grouped_kernel`. A sample may be without elements, but there must be samples.
+    """Fill the tensors that are not None, and return the gradient of the parameters if it is needed. The arguments are
+    those of `grouped_kernel`. A sample may have no elements, but there must be samples.
     """
     parameters, target, gradient, problem = read_grouped(likelihood, tensors, needed[0])
     has_values = asked.values[0] is not None

@@ -1,4 +1,4 @@
-"""Launching: where, in which mode, and with which ticket."""
+"""Launch a kernel on a device and its current stream, and keep what Triton compiled."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ _compiled: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Make `device` current; free where it is already, or is no CUDA device."""
+    """Make `device` current. This costs nothing if it is current already, or is not a CUDA device."""
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         return torch.cuda.device(device)
     return nullcontext()
 
 
 class Plan(NamedTuple):
-    """What of a launch follows from how the tensors lie and what is asked for, so that it can be
+    """The part of a launch that depends only on the layouts of the tensors and on the options, so that it can be
     `layout.remembered`.
     """
 
@@ -79,11 +79,11 @@ def _kind(argument: Any) -> Any:
 def launch(kernel: Any, plan: Plan, device: torch.device, *arguments: Any) -> None:
     """Run `kernel` on the current stream of `device`, also when another device is current.
 
-    What Triton compiled is kept, and found again by what it was compiled for: Triton's own way from the arguments to
-    the compiled code takes about 40 us of a call, this one 15 (host time up to the driver, in the middle of other work,
-    on a 2.8 GHz core; triton 3.9). What Triton itself does at each launch is left out then: hooks before a kernel runs,
-    and a look at the knobs that were changed since it was compiled. Nothing is kept on AMD, where the code also depends
-    on the size of a tensor's storage.
+    Compiled kernels are kept, and found again by everything that Triton specialises on. Triton needs about 40 us of a
+    call to find the compiled code for the arguments, and this function needs 15 us (host time up to the driver, among
+    other work, on a 2.8 GHz core; triton 3.9). It omits two things that Triton does at each launch: hooks before a
+    kernel runs, and a check of knobs that were changed since the compilation. Nothing is kept on AMD, because there the
+    code also depends on the size of a tensor's storage.
     """
     # The function that was decorated, because the hash of what decorates it takes a lock and 1 us.
     key = kernel.fn, device.index, plan.form, *map(_kind, arguments)
@@ -110,16 +110,18 @@ def launch(kernel: Any, plan: Plan, device: torch.device, *arguments: Any) -> No
 
 
 def ticket(device: torch.device) -> Tensor:
-    """int32 [1], zero: the counter by which the last program of a launch knows itself (`tiles.drew_last_ticket`).
+    """int32 [1], zero: the counter by which the last program of a launch finds out that it is last
+    (`tiles.drew_last_ticket`).
 
-    One per device and stream, because launches on one stream follow each other. Under capture a new one, zeroed inside
-    the graph, because a graph may be replayed on any stream; also inside `fresh_tickets`.
+    There is one ticket per device and stream, because launches on one stream follow each other. During a capture each
+    launch gets a new ticket, which is zeroed inside the graph, because a graph may be replayed on any stream. The same
+    holds inside `fresh_tickets`.
     """
     return _kept_zero(_tickets, device, torch.int32)
 
 
 def zero(device: torch.device) -> Tensor:
-    """int64 [1], zero, which no kernel writes; kept like a ticket."""
+    """int64 [1], zero. No kernel writes it. It is kept like a ticket."""
     return _kept_zero(_zeros, device, torch.int64)
 
 
@@ -141,10 +143,10 @@ def _kept_zero(kept: dict[tuple[str, int | None, int], Tensor], device: torch.de
 
 @contextmanager
 def fresh_tickets() -> Iterator[None]:
-    """Launches in this block get tickets of their own.
+    """Each launch in this block gets a new ticket.
 
-    For calls out of torch.compile: its warm-up of CUDA graphs allocates from the pool of the graph, where nothing may
-    stay when the call is over.
+    torch.compile needs this: its warm-up of CUDA graphs allocates from the graph's pool, and nothing may stay allocated
+    there after the call.
     """
     _calling.fresh_tickets = True
     try:

@@ -1,8 +1,8 @@
-"""Which strides a kernel takes as they come, and which are copied first.
+"""Which layouts a kernel reads directly, and which are copied first.
 
-A kernel reads a tensor [B, ...] as rows, one per sample, at distance stride(0), each of them dense in some order of
-its dimensions: contiguous, channels_last, a slice of the batch, or mu and logvar as halves of one [B, 2K]. The
-tensors of one call must agree in that order. Anything else is copied once, by one `Tensor.copy_`, before the launch.
+A kernel reads a tensor [B, ...] as rows, one per sample, at distance stride(0). Each row is dense in some order of its
+dimensions: contiguous, channels_last, a slice of the batch, or mu and logvar as halves of one [B, 2K]. The tensors of
+one call must have the same order. Any other tensor is copied once, by one `Tensor.copy_`, before the launch.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ Result = TypeVar("Result")
 
 
 def remembered(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """`function` with its results kept: what follows from shapes and strides alone is worked out once per layout, not
-    at every call.
+    """`function` with its results kept. A result that depends only on shapes and strides is computed once per layout,
+    not at every call.
     """
     kept = lru_cache(maxsize=4096)(function)
 
@@ -85,7 +85,7 @@ def with_dense_rows(tensor: Tensor) -> Tensor:
 
 
 def has_strides(tensor: Tensor, strides: Strides) -> bool:
-    """Whether `tensor` has these strides, where they matter: the stride of a dimension of size 1 does not."""
+    """Whether `tensor` has these strides. The stride of a dimension of size 1 does not matter."""
     return tensor.stride() == strides or all(
         own == wanted or length == 1 for own, wanted, length in zip(tensor.stride(), strides, tensor.shape, strict=True)
     )
@@ -99,8 +99,8 @@ def with_strides(tensor: Tensor, strides: Strides) -> Tensor:
 
 
 def read_together(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors with dense rows and equal strides: as they are where they lie so, else copies. Only the samples of
-    the target may lie at a distance of their own, because parameters often are parts of one larger tensor.
+    """The tensors with dense rows and equal strides. Tensors with another layout are copied. The target's samples may
+    lie at another distance than the parameters' samples, because parameters are often parts of one larger tensor.
     """
     *parameters, target = tensors
     first = parameters[0] = with_dense_rows(parameters[0])
@@ -115,10 +115,9 @@ def read_together(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def in_order_of(tensor: Tensor, strides: Strides) -> Tensor:
-    """`tensor` if it lies in memory as one of these strides does, else a dense copy that does.
+    """`tensor` if its memory order is that of one of these strides, else a dense copy in that order.
 
-    A saved tensor may come back from its hooks with other strides than it had, and noise is made in the order of
-    memory.
+    A saved tensor may have other strides after its hooks than before, and noise is computed in memory order.
     """
     return (
         tensor if has_strides(tensor, strides) else with_strides(tensor, _dense_strides(tensor.shape, strides, False))

@@ -1,4 +1,4 @@
-"""Launching the kernels of every likelihood: the loss on its own (`elbo.py`: in the evidence lower bound)."""
+"""Launch the kernels of every likelihood for the loss alone. `elbo.py` launches them for the evidence lower bound."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def plan_loss_backward(
 def negative_log_likelihood_backward(
     likelihood: Likelihood, tensors: Sequence[Tensor], loss_grad: Tensor, reduction: str, needed: Sequence[bool]
 ) -> list[Tensor]:
-    """The gradients of those of the parameters and the target that need one."""
+    """The gradients of the parameters and the target, as far as they are needed."""
     loss_grad = loss_grad.resolve_neg()
     if (other := launcher_of(likelihood, tensors)) is not None:
         if tensors[0].numel() == 0:

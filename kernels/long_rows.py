@@ -1,4 +1,4 @@
-"""Launching the kernels of softmax over rows that no program can hold (`softmax.py`)."""
+"""Launch the kernels of softmax over rows that are too long for one program (`softmax.py`)."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def long_rows(
     needed: Sequence[bool],
     asked: Asked,
 ) -> list[Tensor]:
-    """`grouped` where no program holds a row: one launch for the values, and one more for the gradient."""
+    """`grouped` for rows that are too long for one program: one launch for values, and one more for gradients."""
     logits, target, gradient, problem = read_grouped(likelihood, tensors, needed[0])
     has_values = asked.values[0] is not None
     of_sums, of_gradient, rows, parts = plan_long_rows(

@@ -2,16 +2,17 @@
 
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) in torch's counter layout: the key
 is the seed, the low half of the counter is offset / 4, the high half is the subsequence. The subsequence of element p
-of z, counted in memory order, is p // 4, and its word is p % 4, so the words do not depend on the tile, the card or
-the backend, and one call owns its counters as long as nobody else draws at its offset. A call that has only a part of
-a batch counts from where its part begins.
+of z, counted in memory order, is p // 4, and its word is p % 4. The words therefore do not depend on the tile, the card
+or the backend, and two calls with different offsets have different counters. A call for a part of a batch counts from
+the beginning of its part.
 
-Ten rounds, although seven pass BigCrush too (the same paper) and would take 5 of a sample's 30 instructions: with ten a
-sample is bound by memory in float32 and bfloat16 (in a model of an H200, 0.32 and 0.68 of the time its bytes take), the
-numbers are those of torch's and NVIDIA's own generators, and a seed keeps its noise.
+There are ten rounds, although seven also pass BigCrush (the same paper) and would save 5 of a sample's 30 instructions.
+With ten a sample is still bound by memory in float32 and bfloat16 (in a model of an H200, computing takes 0.32 and 0.68
+of the time for its bytes), the numbers are those of torch's and NVIDIA's own generators, and a seed keeps its noise.
 
-Box and Muller's transform makes two normals of two words. The radius comes from u = word * 2^-32 + 2^-33, so the
-largest normal is 6.8; the angle is signed, within +-pi, where the approximate sine and cosine are at their best.
+Box and Muller's transform computes two normals from two words. The radius comes from u = word * 2^-32 + 2^-33, so the
+largest normal is 6.8. The angle is signed, within +-pi, because the approximate sine and cosine are most accurate
+there.
 """
 
 import torch
@@ -30,7 +31,7 @@ NO_RNG: Rng = (None, None, 0, 0, 0)
 
 @triton.jit
 def load_rng(seed_ptr, offset_ptr, seed, offset):
-    """The pair (seed, offset): what is read plus what is given; a pair by value is added to zeros."""
+    """The pair (seed, offset): numbers read from memory plus given numbers. For a pair by value zeros are read."""
     return tl.load(seed_ptr) + seed, tl.load(offset_ptr) + offset
 
 
@@ -93,7 +94,7 @@ def normals_of_quads(seed, offset, quad, FAST: tl.constexpr):
 
 @triton.jit
 def normals_of_elements(seed, offset, position, FAST: tl.constexpr):
-    """The same noise for positions that do not start on a quad: each element makes its counter's words and keeps its
+    """The same noise for positions that do not start on a quad. Each element computes its counter's words and keeps its
     own normal.
     """
     w0, w1, w2, w3 = philox_words(seed, offset, position >> 2)
@@ -107,8 +108,8 @@ def noise_tile(
     eps_ptr, seed_ptr, offset_ptr, seed, offset, first_position, position, columns, inside,
     RUN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """The noise [ROWS, COLUMNS] of the tile whose first element is `position`: read from eps, or made from (seed,
-    offset), where positions count from first_position (None: 0). RUN: see `run_length`.
+    """The noise [ROWS, COLUMNS] of the tile whose first element is `position`. It is read from eps, or computed from
+    (seed, offset), with positions that count from first_position (None: 0). RUN: see `run_length`.
     """
     # if and else: the compiler compiles what follows a return inside an `if` all the same.
     if eps_ptr is not None:
@@ -135,10 +136,11 @@ def starts_on_quad(first_position: int | None) -> bool:
 
 
 def run_length(tiling: Tiling, itemsize: int, on_quad: bool) -> int:
-    """How many elements a thread makes in sequence: as many as it accesses at a time, 8 of 16 bits, else 4; only one
-    where rows, or the first of them (`on_quad`), do not start on a quad.
+    """The number of elements that a thread computes in sequence. It is the number that the thread accesses at a time, 8
+    of 16 bits, else 4. It is 1 if rows, or the first of them (`on_quad`), do not start on a quad.
 
-    (Of 16 bits by 4, the normals would change threads through shared memory: 1.4 instructions per element more.)
+    (With 4 elements of 16 bits the normals would move between threads through shared memory, which costs 1.4
+    instructions more per element.)
     """
     if not on_quad or (tiling.rows > 1 and tiling.columns % 4):
         return 1
@@ -146,10 +148,10 @@ def run_length(tiling: Tiling, itemsize: int, on_quad: bool) -> int:
 
 
 def noise_arguments(rng: Rng, device: torch.device, event: int) -> tuple[Tensor, Tensor, int, int, int | None]:
-    """(seed_ptr, offset_ptr, seed, offset, first_position) as `noise_tile` takes them.
+    """The arguments (seed_ptr, offset_ptr, seed, offset, first_position) of `noise_tile`.
 
     A pair by value is added to a zero on the device, so that eager calls and captured graphs run the same compiled
-    kernel. A second one, first met under capture, would have to be loaded there, which CUDA forbids.
+    kernel. A second kernel that is first used during a capture would have to be loaded there, which CUDA forbids.
     Without first_position the compiler knows that the positions of a tile share their upper halves: 2 instructions per
     element less.
     """

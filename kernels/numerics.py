@@ -6,8 +6,8 @@ AMD.
 
 Roundings, in the kernels' docstrings, are relative errors in units of 2^-24 along the longest chain of operations:
 one for an operation, a constant or a conversion, two for an approximate reciprocal, four for an approximate
-exponential. The rounding of an exponential's argument x counts 1.5 |x|: the error bound's scale has a factor 1 + |x|
-for it.
+exponential. The rounding of an exponential's argument x counts 1.5 |x|. The scale of the error bound has the factor 1 +
+|x| for it.
 """
 
 import triton
@@ -19,17 +19,18 @@ from triton.language import core  # by this name, because the interpreter knows 
 def product(a, b):
     """a * b as a term of a sum over threads, rounded before it is added.
 
-    The compiler would make a * b + c one instruction, with one rounding, in the sum's first addition. Then two threads
-    that hold the same sum have rounded different products of it, so their sums differ in the last bit, and which of
-    them is stored where both store is not determined. It leaves an instruction that is written as one alone.
+    Otherwise the compiler would turn a * b + c in the sum's first addition into one instruction with one rounding. Two
+    threads that hold the same sum would then round different products, so their sums would differ in the last bit. Both
+    store the sum, and it is not determined which store wins. The compiler does not merge an explicit fma with the
+    addition.
     """
     return tl.fma(a, b, 0.0)
 
 
 @triton.jit
 def to_float32(x, FAST: tl.constexpr):
-    """What was loaded, in float32. The fast form of bfloat16 takes apart two elements by two instructions, where the
-    compiler takes three.
+    """The loaded numbers in float32. The fast form of bfloat16 unpacks two elements with two instructions, where the
+    compiler needs three.
     """
     if FAST and x.dtype == tl.bfloat16:
         bits = tl.inline_asm_elementwise(
@@ -51,8 +52,8 @@ def exp(x, FAST: tl.constexpr):
 
 @triton.jit
 def exp_compensated(x, FAST: tl.constexpr):
-    """e^x as `exp`, without the |x| * 2^-24 that the rounded exponent costs there: what was rounded off is made up for,
-    in 7 instructions more. For a large e^x that is a result, as a rate is, and no factor of one.
+    """e^x as `exp`, without the error |x| * 2^-24 of the rounded exponent. The rounding error is corrected with 7 more
+    instructions. Use it if a large e^x is itself a result, such as a rate, and not a factor of one.
     """
     exponent = x * 1.4426950408889634
     # x log2 e - exponent, with what float32 leaves of log2 e; 0 where e^x is infinite, or less than a normal number.
@@ -91,9 +92,10 @@ def reciprocal(x, FAST: tl.constexpr):
 
 @triton.jit
 def log(x, FAST: tl.constexpr):
-    """log x. The fast form's error is 5 * 2^-24 |log x|, and for 1/2 < x < 2 an absolute one of 2.8 * 2^-24, because
-    lg2.approx is within 2 ulp there, and within 2^-22 here. So next to 1 it is right to an error of x, not of log x;
-    `log1p` of x - 1 is right there. Logarithms of subnormal numbers become -infinity.
+    """log x. The fast form's relative error is 5 * 2^-24, because lg2.approx is within 2 ulp. For 1/2 < x < 2, where
+    lg2.approx is within 2^-22, it has an absolute error of 2.8 * 2^-24. Near 1 the result is therefore as exact as for
+    a rounded x, but its relative error is large; use `log1p` of x - 1 there. Logarithms of subnormal numbers become
+    -infinity.
     """
     if FAST:
         return 0.6931471805599453 * tl.inline_asm_elementwise(
@@ -116,7 +118,7 @@ def expm1_tail(x):
 
 @triton.jit
 def expm1_minus(x, exp_x):
-    """e^x - 1 - x, given e^x. Below |x| = 1/2, where the difference cancels, the series takes over; NaN takes the
+    """e^x - 1 - x, given e^x. Below |x| = 1/2, where the difference cancels, the series is used. NaN uses the
     difference.
     """
     return tl.where(tl.abs(x) < 0.5, x * x * expm1_tail(x), exp_x - 1.0 - x)
@@ -130,8 +132,9 @@ def expm1(x, exp_x):
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) for 0 <= x <= 1, as e^-|x| is: minimax of degree 9 with 1 at 0, evaluated within 2.65 * 2^-24 of it.
-    Of degree 8 it would be 3.2. NVIDIA's approximate logarithm would be exact to 2^-22 of 1 only.
+    """log(1 + x) for 0 <= x <= 1, the range of e^-|x|: minimax of degree 9 with 1 at 0. The relative error of the
+    evaluation is 2.65 * 2^-24. With degree 8 it would be 3.2 * 2^-24. The absolute error of NVIDIA's approximate
+    logarithm is only bounded by 2^-22.
     """
     p = tl.fma(-0.0032440118957310915, x, 0.019851399585604668)
     p = tl.fma(p, x, -0.05695941299200058)
@@ -148,8 +151,8 @@ def log1p(x):
 def sigmoid(x, FAST: tl.constexpr):
     """(y, y * (1 - y)) with y = 1 / (1 + e^-x).
 
-    Everything is made from e^-|x| <= 1, so nothing overflows and neither factor of the slope cancels: it is e^-|x| /
-    (1 + e^-|x|)^2 for both signs.
+    Everything is computed from e^-|x| <= 1, so nothing overflows. The slope is e^-|x| / (1 + e^-|x|)^2 for both signs,
+    in which nothing cancels.
     """
     e = exp(-tl.abs(x), FAST)
     r = reciprocal(1.0 + e, FAST)

@@ -1,4 +1,4 @@
-"""Launching the kernels of the diagonal Gaussian posterior: `gaussian`, and `dimensions` for sums over the batch."""
+"""Launch the kernels of the diagonal Gaussian posterior: `gaussian`, and `dimensions` for sums over the batch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ _MOST_PARTIAL_SUMS = 16384
 
 
 class Layout(NamedTuple):
-    """How mu and logvar lie: rows at distance row_stride, `inner` elements of each in turn (0: not interleaved)."""
+    """The layout of mu and logvar: rows at distance row_stride, with `inner` elements of mu and of logvar in turn (0:
+    not interleaved).
+    """
 
     shape: torch.Size  # of each of the two
     strides: Strides  # of z: dense, in the order of mu
@@ -43,7 +45,7 @@ class Layout(NamedTuple):
     event: int
 
     def tiles(self, per_row: bool, itemsize: int) -> Tiling:
-        """Rows are needed where each has a sum of its own, or where they do not follow each other without a gap."""
+        """Rows are needed if each has its own sum, or if there are gaps between them."""
         without_gaps = self.row_stride == (2 * self.event if self.inner else self.event)
         if self.batch == 1 or (without_gaps and not per_row):
             return cut(1, self.batch * self.event, itemsize)
@@ -51,8 +53,8 @@ class Layout(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """mu and logvar as the kernels take them: where both are packed in one tensor, `mu` is that tensor, which begins
-    with mu.
+    """mu and logvar as the kernels take them. If both are packed in one tensor, `mu` is that tensor, which begins with
+    mu.
     """
 
     mu: Tensor
@@ -61,7 +63,7 @@ class Moments(NamedTuple):
 
 
 def read_moments(mu: Tensor, logvar: Tensor | None, dim: int) -> Moments:
-    """The two forms of input: mu and logvar (dim says nothing), or, with logvar None, both packed in `mu`, halves
+    """Read the two forms of input: mu and logvar (dim is not used), or with logvar None both packed in `mu`, as halves
     along `dim`.
     """
     mu = with_dense_rows(mu)
@@ -75,7 +77,7 @@ def read_moments(mu: Tensor, logvar: Tensor | None, dim: int) -> Moments:
 
 
 def second_half(packed: Tensor, shape: torch.Size, dim: int) -> Tensor:
-    """That of a tensor along dim, of that shape. (Half the time of `Tensor.narrow`.)"""
+    """The second half of a tensor along dim, of the given shape. (It takes half the time of `Tensor.narrow`.)"""
     strides = packed.stride()
     return packed.as_strided(shape, strides, packed.storage_offset() + shape[dim] * strides[dim])
 
@@ -112,8 +114,8 @@ def allocate(posterior: Posterior, moments: Moments) -> list[Tensor]:
 def cut_columns(rows: int, columns: int, itemsize: int) -> tuple[Tiling, int]:
     """Tiles for sums over rows, and the blocks that share the tiles of the same columns.
 
-    A tile has two vectors of 16 bytes per thread and tensor, and rows of one or two cache lines of 128 bytes where
-    there are so many columns. No figure here was measured on a GPU.
+    A tile has two vectors of 16 bytes per thread and tensor. Its rows have one or two cache lines of 128 bytes if there
+    are enough columns. No figure here was measured on a GPU.
     """
     width = min(max(4, power_of_2(columns)), 64)
     height = min(2 * 128 * 16 // itemsize // width, power_of_2(rows))
@@ -253,7 +255,7 @@ def plan_dimensions_backward(
 
 
 def needed_of(mu: Tensor, logvar: Tensor | None, needed: Sequence[bool]) -> list[Tensor]:
-    """The tensors that get gradients."""
+    """The tensors that need gradients."""
     if logvar is None:
         return [mu]
     return [tensor for tensor, need in zip((mu, logvar), needed, strict=True) if need]
@@ -271,8 +273,8 @@ def gaussian_backward(
     eps: Tensor | None,
     *rng: Any,
 ) -> list[Tensor]:
-    """The gradient of packed moments, or of those of mu and logvar that are needed. strides: those that mu had in
-    forward; kl: what forward wrote, where there are free bits.
+    """The gradient of packed moments, or the gradients of mu and logvar that are needed. strides: the strides of mu in
+    forward. kl: the kl that forward wrote, if there are free bits.
     """
     mu = in_order_of(mu, tuple(strides))
     inputs = needed_of(mu, logvar, needed)

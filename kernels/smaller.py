@@ -1,4 +1,4 @@
-"""Launching the kernel of likelihoods that have smaller parameters than the target (`broadcast.broadcast_kernel`)."""
+"""Launch the kernel for likelihoods with parameters that are smaller than the target (`broadcast.broadcast_kernel`)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ELEMENT, _COLUMN, _GROUP, _SCALAR = (kind.value for kind in (ELEMENT, COLUMN, G
 
 
 class Arrangement(NamedTuple):
-    """How smaller parameters lie in a target [batch * rows_per_sample, groups, columns]."""
+    """The positions of smaller parameters in a target [batch * rows_per_sample, groups, columns]."""
 
     kinds: tuple[int, ...]  # of each parameter
     rows_per_sample: int
@@ -35,7 +35,7 @@ class Arrangement(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What the plan of a launch follows from."""
+    """Everything that determines the plan of a launch."""
 
     arrangement: Arrangement
     batch: int
@@ -50,8 +50,8 @@ def _aligned(shape: torch.Size, rank: int) -> tuple[int, ...]:
 
 @remembered
 def arrange(target: torch.Size, strides: Strides, dense: bool, shapes: tuple[torch.Size, ...]) -> Arrangement:
-    """What the parameters of these shapes are, given the order of the target's dimensions in memory and whether there
-    is no gap between its samples. A parameter that the kernel cannot read where it lies is of kind _ELEMENT: it is
+    """The kinds of parameters with these shapes, given the order of the target's dimensions in memory, and whether its
+    samples follow each other without a gap. A parameter that the kernel cannot read directly is of kind _ELEMENT and is
     copied to the target's shape.
     """
     order = [d for d in sorted(range(1, len(target)), key=lambda d: (-strides[d], d)) if target[d] > 1]
@@ -83,7 +83,7 @@ def arrange(target: torch.Size, strides: Strides, dense: bool, shapes: tuple[tor
 
 @remembered
 def strides_in_order(shape: torch.Size, target: torch.Size, strides: Strides) -> Strides:
-    """Dense strides of a smaller parameter, its dimensions in the order in which the target's lie in memory."""
+    """Dense strides of a smaller parameter, with its dimensions in the memory order of the target's dimensions."""
     found, size = [0] * len(target), 1
     full = _aligned(shape, len(target))
     for d in sorted(range(len(target)), key=lambda d: (strides[d], -d)):
@@ -164,8 +164,8 @@ def broadcast(
     needed: Sequence[bool],
     asked: Asked,
 ) -> list[Tensor]:
-    """Fill what is asked for, and return the gradients of the tensors that are needed: of a
-    batch that is not empty. The arguments are those of `broadcast_kernel`.
+    """Fill the tensors that are not None, and return the gradients that are needed. The batch must not be empty. The
+    arguments are those of `broadcast_kernel`.
     """
     *parameters, target = tensors
     shape = target.shape

@@ -1,9 +1,9 @@
-"""The kernels of softmax over rows that are too long for one program to hold: the sums of a row, by several programs
-where there are few rows, and then the gradient, number by number. `groups.py` launches them.
+"""The kernels of softmax over rows that are too long for one program. They compute the sums of a row first, with
+several programs if there are few rows, and then the gradient of each number. `long_rows.py` launches them.
 
-With m = max l, o the sum of e^(l - m) over all but one of the greatest, T = sum t and D = sum_k t_k (m - l_k), the
-value of a row is T log1p(o) + D, where no part is negative, and the slopes are T e^(l_k - m) / (1 + o) - t_k. These
-four numbers of two parts of a row make those of both.
+Let m = max l, o the sum of e^(l - m) over all logits except one of the greatest, T = sum t and D = sum_k t_k (m - l_k).
+The value of a row is T log1p(o) + D, where no part is negative, and the slopes are T e^(l_k - m) / (1 + o) - t_k. The
+four numbers of a row follow from the four numbers of two parts of it.
 """
 
 import triton

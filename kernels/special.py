@@ -1,12 +1,13 @@
-"""Special functions that likelihoods of counts and of discretised values need, element by element in float32.
+"""Special functions in float32, which likelihoods of counts and of discretised values need.
 
 `fastvae.reference.special` has the same functions in plain PyTorch, and derives those of the gamma function.
 
-Errors are given in units of 2^-24 of the result, or, where it says so, of S = |f| + sum_i |x_i df/dx_i|, which is what
-relative errors of the result and of the inputs move: next to a change of sign no float32 formula can be right to an ulp
-of f. The first number is of the portable form, the second of the fast form if every instruction is as far off as
-NVIDIA's documentation allows (`lg2.approx` 2 ulp, `rcp.approx` 1, `ex2.approx` 2): that is what a likelihood counts as
-roundings. `tests/test_special.py` holds both to 80-digit arithmetic, over all magnitudes.
+Errors are given in units of 2^-24 of the result, or, if stated, of S = |f| + sum_i |x_i df/dx_i|, the change by
+relative errors of the result and of the inputs, because near a change of sign no float32 formula can be exact to an ulp
+of f. The first number is the error of the portable form. The second is the error of the fast form if every instruction
+has the largest error that NVIDIA's documentation allows (`lg2.approx` 2 ulp, `rcp.approx` 1, `ex2.approx` 2). A
+likelihood counts this number as roundings. `tests/test_special.py` compares both with 80-digit arithmetic, over all
+magnitudes.
 """
 
 import triton
@@ -20,7 +21,7 @@ def log1p(x, FAST: tl.constexpr):
     """log(1 + x) for x >= 0, infinity included. Errors: 3; 7.
 
     Below 1 it is the polynomial of `numerics.log1p`. From 1 on the logarithm is at least log 2, and rounding 1 + x
-    moves it by less than an ulp. NaN fails the comparison and takes the logarithm.
+    changes it by less than an ulp. NaN fails the comparison and uses the logarithm.
     """
     return tl.where(x < 1.0, numerics.log1p(x), numerics.log(1.0 + x, FAST))
 
@@ -30,7 +31,7 @@ def log1p_minus(x, FAST: tl.constexpr):
     """log(1 + x) - x for |x| <= 1/2. Errors: 5; 7.
 
     With s = x / (2 + x), log(1 + x) = 2 atanh(s) = 2 (s + s^3 / 3 + ...), and 2 s - x = -x s. The series of odd powers
-    is minimax of degree 3 in s^2, within 1.5e-7 of 1/3, and weighs at most x / 2 beside the other part.
+    is minimax of degree 3 in s^2, within 1.5e-7 of 1/3. Its part of the result is at most x / 2 times the other part.
     """
     s = x * numerics.reciprocal(2.0 + x, FAST)
     z = s * s
@@ -55,8 +56,8 @@ def log1mexp(x, FAST: tl.constexpr):
 
     Errors: 3 and 3.5 of S; 9 and 7.5 of S.
 
-    1 - e^-x = 1 / (1 + s), so the logarithm is -log1p(s), which cancels nowhere. s is e^-x / (1 - e^-x), so nothing
-    overflows for large x.
+    1 - e^-x = 1 / (1 + s), so the logarithm is -log1p(s), which never cancels. s is computed as e^-x / (1 - e^-x), so
+    nothing overflows for large x.
     """
     e = numerics.exp(-x, FAST)
     slope = e * numerics.reciprocal(-numerics.expm1(-x, e), FAST)
@@ -76,8 +77,8 @@ def gamma_differences(t, d, FAST: tl.constexpr):
     with polynomials p and q of degree 4 and 5. They are minimax for x >= 0, p' in units of |psi(x)| + x psi'(x) and q'
     in units of psi'(x): with these float32 coefficients within 0.44 and 1.27 * 2^-24. c is chosen for that: at c = 1
     the errors would be 1.5 and 4.9. Recurrence gives Gamma(x) = Gamma(x + 1) / x. Each difference is computed as one:
-    log((t + d + c) / (d + c)) = log1p(t a), and p(a) - p(b) = (a - b) p[a, b] with a - b = t a b. So every part has the
-    factor t, and t = 0 gives 0.
+    log((t + d + c) / (d + c)) = log1p(t a), and p(a) - p(b) = (a - b) p[a, b] with a - b = t a b. Every part has the
+    factor t, so t = 0 gives 0.
     """
     y = t + d
     a = numerics.reciprocal(d + 1.0625, FAST)

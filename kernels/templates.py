@@ -1,4 +1,4 @@
-"""Which kernel a likelihood takes."""
+"""Choose the kernel for a likelihood."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def launcher_of(likelihood: Likelihood, tensors: Sequence[Tensor]) -> Callable[..., list[Tensor]] | None:
-    """What launches the kernel for these tensors, in place of those of `elementwise`, which take equal shapes."""
+    """The launcher for these tensors, or None for the kernels of `elementwise`, which need equal shapes."""
     if likelihood.grouped:
         shape = tensors[0].shape
         grouping = likelihood.grouping(shape, tensors[-1].shape)

@@ -1,6 +1,4 @@
-"""How a tensor [B, ...] is cut into tiles, one per program, and how sums over several tiles are finished in the same
-launch.
-"""
+"""Cut a tensor [B, ...] into tiles, one per program, and finish sums over several tiles in the same launch."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -35,11 +33,11 @@ class Tiling:
 def cut(rows: int, columns: int, itemsize: int, heavy: bool = False) -> Tiling:
     """Cut a problem whose bulk tensors have elements of `itemsize` bytes; `heavy` as in `Likelihood.heavy`.
 
-    Tiles are powers of two that depend on the problem only, never on the card, so that partial sums are of the same
-    elements everywhere. In which order a program adds its tile is the compiler's choice: sums are equal in every bit
-    where the same compiled code runs, and may differ in the last ones between cards, layouts and versions of triton.
-    No figure here was measured on a GPU; they follow from code compiled for sm_90 with triton 3.6 and 3.9 (registers,
-    vector width).
+    Tiles are powers of two. They depend only on the problem, never on the card, so that partial sums contain the same
+    elements everywhere. The compiler chooses the order in which a program adds its tile. Sums are therefore equal in
+    every bit where the same compiled code runs, and may differ in the last bits between cards, layouts and versions of
+    triton. No figure here was measured on a GPU. The figures follow from code compiled for sm_90 with triton 3.6 and
+    3.9 (registers, vector width).
     """
     # Two vectors of 16 bytes per thread and tensor with 4 warps: enough loads in flight, and small problems still
     # spread over the card.
@@ -56,10 +54,11 @@ def cut(rows: int, columns: int, itemsize: int, heavy: bool = False) -> Tiling:
 
 
 def cut_elements(elements: int, slots: int, inner: int) -> int:
-    """How many elements a program has that have an axis of their own: `slots` times `inner` numbers.
+    """The number of elements of a program, if each element has an axis of its own with `slots` times `inner` numbers.
 
-    It has 64 pixels of a mixture of 16. More would not stay in the L1 cache where the channels are innermost, and each
-    slot is a part of the same lines. With one slot, it has 16 numbers per thread.
+    For a mixture of 16 components a program has 64 pixels. More would not stay in the L1 cache if the channels are
+    innermost, because then every slot is a part of the same cache lines. With one slot, a program has 16 numbers per
+    thread.
     """
     return max(1, min((1024 if slots > 1 else 2048) // inner, power_of_2(max(1, elements))))
 
@@ -85,19 +84,19 @@ def power_of_2(n: int) -> int:
 
 
 def reduction_scale(reduction: str, batch: int, event: int) -> float:
-    """What the sum over a sample ("none"), over a batch ("per_dimension") or over everything is multiplied by."""
+    """The factor of the sum over a sample ("none"), over a batch ("per_dimension") or over everything."""
     terms = {"batchmean": batch, "per_dimension": batch, "mean": batch * event}.get(reduction, 1)
     # Over nothing there is nothing to scale: the gradients are empty, and the sums are `empty_sum`.
     return 1.0 / terms if terms else 0.0
 
 
 def empty_sum(reduction: str, batch: int) -> float:
-    """A reduction over no elements at all: 0, or NaN where it is a mean over nothing."""
+    """The result of a reduction over no elements: 0, or NaN for a mean."""
     return float("nan") if reduction == "mean" or (reduction == "batchmean" and batch == 0) else 0.0
 
 
 def sum_blocks(groups: int, count: int) -> dict[str, int]:
-    """The block in which `sum_groups_in_order` reads its terms: two forms, so that few kernels are compiled."""
+    """The block size for `sum_groups_in_order`. There are only two variants, to limit compilations."""
     if groups * count == 1:
         return {"GROUPS": 1, "BLOCK": 1}
     return {"GROUPS": 1, "BLOCK": 1024} if count > 32 else {"GROUPS": 32, "BLOCK": 32}
@@ -107,8 +106,8 @@ def sum_blocks(groups: int, count: int) -> dict[str, int]:
 def program_tile(chunks, FLAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """(first row, first column) of this program, in 64 bits so that no offset made from them can overflow.
 
-    A program has whole rows (ROWS > 1), or one of the `chunks` of a row; FLAT says that there is only one row. Both
-    save the division.
+    A program has whole rows (ROWS > 1), or one of the `chunks` of a row. With FLAT (one row) or ROWS > 1 no division is
+    needed.
     """
     program = tl.program_id(0)
     if FLAT:
@@ -122,7 +121,7 @@ def program_tile(chunks, FLAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.con
 
 @triton.jit
 def tile_offsets(row_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Offsets [ROWS, COLUMNS] from a tile's first element, in 64 bits: the rows of a slice may lie any distance
+    """Offsets [ROWS, COLUMNS] from a tile's first element, in 64 bits, because the rows of a slice may lie any distance
     apart.
     """
     return tl.arange(0, ROWS).to(tl.int64)[:, None] * row_stride + tl.arange(0, COLUMNS)[None, :]
@@ -130,7 +129,7 @@ def tile_offsets(row_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def sum_in_order(terms_ptr, count, stride, BLOCK: tl.constexpr):
-    """The sum of `count` terms in float32, in an order that depends on their number only, in one compiled form."""
+    """The sum of `count` terms in float32. The order depends only on `count`, because there is one compiled form."""
     total = tl.zeros([BLOCK], tl.float32)
     start = 0
     # while: the interpreter of triton 3.6 cannot count to a tensor with numpy 2.4.
@@ -145,8 +144,8 @@ def sum_in_order(terms_ptr, count, stride, BLOCK: tl.constexpr):
 
 @triton.jit
 def sum_groups_in_order(terms_ptr, sums_ptr, groups, count, scale, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
-    """sums[g] = scale * the sum of terms[g, :], terms [groups, count], in an order that depends on `count` only, in one
-    compiled form.
+    """sums[g] = scale * the sum of terms[g, :], terms [groups, count]. The order depends only on `count`, because there
+    is one compiled form.
     """
     first = 0
     while first < groups:
@@ -166,10 +165,10 @@ def sum_groups_in_order(terms_ptr, sums_ptr, groups, count, scale, GROUPS: tl.co
 
 @triton.jit
 def drew_last_ticket(ticket_ptr):
-    """Whether this program is the last of the launch to come here: it then sees what every program stored before its
-    ticket.
+    """Whether this program is the last of the launch to reach this point. It then sees everything that every program
+    stored before its ticket.
 
-    The ticket is 0 when the launch starts, and the last program puts it back to 0.
+    The ticket is 0 when the launch starts, and the last program sets it back to 0.
     """
     # The barrier puts all threads' stores before the one thread's atomic, whose release and acquire order the programs.
     tl.debug_barrier()

@@ -1,4 +1,4 @@
-"""What kernels that compute values or gradients, whichever is asked for, make of weights and upstream gradients."""
+"""Weights and upstream gradients in kernels that compute values or gradients."""
 
 import triton
 import triton.language as tl
@@ -39,7 +39,9 @@ def store_kl_gradient(
 
 @triton.jit
 def factor_of_slopes(loss_ptr, loss_grad_ptr, reconstruction_grad_ptr, weight, grad_scale, scale):
-    """What slopes are multiplied by, where all samples share it: of grad_scale * loss, or of the upstream gradients."""
+    """The factor of the slopes if all samples share it: for the gradient of grad_scale * loss, or from the upstream
+    gradients.
+    """
     if loss_ptr is not None:
         value_grad = load_scalar(grad_scale)
     else:
@@ -53,5 +55,5 @@ def factor_of_slopes(loss_ptr, loss_grad_ptr, reconstruction_grad_ptr, weight, g
 
 @triton.jit
 def in_elements(units, ALIGNMENT: tl.constexpr):
-    """A distance that was given in units of ALIGNMENT, so that the compiler sees what divides it."""
+    """A distance in elements, from units of ALIGNMENT, so that the compiler knows that ALIGNMENT divides it."""
     return tl.cast(units, tl.int64) * ALIGNMENT

@@ -6,6 +6,7 @@ import ctypes
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -259,3 +260,34 @@ def test_torchrun(tmp_path):
     assert found.epoch >= 1
     assert found.run["processes"] == 2
     assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) >= 3
+
+
+@pytest.mark.slow
+def test_torchrun_on_two_machines(tmp_path):
+    """Two groups of two processes, as docs/other-loops.md starts them, here on one machine. The first process writes,
+    and the other machine's folder stays absent."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    machines = [
+        subprocess.Popen(
+            [
+                sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2",
+                "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=two", EXAMPLE,
+                "--dataset", "digits", "--device", "cpu", "--limit", "64", "--batch-size", "32", "--epochs", "1",
+                "--out", tmp_path / f"machine{number}",
+            ],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    try:
+        results = [machine.communicate(timeout=240) for machine in machines]
+    finally:
+        for machine in machines:
+            machine.kill()
+    assert [machine.returncode for machine in machines] == [0, 0], [errors[-2000:] for _, errors in results]
+    (output,) = [output for output, _ in results if "processes 4, with 8 images of every batch each" in output]
+    assert output.count("epoch 1/") == 1
+    (written,) = tmp_path.iterdir()
+    assert read_checkpoint(written / "checkpoint.pt").run["processes"] == 4

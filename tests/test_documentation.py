@@ -275,7 +275,7 @@ def source_messages() -> list[re.Pattern[str]]:
                 parts = [re.escape(node.value)]
             else:
                 continue
-            if len("".join(parts)) > 30:
+            if len("".join(parts).replace(".+", "").replace("\\", "")) > 20:  # of text, besides the wildcards
                 patterns.append(re.compile("".join(parts)))
     return patterns
 

@@ -1,5 +1,5 @@
-"""Autograd of the negative evidence lower bound. Saved for backward: the parameters, the target and kl, whose gradient
-is one number for the whole batch.
+"""Autograd of the negative evidence lower bound. It saves the parameters, the target and kl for backward. The gradient
+of kl is one number for the whole batch.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ register(
 
 
 def added(first: Tensor | None, second: Tensor | None) -> Tensor:
-    """The sum of the gradients that are given: one of them, or both."""
+    """The sum of the given gradients, of which one may be None."""
     if first is None or second is None:
         present = second if first is None else first
         assert present is not None
@@ -123,7 +123,7 @@ class ELBOLoss(torch.autograd.Function):
 
 
 def as_tensors(tensor: Tensor, *weights: Scalar | None) -> list[Tensor | None]:
-    """The weights as tensors, because torch.compile would compile a registered operation anew for another number."""
+    """The weights as tensors, because torch.compile would recompile a registered operation for each new number."""
     # A product, because torch.compile keeps a number that multiplies a tensor variable, and freezes one that fills it.
     return [
         torch.ones((), dtype=torch.float32, device=tensor.device) * weight

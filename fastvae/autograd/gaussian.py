@@ -1,8 +1,7 @@
 """Autograd of the diagonal Gaussian posterior.
 
-Saved for backward: mu and logvar (or the packed moments), a given eps, and the pair (seed, offset) from which
-backward makes the noise again, in the memory order that mu had in forward. Neither the noise nor the standard deviation
-is stored.
+It saves mu and logvar (or the packed moments), a given eps, and the pair (seed, offset), from which backward recomputes
+the noise in the memory order that mu had in forward. Neither the noise nor the standard deviation is stored.
 """
 
 from __future__ import annotations
@@ -94,8 +93,8 @@ def _differentiable_gradients(
 
 
 class Gaussian(torch.autograd.Function):
-    """z and kl, those that the posterior asks for, of (posterior, mu, logvar, eps, *rng). With logvar None, mu holds
-    both, halves along posterior.dim.
+    """z and kl, as far as the posterior asks for them, from (posterior, mu, logvar, eps, *rng). With logvar None, mu
+    holds both, as halves along posterior.dim.
     """
 
     # The arguments one by one: torch.compile counts them to tell this form from forward(ctx, ...).
@@ -160,7 +159,7 @@ def gaussian(
     generator: torch.Generator | None = None,
     batch_offset: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """z and kl, those that the posterior asks for."""
+    """z and kl, as far as the posterior asks for them."""
     rng = kernels.NO_RNG
     if posterior.draws and eps is None:
         rng = (*random.reserve(mu.device, generator), batch_offset or 0)

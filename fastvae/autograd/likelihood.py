@@ -1,7 +1,6 @@
-"""Autograd of the likelihoods. Saved for backward: the parameters and the target, from which backward computes the
-term again.
+"""Autograd of the likelihoods. It saves the parameters and the target, from which backward computes the term again.
 
-A registered operation takes a likelihood as its key, a text.
+A registered operation takes the likelihood's key, a string.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ _library = torch.library.Library("fastvae", "FRAGMENT")
 
 
 def register(schema: str, launcher: Callable[..., Any], allocate: Callable[..., Any]) -> None:
-    """Register an operation: `launcher` runs it on real tensors, `allocate` makes outputs of the same shapes, strides
-    and dtypes.
+    """Register an operation. `launcher` runs it on real tensors. `allocate` returns outputs with the same shapes,
+    strides and dtypes.
     """
     name = schema[: schema.index("(")]
     # Kernels read strides as they come, so Inductor must not choose others than those the outputs were predicted from.
@@ -46,8 +46,8 @@ _READABLE = frozenset((Tensor, Parameter, type(None), float, int))
 
 
 def is_traced(*arguments: Any) -> bool:
-    """Whether a call with these tensors and numbers must go through the registered operation: it is being compiled, or
-    one of them, or the mode that it is called in, is not one that a kernel can be given.
+    """Whether a call with these tensors and numbers must go through the registered operation. This is so if the call is
+    being compiled, or if a kernel cannot take one of the tensors or run in the current mode.
     """
     if (
         torch.compiler.is_compiling()
@@ -68,10 +68,10 @@ def _is_mode_of_a_trace() -> bool:
 
 
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """`function.apply`, less what it does for default arguments, which these Functions do not have.
+    """`function.apply` without its handling of default arguments, which these Functions do not have.
 
-    Function.apply binds the arguments of a Function with setup_context by `inspect.signature`: 90 us of the 200 us
-    that a fused forward took without its launch (CPU, torch 2.13), and more than the launch itself.
+    Function.apply binds the arguments of a Function with setup_context by `inspect.signature`. This took 90 us of the
+    200 us of a fused forward without its launch (CPU, torch 2.13), more than the launch itself.
     """
     if torch.compiler.is_compiling():
         arguments = tuple(distinct(arguments))
@@ -85,8 +85,8 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
 
 
 def distinct(arguments: tuple[Any, ...]) -> Iterator[Any]:
-    """The arguments with views in place of repeated tensors: traced by torch 2.11, a Function that is given one tensor
-    twice loses a gradient.
+    """The arguments with views in place of repeated tensors, because a Function that torch 2.11 traces loses a gradient
+    if it gets the same tensor twice.
     """
     seen: list[Tensor] = []
     for argument in arguments:
@@ -99,12 +99,12 @@ def distinct(arguments: tuple[Any, ...]) -> Iterator[Any]:
 
 
 def is_differentiated(*tensors: Tensor | None) -> bool:
-    """Whether a backward pass of these tensors is itself being transformed (create_graph, torch.func, batched
-    gradients), and so must be made of plain operations. So it must where a transform has ended: what `torch.func.vjp`
-    returns is called outside of it, and the saved tensors are still those of the transform.
+    """Whether a backward pass of these tensors is itself differentiated or transformed (create_graph, torch.func,
+    batched gradients), and must therefore consist of plain operations. This is also so after a transform has ended: the
+    function that `torch.func.vjp` returns is called outside of the transform, but the saved tensors still belong to it.
 
-    While torch.compile traces a backward pass, grad mode is on although nothing differentiates it: AOTAutograd
-    refuses double backward.
+    While torch.compile traces a backward pass, grad mode is on although nothing differentiates the pass, because
+    AOTAutograd does not support double backward.
     """
     if torch.compiler.is_compiling():
         return False

@@ -1,5 +1,5 @@
-"""Datasets: images as uint8 tensors, published ones, a small bundled default that needs no network, and one's own; and
-tables and signals of one's own, standardised.
+"""Datasets. Images are uint8 tensors: published datasets, a small default that needs no network, and your own files.
+Your own tables and signals are standardised.
 """
 
 from .dataset import ImageDataset, SkippedFile

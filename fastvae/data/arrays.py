@@ -1,4 +1,4 @@
-"""Images and labels as arrays, whatever file they came from, brought to `ImageDataset`'s form."""
+"""Convert arrays of images and labels, from any kind of file, to an `ImageDataset`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CHUNK_BYTES = 16 << 20
 
 
 class Part(NamedTuple):
-    """A training or a test set: arrays, each with the words for it in error messages."""
+    """The arrays of a training or a test set, each with its name in error messages."""
 
     images: NDArray[Any]
     images_source: str
@@ -26,13 +26,13 @@ class Part(NamedTuple):
 
 
 def dataset_of(name: str, train: Part, test: Part | None) -> ImageDataset:
-    """A dataset of arrays. Without a test set, the last tenth of the images is taken for it, at least one.
+    """A dataset of arrays. Without a test set, the last tenth of the images, at least one, becomes the test set.
 
-    Images are [N, H, W], [N, C, H, W] or [N, H, W, C], with C = 1 or 3. Bytes are taken as they are, without a copy
-    where they lie in row-major order. Floats must lie in [0, 1] and become the nearest of 256 levels, round(255 x), in
-    memory: what is lost is at most 1/510 per value. Labels are integers below 2^63, [N] or [N, 1].
+    Images are [N, H, W], [N, C, H, W] or [N, H, W, C], with C = 1 or 3. Bytes are used unchanged, without a copy if
+    they are in row-major order. Floats must lie in [0, 1]. They are rounded to 256 levels, round(255 x), in memory,
+    with an error of at most 1/510. Labels are integers below 2^63, [N] or [N, 1].
 
-    Raises ``ValueError``, naming the source, for what is none of this, for images above 8192 x 8192 pixels, for fewer
+    Raises ``ValueError``, which names the source, for any other array, for images above 8192 x 8192 pixels, for fewer
     than two images without a test set, and for a test set whose images have another shape.
     """
     train_images, train_labels = _images(train), labels_of(train)
@@ -50,7 +50,7 @@ def dataset_of(name: str, train: Part, test: Part | None) -> ImageDataset:
 
 
 def first_of_test(train: Part) -> int:
-    """Where the last tenth begins, which is the test set where there is none. Raises ``ValueError``."""
+    """The index at which the last tenth begins, which becomes the test set if there is none. Raises ``ValueError``."""
     count = len(train.images)
     if count < 2:
         raise ValueError(f"{train.images_source} has {count} image, expected two or more: one is kept for the test set")
@@ -95,7 +95,7 @@ def _bytes(array: NDArray[Any], source: str) -> NDArray[np.uint8]:
 
 
 def labels_of(part: Part) -> Tensor | None:
-    """int64 [N], or None where there are none. Raises ``ValueError``."""
+    """The labels, int64 [N], or None if there are none. Raises ``ValueError``."""
     array, source = part.labels, part.labels_source
     if array is None:
         return None

@@ -33,8 +33,8 @@ class _Table(NamedTuple):
 
 
 def csv_parts(path: Path) -> Parts | None:
-    """What a .csv file holds, or a folder with train.csv and perhaps test.csv, or with one .csv file; None where there
-    is no such file. Raises ``ValueError`` and ``OSError``.
+    """The content of a .csv file, of a folder with train.csv and perhaps test.csv, or of a folder with one .csv file.
+    None if there is no such file. Raises ``ValueError`` and ``OSError``.
     """
     if path.is_dir():
         files = {file.stem: file for file in sorted(path.iterdir()) if _is_csv(file)}

@@ -1,4 +1,4 @@
-"""What every loader returns."""
+"""The dataset that every loader returns."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ MOST_PIXELS = 1 << 26  # of an image, 8192 x 8192: a larger one is a mistake, an
 
 
 class SkippedFile(NamedTuple):
-    """A file that could not be read: its path below the folder that was given, and why."""
+    """A file that could not be read: its path below the given folder, and the reason."""
 
     path: str
     reason: str
 
 
 class ImageDataset(NamedTuple):
-    """Images uint8 [N, C, H, W], 0..255; labels int64 [N], or None where there are none. All on the CPU.
+    """Images are uint8 [N, C, H, W], 0..255. Labels are int64 [N], or None if there are none. All tensors are on the
+    CPU.
 
-    Images may lie in a file that is mapped into memory: what is not used takes none, and they must not be written to.
-    class_names: of the labels 0, 1, ..., where classes have names. skipped: the files that were left out.
+    Images may be mapped from a file: parts that are not used take no memory, and you must not write to them.
+    class_names: the names of the labels 0, 1, ..., if classes have names. skipped: the files that were left out.
 
-    Of a table or of signals, train_images and test_images are float32, [N, F] or [N, C, 1, L], and standardised.
-    standardisation: with the means and scales of the training set. columns: the names of the columns, where they have
-    names.
+    For a table or signals, train_images and test_images are float32, [N, F] or [N, C, 1, L], and standardised.
+    standardisation: the means and scales of the training set. columns: the names of the columns, if they have names.
     """
 
     name: str
@@ -45,13 +45,13 @@ class ImageDataset(NamedTuple):
 
     @property
     def has_pictures(self) -> bool:
-        """Whether its samples can be shown."""
+        """Whether the samples can be shown as pictures."""
         return self.standardisation is None
 
     def of_classes(self, labels: Sequence[int]) -> ImageDataset:
         """The samples with one of these labels, in both sets.
 
-        Raises ``ValueError`` where there are no labels, or a set has no sample with one of them.
+        Raises ``ValueError`` if there are no labels, or if a set has no sample with one of them.
         """
         parts: dict[str, Any] = {}
         for name in ("train", "test"):

@@ -1,4 +1,4 @@
-"""The pictures of a folder as bytes: decoded once, into a file that is kept and found again."""
+"""The pictures of a folder as bytes. They are decoded once, into a file that later calls find again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ _VERSION = 2  # of the files that are kept: another one where pictures are decod
 
 
 class Decoded(NamedTuple):
-    """What is kept beside the bytes: their shape, [N, H, W, C], and the reason for each file that has none."""
+    """The information that is stored beside the bytes: their shape, [N, H, W, C], and the reason for each file that was
+    skipped.
+    """
 
     shape: tuple[int, int, int, int]
     skipped: dict[str, str]
@@ -35,11 +37,11 @@ def decoded_once(
     channels: int | None,
     strict: bool,
 ) -> tuple[Path, Decoded]:
-    """The file, in ``folder``, of the bytes of the pictures ``paths`` below ``root``; it is written unless it is there
-    and whole.
+    """The file in ``folder`` with the bytes of the pictures ``paths`` below ``root``. It is written unless it exists
+    and is intact.
 
-    Raises ``OSError`` where it cannot be written, and ``ValueError`` where no picture can be read, or, with ``strict``,
-    one cannot.
+    Raises ``OSError`` if it cannot be written, and ``ValueError`` if no picture can be read. With ``strict``, one
+    picture that cannot be read raises ``ValueError``.
     """
     name = _name(root, paths, size, channels)
     bytes_path, about_path = folder / f"{name}.bytes", folder / f"{name}.json"

@@ -1,4 +1,4 @@
-"""A default dataset without a network: scikit-learn's handwritten digits, brought to MNIST's format."""
+"""A default dataset that needs no network: scikit-learn's handwritten digits in MNIST's format."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _CONTRAST = 3.0
 def load_digits() -> ImageDataset:
     """1,797 handwritten digits, uint8 [N, 1, 28, 28], 0..255, with int64 labels [N].
 
-    The first 1,500 are the training set, the last 297 the test set. The originals are 8x8, values 0 to 16. They are
-    enlarged 3 times by bicubic interpolation, to digits 24 pixels tall in an empty border; as that blurs the strokes,
-    the contrast about middle grey is then raised 3 times, x -> 1/2 + 3 (x - 1/2) clamped to [0, 1], which makes them
-    white on black with soft edges, as MNIST's are.
+    The first 1,500 are the training set, and the last 297 the test set. The originals are 8x8 with values 0 to 16. They
+    are enlarged 3 times by bicubic interpolation, to digits that are 24 pixels tall in an empty border. Because this
+    blurs the strokes, the contrast around middle grey is then raised 3 times, x -> 1/2 + 3 (x - 1/2) clamped to [0, 1].
+    The digits are then white on black with soft edges, as MNIST's are.
 
     Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository (its
-    test part). Raises ``ImportError`` where scikit-learn is missing.
+    test part). Raises ``ImportError`` if scikit-learn is missing.
     """
     try:
         from sklearn import datasets

@@ -1,4 +1,4 @@
-"""A folder of pictures as a dataset: each picture is decoded once, into one file that is then mapped into memory."""
+"""A folder of pictures as a dataset. Each picture is decoded once, into one file that is then mapped into memory."""
 
 from __future__ import annotations
 
@@ -44,28 +44,29 @@ def load_folder(
     """The pictures in a folder and its sub-folders, of any size, as uint8 [N, C, H, W].
 
     A picture is a file whose name has an ending of a format that Pillow reads: .png, .jpg, .bmp, .tif, .gif, .webp and
-    more. Of a file with several frames or pages the first is read. If the folder has sub-folders "train" and "test",
-    these are the two sets, and whatever else is there is left alone. Else about a tenth of the pictures is the test
-    set, at least one: where a picture goes hangs on the hash of its path below the folder alone, so more files move no
-    other picture from one set to the other. That hash is also the order within a set, so that the first N pictures are
-    of all classes. The classes are the sub-folders at first level (of "train" and "test" if these are the sets),
-    numbered in sorted order; a set of which a picture lies in none has no labels.
+    more. If a file has several frames or pages, the first is read. If the folder has sub-folders "train" and "test",
+    these are the two sets, and everything else in the folder is ignored. Otherwise about a tenth of the pictures, at
+    least one, is the test set. The set of a picture depends only on the hash of its path below the folder, so adding
+    files does not move other pictures between the sets. Pictures are sorted by the same hash within a set, so that the
+    first N pictures come from all classes. The classes are the sub-folders at the first level (of "train" and "test" if
+    these are the sets), numbered in sorted order. A set with a picture outside of such sub-folders has no labels.
 
-    Pictures are cut at the edges to the aspect ratio of ``image_size``, which is N for N x N pixels or (height, width),
-    and resized to it (see `fastvae.data.pictures`); None: the size of all if that is one and not above 128, else 64.
-    ``channels``: 1 for grayscale, 3 for RGB; None: grayscale if all are, else RGB. What a model was trained on is
+    Pictures are cropped at the edges to the aspect ratio of ``image_size`` and resized to it (see
+    `fastvae.data.pictures`). ``image_size`` is N for N x N pixels, or (height, width). None means the size of the
+    pictures if all have the same size of at most 128, else 64. ``channels`` is 1 for grayscale and 3 for RGB. None
+    means grayscale if all pictures are grayscale, else RGB. For pictures as a model was trained on pass
     ``image_size=model.image_shape[1:], channels=model.image_shape[0]``.
 
-    They are decoded one by one into a file in ``cache_dir`` (None: ``default_data_dir("folders")``) that is mapped into
-    memory, and found there again as long as no picture is changed, added or removed. It may be deleted at any time. Its
-    checksum is compared each time, so that it is made again where it was damaged.
+    Pictures are decoded one by one into a file in ``cache_dir`` (default: ``default_data_dir("folders")``), which is
+    mapped into memory. Later calls use the file again as long as no picture is changed, added or removed. You may
+    delete it at any time. Its checksum is compared in each call, and a damaged file is written again.
 
-    Every file that is not read is named in ``skipped``, or, with ``strict``, raises ``ValueError``: pictures that are
-    damaged, and files with any other ending. Hidden files are left alone, names that begin with a dot, desktop.ini,
-    Thumbs.db; so are the folders of runs of train.py. Links are followed, each folder once.
+    ``skipped`` names every file that is not read: damaged pictures, and files with any other ending. With ``strict``
+    such a file raises ``ValueError``. Hidden files (names that begin with a dot, desktop.ini, Thumbs.db) and the
+    folders of train.py's runs are ignored. Links are followed, each folder once.
 
-    Raises ``ValueError`` if one of the sets would be empty, and for another image_size or channels, ``OSError`` where
-    the folder cannot be read or cache_dir not written, and ``ImportError`` where Pillow is missing.
+    Raises ``ValueError`` if one of the sets would be empty, or image_size or channels have another value, ``OSError``
+    if the folder cannot be read or cache_dir cannot be written, and ``ImportError`` if Pillow is missing.
     """
     require_pillow()
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -123,9 +124,9 @@ def _sets(root: Path) -> list[str]:
 
 
 def has_pictures(root: Path) -> bool:
-    """Whether a file below the folder is named like a picture that `load_folder` reads.
+    """Whether a file below the folder has the name of a picture that `load_folder` reads.
 
-    Raises ``ImportError`` where Pillow is missing.
+    Raises ``ImportError`` if Pillow is missing.
     """
     require_pillow()
     return any(_is_picture(name) for _, name in _files(root, []))

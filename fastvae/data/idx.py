@@ -33,13 +33,13 @@ _MOST_PACKED = 1032  # bytes that one byte of a gzip stream can hold: 258 in two
 
 
 def read_idx(path: str | os.PathLike[str], *, expected_shape: tuple[int, ...] | None = None) -> NDArray[np.uint8]:
-    """Read an IDX file of unsigned bytes, gzip-packed or plain (decided by its first two bytes, not by its name).
+    """Read an IDX file of unsigned bytes, packed by gzip or not (its first two bytes decide, not its name).
 
-    Returns a writable uint8 array, 0..255, of the shape in the file's header. With ``expected_shape`` the header must
-    name exactly that shape.
+    Returns a writable uint8 array, 0..255, of the shape in the file's header. If ``expected_shape`` is given, the
+    header must have exactly this shape.
 
-    Raises ``ValueError``, naming the file, what was found and what was expected, for every malformed file, and
-    ``FileNotFoundError`` where there is none.
+    Raises ``ValueError`` for every malformed file, which names the file, what was found and what was expected, and
+    ``FileNotFoundError`` if there is no file.
     """
     path = Path(path)
     with path.open("rb") as file:

@@ -13,17 +13,18 @@ _TEST_WORDS = ("test", "t10k")
 
 
 def load_idx(path: str | os.PathLike[str]) -> ImageDataset:
-    """Images, and labels if there are any, in IDX files, MNIST's format, of any name and size, packed by gzip or not.
+    """Load images, and labels if there are any, from IDX files (MNIST's format) of any name and size, packed by gzip or
+    not.
 
-    ``path`` is a folder with one training set, and at most one test set: files whose names hold "images" and "idx", and
-    for the test set "test" or "t10k". Or it is the file of the training images; the test images are then those of the
-    same name with "train" replaced by "test" or "t10k", if there are any. The labels of images are in the file of the
-    same name with "images" replaced by "labels" and "idx3" by "idx1", if there is one.
+    ``path`` is a folder with one training set and at most one test set. The names of its image files contain "images"
+    and "idx", and for the test set also "test" or "t10k". Or ``path`` is the file of the training images. The test
+    images are then in the file of the same name with "train" replaced by "test" or "t10k", if it exists. The labels of
+    images are in the file of the same name with "images" replaced by "labels" and "idx3" by "idx1", if it exists.
 
-    Without a test set, the last tenth of the images is taken for it, at least one: images that are sorted by class must
-    be shuffled first. Images are [N, H, W], [N, C, H, W] or [N, H, W, C], with C = 1 or 3. All is read into memory.
+    Without a test set, the last tenth of the images, at least one, becomes the test set. Shuffle images that are sorted
+    by class first. Images are [N, H, W], [N, C, H, W] or [N, H, W, C], with C = 1 or 3. They are read into memory.
 
-    Raises ``ValueError``, naming the file, for what is none of this, and ``OSError``.
+    Raises ``ValueError``, which names the file, for any other content, and ``OSError``.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -36,7 +37,7 @@ def load_idx(path: str | os.PathLike[str]) -> ImageDataset:
 
 
 def holds_images(name: str) -> bool:
-    """Whether a file of this name is taken for an IDX file of images."""
+    """Whether this is the name of an IDX file of images."""
     return "images" in name and "idx" in name
 
 

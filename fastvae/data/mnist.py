@@ -1,4 +1,4 @@
-"""MNIST and two sets in its format: their four published files, found on disk or downloaded once and verified.
+"""MNIST and two datasets in its format. Their four published files are found on disk, or downloaded once and verified.
 
 LeCun, Cortes, Burges, "The MNIST Database of Handwritten Digits". Xiao, Rasul, Vollgraf, "Fashion-MNIST: a Novel Image
 Dataset for Benchmarking Machine Learning Algorithms", 2017. Clanuwat et al., "Deep Learning for Classical Japanese
@@ -28,11 +28,13 @@ from .idx import read_idx
 
 
 class DownloadError(RuntimeError):
-    """No mirror delivered a file; the message lists each mirror with its reason."""
+    """No mirror delivered a file. The message lists each mirror with the reason."""
 
 
 class PublishedFile(NamedTuple):
-    """A published file: its name unpacked, the md5 of the packed ``name + ".gz"``, and the shape of its content."""
+    """A published file: the name of the unpacked file, the md5 of the packed ``name + ".gz"``, and the shape of its
+    content.
+    """
 
     name: str
     md5: str
@@ -78,7 +80,7 @@ KMNIST_MIRRORS = ("http://codh.rois.ac.jp/kmnist/dataset/kmnist/",)
 
 
 def default_data_dir(name: str = "mnist") -> Path:
-    """The folder ``name`` in ``$FASTVAE_DATA``, or in ``~/.cache/fastvae`` where that is unset or empty."""
+    """The folder ``name`` in ``$FASTVAE_DATA``, or in ``~/.cache/fastvae`` if that is unset or empty."""
     return Path(os.environ.get("FASTVAE_DATA") or "~/.cache/fastvae").expanduser() / name
 
 
@@ -91,11 +93,11 @@ def load_mnist(
 ) -> ImageDataset:
     """MNIST: 60,000 training and 10,000 test images, uint8 [N, 1, 28, 28], with int64 labels [N].
 
-    The four files are looked for in ``data_dir`` (``None``: ``default_data_dir()``), packed
-    (``train-images-idx3-ubyte.gz``) or unpacked (``train-images-idx3-ubyte``, ``train-images.idx3-ubyte``). Whatever is
-    there is judged by its content, so repacked files are accepted. What is absent is downloaded into ``data_dir`` from
-    the first of ``mirrors`` (base addresses) that delivers the published md5; ``timeout`` is in seconds, for each wait
-    on the network.
+    The function looks for the four files in ``data_dir`` (default: ``default_data_dir()``), packed
+    (``train-images-idx3-ubyte.gz``) or unpacked (``train-images-idx3-ubyte``, ``train-images.idx3-ubyte``). It checks
+    their content, so repacked files are accepted. Absent files are downloaded into ``data_dir`` from the first of
+    ``mirrors`` (base addresses) that delivers the published md5. ``timeout`` is in seconds, for each wait on the
+    network.
 
     Raises ``ValueError`` for a malformed file, ``FileNotFoundError`` for absent files with ``download=False``,
     ``DownloadError`` when every mirror fails, ``OSError`` when the file cannot be written. A failed download leaves no
@@ -111,10 +113,10 @@ def load_fashion_mnist(
     mirrors: Sequence[str] = FASHION_MNIST_MIRRORS,
     timeout: float = 10.0,
 ) -> ImageDataset:
-    """Fashion-MNIST: articles of clothing in ten classes, of the shapes and file names of MNIST; see `load_mnist`.
+    """Fashion-MNIST: articles of clothing in ten classes, with the shapes and file names of MNIST; see `load_mnist`.
 
-    The default ``data_dir`` is ``default_data_dir("fashion-mnist")``. As the names of the files are those of MNIST,
-    each set needs a folder of its own.
+    The default ``data_dir`` is ``default_data_dir("fashion-mnist")``. Each dataset needs its own folder, because the
+    names of the files are those of MNIST.
     """
     return _load("fashion-mnist", FASHION_MNIST_FILES, data_dir, download, mirrors, timeout)
 
@@ -126,10 +128,11 @@ def load_kmnist(
     mirrors: Sequence[str] = KMNIST_MIRRORS,
     timeout: float = 10.0,
 ) -> ImageDataset:
-    """KMNIST: handwritten Japanese characters in ten classes, of the shapes and file names of MNIST; see `load_mnist`.
+    """KMNIST: handwritten Japanese characters in ten classes, with the shapes and file names of MNIST; see
+    `load_mnist`.
 
-    The default ``data_dir`` is ``default_data_dir("kmnist")``. As the names of the files are those of MNIST, each set
-    needs a folder of its own.
+    The default ``data_dir`` is ``default_data_dir("kmnist")``. Each dataset needs its own folder, because the names of
+    the files are those of MNIST.
     """
     return _load("kmnist", KMNIST_FILES, data_dir, download, mirrors, timeout)
 

@@ -37,14 +37,14 @@ _FIRST_BYTES = {b"\x93NUMPY": "npy", b"PK": "npz", b"\x1f\x8b": "idx", b"\0\0\x0
 
 
 def find_dataset(data_dir: str | os.PathLike[str]) -> str:
-    """Which of ``OWN_DATASETS`` lies in ``data_dir``, a folder or a file: the name that `load_dataset` wants.
+    """The kind of data in ``data_dir``, a folder or a file: one of ``OWN_DATASETS``, as a name for `load_dataset`.
 
-    A file is known by its first bytes, or its name if that ends in .csv. A folder is known by its .npy, .npz or IDX
-    files, or by the pictures in it and its sub-folders, and if it has none of these by its .csv files. Arrays of two
-    dimensions are a table; signals cannot be told from images.
+    A file is recognised by its first bytes, or by a name that ends in .csv. A folder is recognised by its .npy, .npz or
+    IDX files, or by the pictures in it and in its sub-folders, or else by its .csv files. Arrays with two dimensions
+    are a table. Signals cannot be distinguished from images.
 
-    Raises ``ValueError``, saying what was found, where it is none of these or several, ``OSError`` where it cannot be
-    read, and ``ImportError`` where Pillow is missing.
+    Raises ``ValueError``, which names what was found, if it is none of these or several of them, ``OSError`` if it
+    cannot be read, and ``ImportError`` if Pillow is missing.
     """
     path = Path(data_dir).expanduser()
     if path.is_file():
@@ -93,20 +93,21 @@ def load_dataset(
     labels: Sequence[int] | None = None,
     standardisation: Standardisation | None = None,
 ) -> ImageDataset:
-    """The dataset of that name, one of ``DATASETS``.
+    """Load the dataset with this name, one of ``DATASETS``.
 
     - "mnist", "fashion-mnist", "kmnist": from ``data_dir``, or downloaded into it; see `load_mnist`.
-    - "digits": scikit-learn's, without a data_dir; see `load_digits`.
+    - "digits": scikit-learn's digits, without a data_dir; see `load_digits`.
     - "folder": the pictures in ``data_dir``; see `load_folder`.
     - "npy", "npz", "idx": the arrays in ``data_dir``, a folder or a file; see `load_npy`, `load_npz`, `load_idx`.
     - "table", "signal": numbers in ``data_dir``, a folder or a file; see `load_table`, `load_signals`.
 
-    ``image_size``, in pixels, and ``channels`` are for "folder". ``strict``: what cannot be read raises instead of
-    being skipped, as it always does where images are not files of their own. ``labels``: only the samples with these
-    labels (`ImageDataset.of_classes`). ``standardisation``, of "table" and "signal": that of a model's training set.
+    ``image_size``, in pixels, and ``channels`` are for "folder". ``strict``: a picture that cannot be read raises an
+    error instead of being skipped. (Other files always raise an error.) ``labels``: only the samples with these labels
+    (`ImageDataset.of_classes`). ``standardisation``: for "table" and "signal", the standardisation of a model's
+    training set.
 
-    Raises ``ValueError`` for another name, without a data_dir that is needed or with one that is not, for image_size or
-    channels with another dataset than "folder", for a standardisation of images, and what the functions raise.
+    Raises ``ValueError`` for another name, for a data_dir that is missing or not needed, for image_size or channels
+    with another dataset than "folder", and for a standardisation of images. It also raises the errors of the functions.
     """
     if name not in DATASETS:
         raise ValueError(f"name must be one of {', '.join(DATASETS)}, got {name!r}")

@@ -1,4 +1,4 @@
-"""Tables and signals: numbers of any size, which are standardised, and no pictures."""
+"""Tables and signals. Their numbers may be of any size and are standardised. They are not shown as pictures."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from .standardisation import Standardisation
 
 
 def load_table(path: str | os.PathLike[str], *, standardisation: Standardisation | None = None) -> ImageDataset:
-    """A table of numbers, a row for each sample, as float32 [N, F], standardised column by column.
+    """Load a table of numbers with a row for each sample, as float32 [N, F]. Each column is standardised.
 
-    ``path`` is a .csv, .npy or .npz file, or a folder with train.csv and perhaps test.csv, with one .csv file, or with
-    arrays named as those of `load_npy`, [N, F]. Without a test set, the last tenth of the rows is taken for it, at
-    least one: rows that are sorted must be shuffled first.
+    ``path`` is a .csv, .npy or .npz file, a folder with train.csv and perhaps test.csv, a folder with one .csv file, or
+    a folder with arrays [N, F] that are named as for `load_npy`. Without a test set, the last tenth of the rows, at
+    least one, becomes the test set. Shuffle sorted rows first.
 
-    A .csv file is separated by commas, semicolons or tabs, and may begin with a line of names, of which none is a
-    number. A column of the name "label" or "class" holds labels, which may be texts; every other cell must be a finite
+    A .csv file is separated by commas, semicolons or tabs. It may begin with a line of names, none of which is a
+    number. A column named "label" or "class" holds the labels, which may be texts. Every other cell must be a finite
     number.
 
-    ``standardisation``: that of the training set of a model, whose numbers these are; None: that of this training set.
-    The dataset has it, and the columns' names.
+    ``standardisation``: the standardisation of a model's training set, for data of that model. None means the
+    standardisation of this training set. The dataset has the attributes ``standardisation`` and ``columns``.
 
-    Raises ``ValueError``, naming the file, line and column, for what is none of this, and ``OSError``.
+    Raises ``ValueError``, which names the file, line and column, for any other content, and ``OSError``.
     """
     path = Path(path).expanduser()
     found = csv_parts(path)
@@ -42,13 +42,13 @@ def load_table(path: str | os.PathLike[str], *, standardisation: Standardisation
 
 
 def load_signals(path: str | os.PathLike[str], *, standardisation: Standardisation | None = None) -> ImageDataset:
-    """Signals as float32 [N, C, 1, L], C channels of L values, standardised channel by channel: images of height 1,
-    which `fastvae.models.ConvVAE` takes.
+    """Load signals as float32 [N, C, 1, L], with C channels of L values. Each channel is standardised. They are images
+    of height 1, so `fastvae.models.ConvVAE` takes them.
 
-    ``path`` is a .npy or .npz file, or a folder, as of `load_npy`. Arrays are [N, L], or [N, L, C] or [N, C, L]: the
-    longer of the two is the length. Test set and standardisation are as in `load_table`.
+    ``path`` is a .npy or .npz file, or a folder, as for `load_npy`. Arrays are [N, L], [N, L, C] or [N, C, L]; the
+    longer of the two dimensions is the length. Test set and standardisation are as in `load_table`.
 
-    Raises ``ValueError``, naming the file, for what is none of this, and ``OSError``.
+    Raises ``ValueError``, which names the file, for any other content, and ``OSError``.
     """
     train, test = numpy_parts(Path(path).expanduser())
     return _numbers("signal", train, test, _channels, standardisation)

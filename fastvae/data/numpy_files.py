@@ -23,28 +23,28 @@ _NAMES = (
 
 
 def load_npy(path: str | os.PathLike[str]) -> ImageDataset:
-    """Images in .npy files: ``path`` is one such file, or a folder of files with one of these sets of names.
+    """Load images from .npy files. ``path`` is one such file, or a folder of files with one of these sets of names.
 
     - train_images.npy, train_labels.npy, test_images.npy, test_labels.npy
     - x_train.npy, y_train.npy, x_test.npy, y_test.npy
     - images.npy, labels.npy
 
-    Only the first of each is needed. Without a test set, the last tenth of the images is taken for it, at least one:
-    images that are sorted by class must be shuffled first. Images are [N, H, W], [N, C, H, W] or [N, H, W, C], with
-    C = 1 or 3. uint8 in row-major order is mapped, not read, so that a file may be larger than the memory. Floats must
-    lie in [0, 1] and become the nearest of 256 levels, in memory; what is lost is at most 1/510 per value. Labels are
+    Only the first file of each set is needed. Without a test set, the last tenth of the images, at least one, becomes
+    the test set. Shuffle images that are sorted by class first. Images are [N, H, W], [N, C, H, W] or [N, H, W, C],
+    with C = 1 or 3. uint8 files in row-major order are mapped, not read, so a file may be larger than the memory.
+    Floats must lie in [0, 1]. They are rounded to 256 levels in memory, with an error of at most 1/510. Labels are
     integers, [N] or [N, 1].
 
-    Raises ``ValueError``, naming the file, for what is none of this, objects (pickles) among it, and ``OSError``.
+    Raises ``ValueError``, which names the file, for any other content, such as objects (pickles), and ``OSError``.
     """
     return dataset_of("npy", *npy_parts(Path(path).expanduser()))
 
 
 def load_npz(path: str | os.PathLike[str]) -> ImageDataset:
-    """Images in an .npz file: ``path`` is that file, or a folder with one such file.
+    """Load images from an .npz file. ``path`` is this file, or a folder with one such file.
 
-    The names of its arrays are those of `load_npy`'s files without ".npy", and so are the arrays. They are read into
-    memory. Raises as `load_npy` does.
+    The arrays have the names of `load_npy`'s files without ".npy", and the same shapes and types. They are read into
+    memory. Raises the errors of `load_npy`.
     """
     return dataset_of("npz", *npz_parts(Path(path).expanduser()))
 

@@ -1,4 +1,4 @@
-"""A picture of any size and kind, brought to bytes of a given size. Pillow does the reading."""
+"""Convert a picture of any size and kind to bytes of a given size. Pillow reads the files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def require_pillow() -> None:
 
 @functools.cache
 def picture_endings() -> Mapping[str, str]:
-    """The endings of the names of pictures that this Pillow reads, as ".png", and the format of each."""
+    """The file name endings, such as ".png", that this version of Pillow reads, and the format of each."""
     from PIL import Image
 
     endings = Image.registered_extensions()  # loads every format
@@ -52,10 +52,11 @@ def _formats(path: Path) -> list[str]:
 
 
 def read_picture(path: Path) -> PIL.Image.Image:
-    """A file of any format that Pillow reads, as a Pillow image of mode "L" (grayscale) or "RGB", 8 bits, upright.
+    """Read a file of any format that Pillow reads, as an upright Pillow image of mode "L" (grayscale) or "RGB", 8 bits.
 
-    Its EXIF orientation is applied. What is transparent is laid over white. 16 bits become 8, round(x / 257); floats,
-    which must lie in [0, 1], round(255 x). Palettes and CMYK become RGB. Of several frames the first is read.
+    The EXIF orientation is applied. Transparent parts are shown on white. 16-bit values become round(x / 257). Floats
+    must lie in [0, 1] and become round(255 x). Palettes and CMYK become RGB. If there are several frames, the first is
+    read.
 
     Raises ``OSError``, ``ValueError`` (also above ``PIL.Image.MAX_IMAGE_PIXELS``, Pillow's limit of 89 million pixels),
     and for damaged files errors of many kinds.
@@ -103,10 +104,10 @@ def _levels(values: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 
 def fit(image: PIL.Image.Image, mode: str, height: int, width: int) -> NDArray[np.uint8]:
-    """The picture's bytes in "L", [height, width], or "RGB", [height, width, 3].
+    """The picture's bytes: [height, width] for "L", [height, width, 3] for "RGB".
 
-    What lies beyond the aspect ratio asked for is cut off, equally on both sides; the rest is resized with Lanczos's
-    filter, which is widened when it shrinks (antialiased).
+    The picture is cropped to the aspect ratio, equally on both sides, and then resized with Lanczos's filter, which is
+    widened if the picture shrinks (antialiasing).
     """
     from PIL import Image
 

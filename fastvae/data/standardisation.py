@@ -1,4 +1,4 @@
-"""Numbers of any size brought to mean 0 and variance 1, column by column, and back."""
+"""Scale each column of numbers to mean 0 and variance 1, and back."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 class Standardisation(NamedTuple):
     """(x - mean) / scale of each column of a table [N, F], or each channel of signals [N, C, ...].
 
-    Numbers in tuples, so that ``_asdict()`` can be kept in a checkpoint's ``run``, and ``Standardisation(**of_that)``
-    is the same.
+    The fields are tuples of numbers. You can store ``_asdict()`` in a checkpoint's ``run``, and rebuild it by
+    ``Standardisation(**stored)``.
     """
 
     mean: tuple[float, ...]
@@ -22,7 +22,9 @@ class Standardisation(NamedTuple):
 
     @classmethod
     def of(cls, values: NDArray[Any]) -> Standardisation:
-        """That of a training set: means and standard deviations, and a scale of 1 where all numbers are equal."""
+        """The standardisation of a training set, with its means and standard deviations. If all numbers of a column are
+        equal, its scale is 1.
+        """
         others = (0, *range(2, values.ndim))
         scale = values.std(axis=others, dtype=np.float64)
         constant = values.min(axis=others) == values.max(axis=others)
@@ -31,13 +33,13 @@ class Standardisation(NamedTuple):
         )
 
     def apply(self, values: NDArray[Any]) -> Tensor:
-        """float32 of the values' shape; computed in float64."""
+        """The standardised values, float32 in the values' shape. They are computed in float64."""
         shape = (-1, *[1] * (values.ndim - 2))
         mean, scale = (np.asarray(numbers).reshape(shape) for numbers in self)
         return torch.from_numpy(((values - mean) / scale).astype(np.float32))
 
     def undo(self, values: Tensor) -> Tensor:
-        """Standardised values in the units of the data, float64: of reconstructions and samples, for example."""
+        """Standardised values, such as reconstructions and samples, in the units of the data, float64."""
         shape = (-1, *[1] * (values.ndim - 2))
         mean, scale = (torch.tensor(numbers, dtype=torch.float64, device=values.device).view(shape) for numbers in self)
         return values * scale + mean

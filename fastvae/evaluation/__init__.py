@@ -1,4 +1,4 @@
-"""What is measured after training, or between epochs, on images the model has not seen."""
+"""Measurements after training, or between epochs, on images that the model has not seen."""
 
 from fastvae.evaluation.anomaly import ROC, SCORES, anomaly_scores, roc
 from fastvae.evaluation.batches import Batch

@@ -1,4 +1,4 @@
-"""Anomalies: images that a model explains badly, compared with those it was trained on."""
+"""Find anomalies: images that a model explains worse than those that it was trained on."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def anomaly_scores(
     seed: int = 0,
     condition: Tensor | None = None,
 ) -> Tensor:
-    """How anomalous each image is, [N]; more is more anomalous. Images and condition as in `evaluate`.
+    """A score of each image, [N]. A larger score is more anomalous. Images and condition are as in `evaluate`.
 
-    "reconstruction": the mean squared error of its reconstruction's pixels with z = mu. "elbo": minus the evidence
-    lower bound, in nats (see `elbo`), which also counts how far the posterior is from the prior; z is sampled.
+    "reconstruction": the mean squared error of the reconstruction's pixels with z = mu. "elbo": minus the evidence
+    lower bound, in nats (see `elbo`), with a sampled z. It includes the divergence of the posterior from the prior.
 
     Raises ``ValueError`` for another score, or if there are no images.
     """
@@ -48,9 +48,10 @@ class ROC(NamedTuple):
 
 
 def roc(scores: Tensor, anomalous: Tensor) -> ROC:
-    """The characteristic of scores [N] as a test for anomalies; anomalous [N]: bool, which images are anomalies.
+    """The receiver operating characteristic of scores [N] as a test for anomalies. anomalous: bool [N], True for
+    anomalies.
 
-    Raises ``ValueError`` where all are anomalies, or none; ``ImportError`` where scikit-learn is missing.
+    Raises ``ValueError`` if all images are anomalies, or none, and ``ImportError`` if scikit-learn is missing.
     """
     try:
         from sklearn import metrics

@@ -1,4 +1,4 @@
-"""Data in batches, and noise that is the same each time and leaves the random numbers of training where they were."""
+"""Data in batches, and noise that is the same in each call and does not change the random numbers of training."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _PIXELS = 512 * 28 * 28
 class Batch(NamedTuple):
     """Samples [B, ...], or all of them [N, ...].
 
-    input: what the encoder reads. target: what the decoder's output is compared with, the input unless there is
-    another. condition: what both are given too, if anything.
+    input: read by the encoder. target: compared with the decoder's output; by default the input. condition: a further
+    argument of encoder and decoder, or None.
     """
 
     input: Tensor
@@ -39,7 +39,7 @@ class Batch(NamedTuple):
 
 
 def batch_size(data: Tensor) -> int:
-    """How many samples [N, ...] are looked at together: 512 images of 28x28, fewer larger ones."""
+    """The number of samples [N, ...] in a batch: 512 for images of 28x28, fewer for larger ones."""
     places = data.shape[2:] if data.ndim == 4 else data.shape[1:]  # an image's channels do not count
     return max(1, min(512, _PIXELS // max(1, math.prod(places))))
 
@@ -47,9 +47,10 @@ def batch_size(data: Tensor) -> int:
 def batches(
     model: VAE, images: Tensor, target: Tensor | None = None, condition: Tensor | None = None
 ) -> Iterator[Batch]:
-    """All samples [N, ...], the last partial batch too, on the model's device. Without a target these are the target.
+    """Batches of all samples [N, ...], with the last partial batch, on the model's device. Without a target the samples
+    are the target.
 
-    Raises ``ValueError`` if there are none, or where target or condition have another number of rows.
+    Raises ``ValueError`` if there are no samples, or if target or condition have another number of rows.
     """
     if images.shape[0] == 0:
         raise ValueError(f"images must hold at least one image, got shape {list(images.shape)}")
@@ -68,7 +69,7 @@ def batches(
 
 
 def seeded_generator(model: VAE, seed: int = 0) -> torch.Generator:
-    """A generator of its own, on the model's device."""
+    """A separate generator on the model's device."""
     return torch.Generator(device_of(model)).manual_seed(seed)
 
 
@@ -78,8 +79,8 @@ def device_of(model: VAE) -> torch.device:
 
 @contextmanager
 def evaluation_mode(model: VAE) -> Iterator[None]:
-    """The model as in use: without Dropout, and with the statistics that BatchNorm has; afterwards each module is in
-    the mode that it was in.
+    """The model in evaluation mode: without Dropout, and with BatchNorm's stored statistics. Afterwards each module
+    returns to its earlier mode.
     """
     in_training = [module for module in model.modules() if module.training]
     model.eval()
@@ -93,7 +94,7 @@ def evaluation_mode(model: VAE) -> Iterator[None]:
 def measuring(
     function: Callable[Concatenate[VAE, Parameters], Result],
 ) -> Callable[Concatenate[VAE, Parameters], Result]:
-    """For functions of a model: without gradients, and in `evaluation_mode`."""
+    """Decorates a function of a model: it runs without gradients and in `evaluation_mode`."""
 
     @functools.wraps(function)
     def call(model: VAE, /, *arguments: Parameters.args, **named: Parameters.kwargs) -> Result:

@@ -1,4 +1,4 @@
-"""What a model's latent dimensions are used for, over a set of images."""
+"""Measure how a model uses its latent dimensions, over a set of images."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fastvae.models import VAE
 class Posteriors(NamedTuple):
     """The posteriors q(z|x) of N images.
 
-    mu: their means, [N, K] ([N, K, h, w] of latents that are images themselves).
-    kl: the mean over the images of each dimension's divergence from N(0, 1), in nats, float64 [K] ([K, h, w]).
+    mu: their means, [N, K] ([N, K, h, w] for latents that are images).
+    kl: each dimension's divergence from N(0, 1) in nats, averaged over the images, float64 [K] ([K, h, w]).
     """
 
     mu: Tensor
@@ -39,8 +39,8 @@ def posteriors(model: VAE, images: Tensor, *, condition: Tensor | None = None) -
 
 
 def active_units(mu: Tensor, *, threshold: float = 0.01) -> Tensor:
-    """Which latent dimensions say something of the image: the variance over the images of the posterior's mean is above
-    the threshold. mu [N, ...], one of an image; bool [...].
+    """Whether each latent dimension is active: whether the variance of the posterior's mean over the images is above
+    the threshold. mu is [N, ...], with one row for each image. The result is bool [...].
 
     Source: Burda, Grosse and Salakhutdinov, "Importance Weighted Autoencoders", 2016, section 5.2.
     """
@@ -48,11 +48,11 @@ def active_units(mu: Tensor, *, threshold: float = 0.01) -> Tensor:
 
 
 def principal_components(mu: Tensor, count: int = 2) -> tuple[Tensor, float]:
-    """The first principal components of mu [N, ...]: coordinates, float64 [N, count], and the share, 0 to 1, of the
-    variance that they show.
+    """The first principal components of mu [N, ...]. Returns the coordinates, float64 [N, count], and the share of the
+    variance that they explain, 0 to 1.
 
-    An axis points to where its largest entry is positive, so that the same mu gives the same picture. Raises
-    ``ValueError`` if there are fewer dimensions than components.
+    The largest entry of each axis is positive, so that the same mu gives the same picture. Raises ``ValueError`` if
+    there are fewer dimensions than components.
     """
     centred = mu.flatten(1).double()
     centred = centred - centred.mean(0)

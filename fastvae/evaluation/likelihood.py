@@ -1,13 +1,13 @@
-"""How probable a model finds images: the evidence lower bound, and a tighter bound by importance sampling.
+"""The log-probability of images under a model: the evidence lower bound, and a tighter bound by importance sampling.
 
-Both are of log p(x), in nats per image, of the model that training fits: z ~ N(0, I), and independent pixels x of the
-model's likelihood given the decoder's output. They hold what the likelihood's formula leaves out (its ``omitted`` and
-``complete``). For `SigmoidMSE`, a Gaussian of variance 1 around the sigmoid, that is the constant -D / 2 * log(2 pi)
-for the D values of an image, -720.4 nats at 28x28. Pixels lie in [0, 1], where a variance of 1 is wide, so its p(x)
-changes little with what was learned.
+Both estimate log p(x) in nats per image, for the model that was trained: z ~ N(0, I), and independent pixels x with the
+model's likelihood given the decoder's output. They include the constants that the likelihood's formula leaves out (its
+``omitted`` and ``complete``). For `SigmoidMSE`, a Gaussian of variance 1 around the sigmoid, this is -D / 2 * log(2 pi)
+for the D values of an image, -720.4 nats at 28x28. A variance of 1 is wide for pixels in [0, 1], so p(x) changes little
+with training.
 
-Compare these numbers only between models of one likelihood and one reading of the images. A density of numbers, a
-probability of counts, and `Bernoulli` with grey values, which is neither, have different units.
+Compare these numbers only between models with the same likelihood and the same reading of the images. A density of
+numbers, a probability of counts, and `Bernoulli` with grey values, which is neither, have different units.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def elbo(
 ) -> Tensor:
     """The evidence lower bound of each image, log p(x|z) - KL(q(z|x) || p(z)) with one sampled z, float64 [N], in nats.
 
-    Images, target and condition as in `evaluate`; with the same seed, 0, the mean is minus its loss, less what the
-    likelihood omits.
+    Images, target and condition are as in `evaluate`. With the same seed, 0, the mean is minus the loss of `evaluate`,
+    minus the omitted constants.
 
     Raises ``ValueError`` if there are no images.
 
@@ -56,11 +56,12 @@ def log_likelihood(
 ) -> Tensor:
     """log p(x) of each image by importance sampling, float64 [N], in nats.
 
-    log(1/S sum_s w_s), w_s = p(x|z_s) p(z_s) / q(z_s|x), with S = ``samples`` draws of z_s ~ q(z|x). In expectation it
-    is a lower bound of log p(x) which grows with S, from the evidence lower bound at S = 1 towards log p(x).
+    The estimate is log(1/S sum_s w_s), w_s = p(x|z_s) p(z_s) / q(z_s|x), with S = ``samples`` draws of z_s ~ q(z|x).
+    Its expectation is a lower bound of log p(x), which grows with S from the evidence lower bound at S = 1 towards log
+    p(x).
 
-    Images, target and condition as in `evaluate`. The memory is that of `evaluate`, whatever N and S. The noise of an
-    image follows from the seed and its number among the images, not from how they are batched.
+    Images, target and condition are as in `evaluate`. It needs as much memory as `evaluate`, for any N and S. The noise
+    of an image depends on the seed and the image's index, not on the batches.
 
     Raises ``ValueError`` if there are no images, or samples is not a positive integer.
 
@@ -89,10 +90,10 @@ def log_likelihood(
 
 
 def bits_per_dimension(nats: float, dimensions: int) -> float:
-    """-nats / (D log 2): a bound or log-likelihood of images of D values, in bits for each value.
+    """-nats / (D log 2): convert a bound or log-likelihood of images with D values to bits per value.
 
-    Of a density of pixels in [0, 1] it is no code length of bytes: that would be 8 bits more. Of probabilities of the
-    256 bytes, as `DiscretizedLogistic` has them, it is the code length.
+    For a density of pixels in [0, 1] this is not the code length of bytes, which is 8 bits more. For probabilities of
+    the 256 bytes, as in `DiscretizedLogistic`, it is the code length.
     """
     return -nats / (dimensions * math.log(2))
 

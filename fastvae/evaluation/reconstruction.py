@@ -1,6 +1,6 @@
-"""How well a model explains images: the test loss, and the squared error of each reconstruction.
+"""The test loss of a model, and the squared error of each reconstruction.
 
-Every epoch is measured with the same noise, see `fastvae.evaluation.batches`.
+Every epoch uses the same noise, see `fastvae.evaluation.batches`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from fastvae.reference.precision import in_precision
 class Evaluation(NamedTuple):
     """Means over a set of images.
 
-    loss: the negative evidence lower bound with sampled z, in nats per image, as training defines it.
-    mse: the mean squared error of the pixels from the likelihood's mean, with z = mu.
+    loss: the negative evidence lower bound with a sampled z, in nats per image, as in training.
+    mse: the mean squared error between the pixels and the likelihood's mean, with z = mu.
     """
 
     loss: float
@@ -40,18 +40,18 @@ def evaluate(
 ) -> Evaluation:
     """The test loss and error of a model on images [N, C, H, W], uint8 or floats in [0, 1], on its device or the CPU.
 
-    Data of another shape, [N, ...], do too, if the model takes them. Where the target of the model's likelihood is not
-    "unit", floats may be any, and uint8 is read as it is. ``target``: what is to be reconstructed, if it is not the
-    images; ``condition``: of a conditional model, that of each sample.
+    Data of another shape [N, ...] are allowed if the model takes them. If the target of the model's likelihood is not
+    "unit", floats may have any value, and uint8 is read as the number itself. ``target``: compared with the
+    reconstructions in place of the images. ``condition``: the condition of each sample, for a conditional model.
 
-    Raises ``ValueError`` if there are no images, or target or condition have not as many rows.
+    Raises ``ValueError`` if there are no images, or if target or condition have another number of rows.
     """
     return evaluate_batches(model, batches(model, images, target, condition), beta=beta)
 
 
 @measuring
 def evaluate_batches(model: VAE, batches: Iterable[Batch], *, beta: float | Tensor = 1.0) -> Evaluation:
-    """`evaluate` on batches, on the model's device, as a loader makes them. Raises ``ValueError`` if there are none."""
+    """`evaluate` for batches on the model's device. Raises ``ValueError`` if there are none."""
     generator, likelihood = seeded_generator(model), model.likelihood
     losses, errors = [], []
     for batch in batches:
@@ -78,8 +78,8 @@ def reconstruction_errors(
 ) -> Tensor:
     """The mean squared error of each reconstruction's pixels, mean((X - Y)^2), [N].
 
-    Images, target and condition as in `evaluate`. z is sampled, or z = mu with ``deterministic=True``. Of classes, X is
-    1 for a pixel's class and 0 for the others, and Y has their probabilities.
+    Images, target and condition are as in `evaluate`. z is sampled, or z = mu with ``deterministic=True``. For classes,
+    X is 1 for a pixel's class and 0 for the others, and Y has the probabilities of the classes.
     """
     generator = seeded_generator(model)
     errors = []

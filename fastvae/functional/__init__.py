@@ -1,5 +1,5 @@
-"""One function per operation: checks its input, asks `fastvae.backend`, and applies the fused operation or its
-specification.
+"""One function per operation. It checks its input, asks `fastvae.backend` for the path, and calls the fused operation
+or its specification.
 """
 
 from fastvae.functional.elbo import elbo_loss, elbo_value_and_grad

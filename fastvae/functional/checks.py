@@ -1,5 +1,5 @@
-"""Checks of what the public functions are given: each error names the argument, what it was and what is expected,
-before any launch.
+"""Checks of the public functions' arguments. They run before any launch, and each error names the argument, its value
+and what is expected.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def check_dense(name: str, tensor: Tensor) -> None:
 
 
 def check_like(name: str, tensor: Tensor, first_name: str, first: Tensor) -> None:
-    """The same shape and device as another argument: neither is broadcast, nothing is copied between devices."""
+    """Check that an argument has the shape and device of another one, because neither is broadcast and nothing is
+    copied between devices.
+    """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     check_dense(name, tensor)
@@ -141,7 +143,9 @@ def check_is_likelihood(likelihood: object) -> None:
 def check_likelihood(
     parameters: Tensor | tuple[Tensor, ...], target: Tensor, likelihood: Likelihood
 ) -> tuple[Tensor, ...]:
-    """A likelihood, its parameters on one device, the first of the target's shape; returns them all in a tuple."""
+    """Check a likelihood and its parameters: all on one device, and the first with the target's shape. Returns the
+    parameters as a tuple.
+    """
     check_is_likelihood(likelihood)
     names = likelihood.parameters
     given = parameters if isinstance(parameters, tuple) else (parameters,)
@@ -163,7 +167,7 @@ def check_likelihood(
 
 
 def check_grouped(parameters: Tensor, target: Tensor, likelihood: Likelihood) -> None:
-    """A target that goes with parameters of which an element has several."""
+    """Check the target of a likelihood whose elements have several numbers in a parameter."""
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a torch.Tensor, got {type(target).__name__}")
     check_dense("target", target)
@@ -185,7 +189,7 @@ def check_target_dtype(target: Tensor, likelihood: Likelihood) -> None:
 
 
 def check_smaller(name: str, tensor: Tensor, first_name: str, first: Tensor) -> None:
-    """A floating-point tensor of the shape of the first, or one that is broadcast to it."""
+    """Check a floating-point tensor that has the shape of the first parameter, or can be broadcast to it."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in FLOATING:
@@ -259,12 +263,14 @@ def check_scalar(name: str, value: float | Tensor, first_name: str, first: Tenso
 
 
 def has_kernels(likelihood: Likelihood, target: Tensor) -> bool:
-    """Whether kernels compute the likelihood and every gradient that is asked for; else its formula does."""
+    """Whether kernels compute the likelihood and every gradient that is needed. Otherwise its formula does."""
     return likelihood.term is not None and (likelihood.target_has_slope or not target.requires_grad)
 
 
 def refuse_transforms(name: str) -> None:
-    """Of what is already given with its gradient, a transform would find none, and return zeros."""
+    """Raise an error under a torch.func transform, because the results have no graph and the transform would return
+    zeros.
+    """
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
             f"fastvae.functional.{name} does not run under torch.func transforms: it has the gradient already. "
@@ -273,8 +279,8 @@ def refuse_transforms(name: str) -> None:
 
 
 def takes_triton(first: Tensor, *others: Tensor | None, inductor_fuses: bool = False) -> bool:
-    """Whether the call runs fused; a single float64 among the tensors makes it a reference call. For inductor_fuses,
-    see `fastvae.backend.choose`.
+    """Whether the call runs fused. One float64 tensor is enough to make it a reference call. See
+    `fastvae.backend.choose` for inductor_fuses.
     """
     decisive = first
     for tensor in others:

@@ -32,25 +32,25 @@ def elbo_loss(
 ) -> ELBO:
     """loss = mean_B(reconstruction_weight * -log p(target | parameters)) + beta * mean_B(kl), in nats.
 
-    By default -log p is sum_event (sigmoid(logits) - target)^2 with a weight of one half: that of a Gaussian decoder of
-    unit variance, without its constant. All three results are differentiable in the parameters, target and kl; on the
-    fused path their gradients leave in one launch.
+    By default -log p is sum_event (sigmoid(logits) - target)^2 with the weight one half. This is a Gaussian decoder of
+    unit variance, without its constant. All three results are differentiable in the parameters, target and kl. On the
+    fused path one launch computes all gradients.
 
     Args:
         parameters, target, likelihood: as in `negative_log_likelihood`.
         kl: [B], the divergence of each sample, as `gaussian_sample_kl` returns it.
-        beta, reconstruction_weight: a number, or a 0-dimensional tensor on the device of the parameters, read there
-            without a synchronisation (a number is frozen into a captured CUDA graph, a tensor is not). None is the
-            likelihood's own weight: one half for `SigmoidMSE`, 1 for the others.
+        beta, reconstruction_weight: a number, or a 0-dimensional tensor on the device of the parameters, which is read
+            there without a synchronisation. A captured CUDA graph keeps the value of a number, and reads a tensor at
+            each replay. With None the reconstruction has the likelihood's own weight: one half for `SigmoidMSE`, 1 for
+            the others.
 
     Returns:
-        ELBO(loss, reconstruction, kl), 0-dimensional, float32 (float64): reconstruction is weighted, kl is the batch
-        mean before beta.
+        ELBO(loss, reconstruction, kl), each 0-dimensional and float32 (float64 if an input is). reconstruction includes
+        its weight. kl is the batch mean, without beta.
 
     Raises:
         TypeError: a dtype or type that is not listed above.
-        ValueError: shapes that do not go together, devices that differ, a kl that is not [B], or a weight that requires
-            grad.
+        ValueError: shapes that do not match, different devices, a kl that is not [B], or a weight that requires grad.
     """
     tensors, beta, weight = _checked(parameters, target, kl, likelihood, beta, reconstruction_weight)
     if has_kernels(likelihood, target) and takes_triton(*tensors, kl, inductor_fuses=True):
@@ -74,8 +74,8 @@ def elbo_value_and_grad(
 ) -> tuple[ELBO, tuple[Tensor | tuple[Tensor, ...], Tensor]]:
     """`elbo_loss` and its gradients in one launch: the fast path of a training loop.
 
-    ``torch.autograd.backward((logits, kl), (dlogits, dkl))`` continues from the gradients. Nothing returned is
-    attached to a graph; target gets no gradient.
+    ``torch.autograd.backward((logits, kl), (dlogits, dkl))`` starts backward from these gradients. The results are not
+    attached to a graph, and target gets no gradient.
 
     Args:
         parameters, target, kl, likelihood, beta, reconstruction_weight: as in `elbo_loss`.
@@ -83,8 +83,8 @@ def elbo_value_and_grad(
             not underflow: a number or 0-dimensional tensor, such as a GradScaler's scale. The values are not scaled.
 
     Returns:
-        ELBO(loss, reconstruction, kl), and (dparameters, dkl) of the shapes and dtypes of the parameters and kl:
-        dparameters is a tensor where parameters is one, and a tuple where it is a tuple. The gradient of a parameter
+        ELBO(loss, reconstruction, kl), and (dparameters, dkl) with the shapes and dtypes of the parameters and kl.
+        dparameters is a tensor if parameters is a tensor, and a tuple if it is a tuple. The gradient of a parameter
         that is smaller than the target is a sum.
 
     Raises what `elbo_loss` raises.

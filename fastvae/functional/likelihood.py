@@ -17,26 +17,27 @@ def negative_log_likelihood(
     """-log p(target | parameters) in nats, summed over each sample's event, differentiable in parameters and target.
 
     Args:
-        parameters: what the decoder returns, [B, ...]: a tensor, or a tuple of tensors in the order of
-            ``likelihood.parameters``. Those after the first may be smaller: of a shape that is broadcast to the first
-            one's, such as [G] for each column, [C, 1, 1] for each channel, [] for all, or [B, 1, 1, 1] for each sample.
-            float16, bfloat16, float32, and float64 on the reference path; they may differ.
-        target: of the shape and device of the first parameter; any of those dtypes, or uint8, which is read as t / 255
-            where ``likelihood.target`` is "unit", as the number itself where it is "number". Its values are not
-            checked: those that the likelihood does not have, such as negative counts, give NaN or a number that means
-            nothing; `fastvae.likelihoods.validate` finds them.
+        parameters: the output of the decoder, [B, ...]: a tensor, or a tuple of tensors in the order of
+            ``likelihood.parameters``. All but the first may have any shape that can be broadcast to the shape of the
+            first, such as [G] for each column, [C, 1, 1] for each channel, [] for all, or [B, 1, 1, 1] for each sample.
+            The dtypes are float16, bfloat16, float32, and float64 on the reference path. They may differ.
+        target: has the shape and device of the first parameter, and one of those dtypes or uint8. uint8 is read as t /
+            255 if ``likelihood.target`` is "unit", and as the number itself if it is "number". The values are not
+            checked. Values that the likelihood does not allow, such as negative counts, give NaN or a meaningless
+            number; `fastvae.likelihoods.validate` finds them.
         likelihood: one of `fastvae.likelihoods`, or one of your own.
         reduction: "none" per sample, shape [B]; "batchmean" their mean; "sum" over everything; "mean" over every
             element.
 
     Returns:
-        The loss, float32 (float64), shape [B] or []. Gradients have their inputs' shapes and dtypes: that of a smaller
-        parameter is a sum.
+        The loss, float32 (float64 if an input is), shape [B] or []. Gradients have the shapes and dtypes of their
+        inputs. The gradient of a smaller parameter is a sum.
 
     Raises:
-        TypeError: a dtype or type that is not listed above; a uint8 target of a likelihood that reads no bytes.
-        ValueError: a target of another shape than the first parameter's, another parameter that is not broadcast to it,
-            devices that differ, fewer than 2 dimensions, another number of parameters, or an unknown reduction.
+        TypeError: a dtype or type that is not listed above, or a uint8 target for a likelihood that reads no bytes.
+        ValueError: the target has another shape than the first parameter, another parameter cannot be broadcast to it,
+            devices differ, there are fewer than 2 dimensions, the number of parameters is wrong, or the reduction is
+            unknown.
     """
     tensors = check_likelihood(parameters, target, likelihood)
     check_reduction(reduction)

@@ -1,4 +1,4 @@
-"""Likelihoods of the data given a decoder's output. Each is one file, from which its operations are derived."""
+"""Likelihoods of the data given a decoder's output. Each is one file, and its operations are derived from it."""
 
 import importlib
 from typing import TYPE_CHECKING

@@ -30,8 +30,8 @@ def term(parameters, target, SETTINGS: tl.constexpr, FAST: tl.constexpr):
 class Bernoulli(Likelihood):
     """-t log y - (1 - t) log(1 - y) with y = sigmoid(logits) for each element; t in [0, 1], or uint8, read as t / 255.
 
-    It is torch's ``binary_cross_entropy_with_logits``. Choose it for binary data. Many choose it for grey values in
-    [0, 1] too, of which it is not the density.
+    It equals torch's ``binary_cross_entropy_with_logits``. Choose it for binary data. Many people also choose it for
+    grey values in [0, 1], but it is not a density of them.
     """
 
     parameters = ("logits",)

@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 @Term
 def term(slots, targets, place, SIZE: tl.constexpr, SETTINGS: tl.constexpr, FAST: tl.constexpr):
-    """sum_k t_k (L - l_k), L = log sum e^l; slopes T softmax(l) - t, T = sum t. Of a class t, t_k is 1 where k is t.
+    """sum_k t_k (L - l_k), L = log sum e^l; slopes T softmax(l) - t, T = sum t. For a class t, t_k is 1 if k is t, else
+    0.
 
-    With m = max l, L - l_k = log1p(o) + (m - l_k): no part is negative. o is the sum of e^(l - m) over all but one of
-    the greatest, so that nothing is lost where one class has nearly all of the probability.
+    With m = max l, L - l_k = log1p(o) + (m - l_k), and no part is negative. o is the sum of e^(l - m) over all logits
+    except one of the greatest, so that no digits are lost if one class has nearly all of the probability.
     """
     there = place < SIZE
     logits = tl.where(there, slots[0], -float("inf"))
@@ -76,13 +77,13 @@ def check_dim(dim: object) -> None:
 
 @dataclass(frozen=True)
 class Categorical(Likelihood):
-    """-log softmax(logits)_t of a class t, or -sum_k t_k log softmax(logits)_k of probabilities t, over ``dim``.
+    """-log softmax(logits)_t for a class t, or -sum_k t_k log softmax(logits)_k for probabilities t, over ``dim``.
 
     A target of classes is int64 or uint8 and lacks that dimension: logits [B, K, H, W] with a target [B, H, W]. A
     target of the logits' shape, floating point or uint8, holds a probability for each class, such as one-hot vectors.
-    It is torch's ``cross_entropy``. The event is everything but the batch and the classes; reduction="mean" is a mean
-    over what has a class. A class that is not in 0 to K - 1 is not refused, because that would take a synchronisation:
-    its value is NaN.
+    It equals torch's ``cross_entropy``. The event is all dimensions but the batch and the classes. reduction="mean" is
+    the mean over the elements that have a class. A class outside of 0 to K - 1 raises no error, because checking it
+    would need a synchronisation. Its value is NaN.
 
     Choose it for labels, tokens, and pixels of few kinds.
     """
@@ -115,13 +116,13 @@ class Categorical(Likelihood):
         return torch.softmax(logits, self.dim)
 
     def sample(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Classes, int64, drawn from the distribution; the generator is of the logits' device."""
+        """Classes, int64, drawn from the distribution. The generator must be on the logits' device."""
         probabilities = torch.softmax(logits.float(), self.dim).movedim(self.dim, -1)
         drawn = torch.multinomial(probabilities.flatten(0, -2), 1, generator=generator)
         return drawn.view(probabilities.shape[:-1])
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
-        """For elements of this shape: probabilities of 5 classes, in dimension 1."""
+        """Logits and probabilities of 5 classes, in dimension 1, for elements of this shape."""
         logits = 3 * torch.randn((shape[0], 5, *shape[1:]), generator=generator)
         target = torch.softmax(2 * torch.randn(logits.shape, generator=generator), 1)
         return logits.movedim(1, self.dim), target.movedim(1, self.dim)

@@ -1,4 +1,4 @@
-"""Compares the term of a likelihood with its formula, and derives from the formula how large an error may be."""
+"""Compare a likelihood's term with its formula, and derive the allowed error from the formula."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ EXTREMES = (0.0, -0.0, 1e-4, -1e-4, 1.0, -1.0, 20.0, -20.0, 100.0, -100.0, 1e4, 
 
 
 class Exact(NamedTuple):
-    """The value and the slopes of each element in float64, and for each of them the two scales of its bound."""
+    """The value and the slopes of each element in float64, and the two scales of the error bound of each."""
 
     results: list[Tensor]
     first: list[Tensor]
     second: list[Tensor]
 
     def scale(self, k: int, roundings: int) -> Tensor:
-        """How far result k moves per relative error, if there are so many of 2^-24.
+        """The change of result k per relative error of 2^-24, for this number of roundings.
 
-        To first order |f| + sum_i |x_i df/dx_i|: in a stable computation an intermediate error does no more than an
-        error of the result and of the inputs. The second order is added, because the first vanishes for a square near
-        0. Infinities and NaN are not moved.
+        To first order it is |f| + sum_i |x_i df/dx_i|, because in a stable computation an intermediate error has no
+        more effect than an error of the result and of the inputs. The second order is added, because the first vanishes
+        for a square near 0. Infinities and NaN do not change.
         """
         return self.first[k] + roundings * 2.0**-24 * self.second[k]
 
 
 def exact(likelihood: Likelihood, tensors: Sequence[Tensor]) -> Exact:
-    """The results in float64 and their scales, given the parameters and, last, the target, as numbers."""
+    """The results in float64 and their scales. The tensors are the parameters and, last, the target, as numbers."""
     inputs = [tensor.detach().double().cpu().requires_grad_() for tensor in tensors]
     if likelihood.grouped:
         return _exact_of_groups(likelihood, inputs)
@@ -128,7 +128,7 @@ def ulp(values: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def examples(likelihood: Likelihood, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """Parameters and a target, each float32 [N]: as `draw` returns them, and extreme ones if it is not overridden."""
+    """Parameters and a target, each float32 [N]: those of `draw`, and extreme ones if it is not overridden."""
     drawn = likelihood.draw((128 if likelihood.grouped else 1024,), generator)
     if len(drawn) != len(likelihood.parameters) + 1:
         raise ValueError(
@@ -148,22 +148,22 @@ def examples(likelihood: Likelihood, generator: torch.Generator) -> tuple[Tensor
 def check(likelihood: Likelihood, *, device: torch.device | str | None = None, seed: int = 0) -> None:
     """Compare the values and slopes of a likelihood's term with those of its formula in float64.
 
-    So are its own `Likelihood.slopes`, where it has them, because the path without a GPU trains by them. A difference
-    may be 1 ulp + k * 2^-24 * S. k is the number in ``roundings``. S = |f| + sum_i |x_i df/dx_i| is what relative
-    errors of the result and of the inputs move. The inputs are those of `Likelihood.draw`, and, if it is not
-    overridden, extreme ones: zeros, 1e-4 to 1e4, NaN. The formula must be finite in float32 where it is in float64,
-    because it runs where there is no GPU. The error that is raised names each difference, and the inputs at which it is
-    largest.
+    If the likelihood overrides `Likelihood.slopes`, they are compared too, because training without a GPU uses them. A
+    difference may be at most 1 ulp + k * 2^-24 * S. k is the number in ``roundings``. S = |f| + sum_i |x_i df/dx_i| is
+    the change by relative errors of the result and of the inputs. The inputs are those of `Likelihood.draw`. If it is
+    not overridden, extreme inputs are added: zeros, 1e-4 to 1e4, NaN. The formula must be finite in float32 wherever it
+    is finite in float64, because it runs without a GPU. The error that is raised names each difference and the inputs
+    where it is largest.
 
     Args:
-        likelihood: without a ``term``, only its formula and slopes are looked at.
-        device: where the term runs, by default on the GPU. Without one it is the CPU, which needs Triton's interpreter
-            (set TRITON_INTERPRET=1 before the first import of Triton).
-        seed: of the drawn inputs.
+        likelihood: the likelihood. Without a ``term`` only its formula and slopes are checked.
+        device: the device on which the term runs. The default is the GPU, or without a GPU the CPU, which needs
+            Triton's interpreter (set TRITON_INTERPRET=1 before the first import of Triton).
+        seed: the seed of the random inputs.
 
     Raises:
-        ValueError: if term and formula differ, or if one of them is not as `Likelihood` describes it.
-        RuntimeError: if this machine cannot run the term, saying what is missing.
+        ValueError: term and formula differ, or one of them is not as `Likelihood` describes it.
+        RuntimeError: this machine cannot run the term; the message names what is missing.
     """
     # Imported here, because they import this package.
     import fastvae.functional as F

@@ -1,4 +1,4 @@
-"""The discretised logistic likelihood: the probability of each of a number of grey values.
+"""The discretised logistic likelihood: a probability for each grey value.
 
 Kingma et al., "Improved Variational Inference with Inverse Autoregressive Flow", 2016, section 5; Salimans et al.,
 "PixelCNN++", 2017, section 2.1.
@@ -24,13 +24,14 @@ if TYPE_CHECKING:
 
 @Term
 def term(parameters, target, SETTINGS: tl.constexpr, FAST: tl.constexpr):
-    """log(1 + e^-a) + log(1 + e^b) - log(1 - e^-(a - b)), and its slopes, with a, b = (d +- h) / scale; of it the first
-    part in the lowest bin, the second in the highest.
+    """log(1 + e^-a) + log(1 + e^b) - log(1 - e^-(a - b)), and its slopes, with a, b = (d +- h) / scale. The lowest bin
+    has the first part only, and the highest bin the second part only.
 
-    The mass of a bin is symmetric in d, so a and b are those of |d|, and no term is negative. At an end with the mean
-    on its inner side, `beyond`, |d| makes the other part of it. The slope by |d| is sigma(a) sigma(b) (1 - e^-(a + b))
-    / scale, which does not cancel for small d. With w = a - b, log(1 - e^-w) is log w - w/2 + w^2/24 - ..., where log w
-    = log(2 h) - log_scale, below w = log 2, and -log1p(1 / (e^w - 1)) above.
+    The mass of a bin is symmetric in d, so a and b are computed from |d|, and no term is negative. In an end bin whose
+    mean lies on the inner side (`beyond`), the other part is used, because the sign of d is lost. The slope by |d| is
+    sigma(a) sigma(b) (1 - e^-(a + b)) / scale, which does not cancel for small d. Let w = a - b. Below
+    w = log 2, log(1 - e^-w) is computed as log w - w/2 + w^2/24 - ... with log w = log(2 h) - log_scale, and above as
+    -log1p(1 / (e^w - 1)).
     """
     mean, log_scale = parameters
     if len(SETTINGS) == 3:
@@ -77,12 +78,13 @@ class DiscretizedLogistic(Likelihood):
     """-log P(t) of t = k / (bins - 1), the mass of a logistic distribution in a bin around 2 t - 1, for each element.
 
     The mass is sigma((d + h) / scale) - sigma((d - h) / scale) with d = 2 t - 1 - mean, scale = e^log_scale and h = 1 /
-    (bins - 1); the first bin, t = 0, has all that is below it too, and the last, t = 1, all that is above. So the
-    parameters are on the scale [-1, 1]. A float target belongs to the bin of a k if it is k / (bins - 1); one between
-    two bins has a bin of that width around it. uint8 is read as t / 255 and refused where that is no bin for some byte.
-    ``min_log_scale``: log_scale counts as at least that much, and has no gradient below.
+    (bins - 1). The first bin, t = 0, also has the mass below it, and the last bin, t = 1, the mass above it. The
+    parameters are on the scale [-1, 1]. A float target should be k / (bins - 1) for a bin k. Any other float has a bin
+    of the same width around it. uint8 is read as t / 255, and raises an error if the value of some byte is no bin.
+    ``min_log_scale``: log_scale counts as at least this number, and has no gradient below it.
 
-    Choose it for images of bytes: it is the probability of what a file holds, so that nats become bits per dimension.
+    Choose it for images of bytes. It is the probability of the bytes in a file, so nats can be converted to bits per
+    dimension.
     """
 
     bins: int = 256

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 @Term
 def tanh(x, FAST: tl.constexpr):
-    """(tanh x, 1 - tanh^2 x), of e^-2|x|: neither cancels. Next to 1 the difference from 1 has less to round."""
+    """(tanh x, 1 - tanh^2 x), computed from e^-2|x|, so that neither cancels. Near 1 the difference from 1 is smaller,
+    and so is its rounding error.
+    """
     twice = -2.0 * tl.abs(x)
     e = numerics.exp(twice, FAST)
     r = numerics.reciprocal(1.0 + e, FAST)
@@ -37,9 +39,10 @@ def term(slots, targets, place, SIZE: tl.constexpr, SETTINGS: tl.constexpr, FAST
     """-log sum_i w_i e^-v_i, where v_i is the value of component i, the sum of `logistic` over the colours, and w_i its
     weight, softmax(logits).
 
-    With m_i = 1 - e^-v_i and n = sum_i w_i m_i the value is -log(1 - n), and the slope of a logit w_i (m_i - n) / (1 -
-    n): neither cancels next to a value of 0. Beyond log 2, where m_i rounds to 1, they are differences of log-sum-exps
-    and of the weights before and after. The slope of v_i is component i's share of the sum.
+    With m_i = 1 - e^-v_i and n = sum_i w_i m_i the value is -log(1 - n), and the slope of a logit is w_i (m_i - n) / (1
+    - n). Neither cancels near a value of 0. For values above log 2, where m_i rounds to 1, the value is a difference of
+    log-sum-exps, and the slope is the difference of the weights before and after. The slope of v_i is component i's
+    share of the sum.
     """
     there = place < SIZE
     logits = tl.where(there, slots[0], -float("inf"))
@@ -90,19 +93,19 @@ def term(slots, targets, place, SIZE: tl.constexpr, SETTINGS: tl.constexpr, FAST
 
 @dataclass(frozen=True)
 class DiscretizedLogisticMixture(Likelihood):
-    """-log sum_i w_i P_i(t) for each pixel: P_i is the product of `DiscretizedLogistic`'s masses over the colours.
+    """-log sum_i w_i P_i(t) for each pixel. P_i is the product of `DiscretizedLogistic`'s masses over the colours.
 
-    The parameters are one tensor, with 10 M numbers for a pixel of three colours, and 3 M for one of a single colour; M
-    is ``mixtures``. First come M logits of the weights w. Then for each colour M means, M log scales and, if there are
-    three, M coefficients. Component i's mean of green is m + tanh(c) r with the coefficient of red, and that of blue is
-    m + tanh(c') r + tanh(c'') g with those of green and blue; r and g are the target's, on [-1, 1].
-    ``dim`` is the dimension of these numbers and of the colours: 1, parameters [B, 10 M, H, W] with a target [B, 3, H,
-    W], or -1, [B, H, W, 10 M] with [B, H, W, 3]; None finds it from the shapes. A value is one for each pixel, so
-    reduction="mean" is a mean over pixels. ``bins`` and ``min_log_scale`` are those of `DiscretizedLogistic`, as is the
-    reading of the target.
+    The parameters are one tensor, with 10 M numbers for a pixel of three colours and 3 M numbers for a pixel of one
+    colour. M is ``mixtures``. The numbers are M logits of the weights w, and then for each colour M means, M log scales
+    and, with three colours, M coefficients. Component i's mean of green is m + tanh(c) r, with the coefficient c of
+    red. Its mean of blue is m + tanh(c') r + tanh(c'') g, with the coefficients of green and blue. r and g are the
+    target's red and green on [-1, 1].
+    ``dim`` is the dimension of these numbers and of the colours: 1 for parameters [B, 10 M, H, W] with a target [B, 3,
+    H, W], or -1 for [B, H, W, 10 M] with [B, H, W, 3]. None finds it from the shapes. There is one value for each
+    pixel, so reduction="mean" is a mean over pixels. ``bins``, ``min_log_scale`` and the reading of the target are as
+    in `DiscretizedLogistic`.
 
-    Choose it for photographs of bytes: of this library's likelihoods it is the one that state-of-the-art VAEs report
-    bits per dimension of.
+    Choose it for photographs of bytes. State-of-the-art VAEs report bits per dimension with this likelihood.
     """
 
     mixtures: int = 10
@@ -196,8 +199,8 @@ class DiscretizedLogisticMixture(Likelihood):
         return value.unsqueeze(dim)
 
     def inner_factors(self, mixture: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-        """Of what green's and blue's mean gain: for a large coefficient it is +-r, however much that coefficient is
-        off, and r = -1 for a target of 0.
+        """Factors of the parts that are added to the means of green and blue. For a large coefficient such a part is
+        +-r for any error of the coefficient, and r = -1 for a target of 0.
         """
         grouping = self.grouping(mixture.shape, target.shape)
         if target.shape[grouping.axis] == 1:
@@ -220,8 +223,8 @@ class DiscretizedLogisticMixture(Likelihood):
         return dim
 
     def mean(self, mixture: Tensor) -> Tensor:
-        """The mean over the components of their centres, in [0, 1]; a colour's centre is that given the centres of the
-        colours before.
+        """The mean over the components of their centres, in [0, 1]. The centre of a colour is computed from the centres
+        of the colours before it.
         """
         dim = self._dim_of(mixture)
         logits, *slots = self._slots(mixture, dim)
@@ -232,7 +235,9 @@ class DiscretizedLogisticMixture(Likelihood):
         return 0.5 * torch.stack([(weights * centre).sum(-1) for centre in centres], dim) + 0.5
 
     def sample(self, mixture: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Pictures drawn from the distribution, k / (bins - 1) in [0, 1]; the generator is of the mixture's device."""
+        """Pictures drawn from the distribution, k / (bins - 1) in [0, 1]. The generator must be on the mixture's
+        device.
+        """
         dim = self._dim_of(mixture)
         logits, *slots = self._slots(mixture, dim)
         flat = torch.softmax(logits.float(), -1).flatten(0, -2)
@@ -249,7 +254,9 @@ class DiscretizedLogisticMixture(Likelihood):
         return 0.5 * torch.stack(drawn, dim) + 0.5
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
-        """For pixels of this shape: the numbers of a pixel, and the three colours, lie in dimension 1."""
+        """Parameters and a target for pixels of this shape. Dimension 1 has the numbers of a pixel, or the three
+        colours.
+        """
         shape = (shape[0], self.mixtures, *shape[1:])
         slots = [torch.randn(shape, generator=generator)]
         colours = []

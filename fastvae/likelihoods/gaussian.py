@@ -1,4 +1,4 @@
-"""The Gaussian likelihood, with a variance that is learned or given."""
+"""The Gaussian likelihood, with a learned or fixed variance."""
 
 from __future__ import annotations
 
@@ -55,11 +55,12 @@ def fixed(parameters, target, SETTINGS: tl.constexpr, FAST: tl.constexpr):
 class Gaussian(Likelihood):
     """((t - mean)^2 e^-logvar + logvar + log 2 pi) / 2 for each element, of any numbers; uint8 is read as t / 255.
 
-    With a fixed ``std`` the mean is the only parameter, logvar being 2 log std. ``sigmoid``: the mean is the sigmoid of
-    the first parameter, the logits. ``min_logvar``: logvar counts as at least that much, and has no gradient below.
-    ``constant=False`` leaves log(2 pi) / 2 out, and log std if that is fixed. It is torch's ``gaussian_nll_loss``.
-    Choose it for numbers without bounds; with ``std=1`` it is the squared error of a linear decoder. Where the variance
-    is learned, pixels that are always right let it vanish: give a ``min_logvar`` then.
+    With a fixed ``std`` the mean is the only parameter, and logvar is 2 log std. ``sigmoid``: the mean is the sigmoid
+    of the first parameter, the logits. ``min_logvar``: logvar counts as at least this number, and has no gradient below
+    it. ``constant=False`` leaves out log(2 pi) / 2, and log std if it is fixed. It equals torch's
+    ``gaussian_nll_loss``.
+    Choose it for numbers without bounds. With ``std=1`` it is the squared error of a linear decoder. A learned variance
+    falls to 0 for pixels that are always right, so pass a ``min_logvar``.
     """
 
     std: float | None = None

@@ -1,4 +1,4 @@
-"""The Laplace likelihood, with a scale that is learned or given."""
+"""The Laplace likelihood, with a learned or fixed scale."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def fixed(parameters, target, SETTINGS: tl.constexpr, FAST: tl.constexpr):
 class Laplace(Likelihood):
     """|t - mean| e^-log_scale + log_scale + log 2 for each element, of any numbers; uint8 is read as t / 255.
 
-    With a fixed ``scale`` the mean is the only parameter. ``min_log_scale``: log_scale counts as at least that much,
-    and has no gradient below. ``constant=False`` leaves log 2 out, and log scale if that is fixed. The slope at t =
-    mean is 0. Choose it in place of `Gaussian` where single elements may be far off, because it counts their absolute
-    and not their squared error: its mean is the median, and its pictures have sharper edges.
+    With a fixed ``scale`` the mean is the only parameter. ``min_log_scale``: log_scale counts as at least this number,
+    and has no gradient below it. ``constant=False`` leaves out log 2, and log scale if it is fixed. The slope at t =
+    mean is 0. Choose it in place of `Gaussian` if single elements may be far off, because it uses their absolute error
+    and not their squared error. The decoder then learns the median, and its pictures have sharper edges.
     """
 
     scale: float | None = None

@@ -29,9 +29,9 @@ class Grouping(NamedTuple):
 class Term:
     """Decorates the Triton function of a likelihood.
 
-    `triton.jit` is applied when a kernel first takes the function, so defining a likelihood imports no Triton. Then
-    `triton.language` is put into the function's module as ``tl``, and of `fastvae.kernels` the modules ``numerics`` and
-    ``special``. A term may call another one that is imported into its module.
+    `triton.jit` is applied when a kernel first uses the function, so defining a likelihood imports no Triton. At that
+    time `triton.language` is put into the function's module as ``tl``, together with ``numerics``, ``special`` and
+    ``counts`` of `fastvae.kernels`. A term may call another term that is imported into its module.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -57,58 +57,64 @@ class Term:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """The negative log-likelihood of independent elements, given parameters of the target's shape, of which all but the
-    first may be smaller: of a shape that is broadcast to it.
+    """The negative log-likelihood of independent elements. The first parameter has the target's shape. The others may
+    have any shape that can be broadcast to it.
 
-    A subclass is a frozen dataclass whose fields are its settings: numbers, texts, booleans, None, or tuples of them.
-    It defines the attributes below; those with a default may be left out. Where one follows from the settings, such as
-    the parameters, it is a property. `fastvae.likelihoods.check` compares its term with its formula.
+    A subclass is a frozen dataclass whose fields are its settings: numbers, strings, booleans, None, or tuples of them.
+    It defines the attributes below; those with a default are optional. An attribute that depends on the settings is a
+    property. `fastvae.likelihoods.check` compares the term with the formula.
     """
 
     parameters: ClassVar[tuple[str, ...]]
     """The names of the parameters, in the order in which they are given."""
     target: ClassVar[str]
-    """What a target holds: "unit" for numbers in [0, 1], and uint8 is read as t / 255; "number" for any numbers;
-    "class" for the number of a class, int64 or uint8, where the target lacks the axis of `grouping`, else any numbers.
+    """The kind of numbers in a target. "unit": numbers in [0, 1]; uint8 is read as t / 255. "number": any numbers.
+    "class": class numbers, int64 or uint8, if the target lacks the axis of `grouping`, else any numbers.
     """
     bounded: ClassVar[bool] = True
-    """Whether a "unit" target must lie in [0, 1]; else floats may be any numbers, and bytes are read as t / 255."""
+    """Whether a "unit" target must lie in [0, 1]. If not, floats may be any numbers, and bytes are read as t / 255."""
     counts: ClassVar[bool] = False
-    """Whether a "number" target holds counts, whole numbers from 0 on. Only `fastvae.likelihoods.validate` asks."""
+    """Whether a "number" target holds counts, whole numbers from 0 on. Only `fastvae.likelihoods.validate` uses it."""
     reads_bytes: ClassVar[bool] = True
     """Whether a target may be uint8."""
     roundings: ClassVar[tuple[int, ...]]
-    """The roundings, relative errors of 2^-24, along the term's longest chain of operations: to the value, to each
-    parameter's slope, and to the target's slope if it has one. Count one for an operation, two for
-    `numerics.reciprocal`, three for `log1p`, four for `exp`, eight for `sigmoid`. A product has those of both factors
-    besides, a sum those of the term that has more. What an input was rounded to before is not counted (a target of
-    bytes has two), because the bound has a part for each input."""
+    """The numbers of roundings, relative errors of 2^-24, along the term's longest chain of operations: for the value,
+    for each parameter's slope, and for the target's slope if it has one. Count one for an operation, two for
+    `numerics.reciprocal`, three for `log1p`, four for `exp`, eight for `sigmoid`. For a product add the roundings of
+    both factors, for a sum those of the summand that has more. Do not count earlier roundings of an input, because the
+    bound has a part for each input. (A target of bytes has two roundings.)
+    """
     formula: ClassVar[Callable[..., Tensor]]
     """``def formula(self, *parameters, target)``: each element's negative log-likelihood in nats, in plain PyTorch.
 
-    It is the specification: it runs where there is no GPU, the term is compared with it, and torch differentiates it
-    for gradients of higher order. Write it in a form that is stable in float32."""
+    It is the specification. It runs without a GPU, the term is compared with it, and torch differentiates it for
+    gradients of higher order. Write it in a form that is stable in float32.
+    """
     target_has_slope: ClassVar[bool] = False
-    """Whether the term returns the target's slope too. Without it, a call whose target requires grad is left to the
-    formula, because no kernel has that gradient."""
+    """Whether the term returns the target's slope too. Without it, a call whose target requires grad uses the formula,
+    because no kernel computes that gradient.
+    """
     slope_factor: ClassVar[float] = 1.0
     """A constant factor that the term leaves out of every slope, because the kernel multiplies slopes anyway."""
     reconstruction_weight: ClassVar[float] = 1.0
-    """The weight of the value in the evidence lower bound, unless the caller gives one."""
+    """The default weight of the value in the evidence lower bound."""
     omitted: ClassVar[float] = 0.0
-    """Nats per element that the formula leaves out of the negative log-likelihood, which `fastvae.evaluation.elbo` and
-    `log_likelihood` add: -log p(target | parameters) = reconstruction_weight * value + omitted, for each element."""
+    """The nats per element that the formula leaves out of the negative log-likelihood. `fastvae.evaluation.elbo` and
+    `log_likelihood` add them: -log p(target | parameters) = reconstruction_weight * value + omitted, for each element.
+    """
     heavy: ClassVar[bool] = False
-    """Whether the term takes hundreds of instructions. A thread then has 4 elements at a time instead of 16, because
-    with more its numbers would not fit into its registers."""
+    """Whether the term takes hundreds of instructions. A thread then computes 4 elements at a time instead of 16,
+    because 16 would not fit into its registers.
+    """
     term: ClassVar[Term | None] = None
-    """``@Term def term(parameters, target, SETTINGS: tl.constexpr, FAST: tl.constexpr)``: (value, slopes) of a tile, in
-    float32. ``parameters`` is a tuple of tiles, ``SETTINGS`` is `settings`, ``FAST`` is handed
-    on to `numerics`. slopes is a tuple: of each parameter and then of the target. Without a term the formula runs, on
-    every device."""
+    """``@Term def term(parameters, target, SETTINGS: tl.constexpr, FAST: tl.constexpr)`` returns (value, slopes) of a
+    tile, in float32. ``parameters`` is a tuple of tiles, and ``SETTINGS`` is `settings`. Pass ``FAST`` on to
+    `numerics`. slopes is a tuple with the slope of each parameter and then that of the target. Without a term the
+    formula runs on every device.
+    """
 
     grouped: ClassVar[bool] = False
-    """Whether an element has an axis of its own in the parameters, as the classes of a pixel are: see `grouping`."""
+    """Whether an element has an axis of its own in the parameters, such as the classes of a pixel; see `grouping`."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -122,37 +128,39 @@ class Likelihood:
         _check_description(type(self).__name__, self)
 
     def grouping(self, parameters: torch.Size, target: torch.Size) -> Grouping:
-        """Of a `grouped` likelihood, where the axis of an element lies in tensors of these shapes.
+        """The position of an element's axis in tensors of these shapes, for a `grouped` likelihood.
 
-        Its formula returns a value for each element, of the parameters' shape with size 1 along the axis. Its term is
+        The formula returns a value for each element, in the parameters' shape with size 1 along the axis. The term is
         ``def term(slots, targets, place, SIZE: tl.constexpr, SETTINGS: tl.constexpr, FAST: tl.constexpr)``. A slot is a
-        tile [elements, power of 2] of `Grouping.size` = SIZE neighbours along the axis; beyond, where place >= SIZE, it
-        is 0. targets is one such tile if the target has the parameters' axis, else a tile [elements, 1] for each number
-        along the target's. It returns a value [elements, 1], and the slopes of each slot.
+        tile [elements, power of 2] of `Grouping.size` = SIZE neighbours along the axis. It is 0 where place >= SIZE.
+        targets is one such tile if the target has the parameters' axis, else a tile [elements, 1] for each number along
+        the target's axis. The term returns a value [elements, 1] and the slopes of each slot.
 
-        Raises ``ValueError`` for shapes that do not go together.
+        Raises ``ValueError`` for shapes that do not match.
         """
         raise NotImplementedError(f"{type(self).__name__} must define grouping(parameters, target)")
 
     def inner_factors(self, parameters: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-        """Of a `grouped` likelihood, ones by which its formula, given them as further arguments, multiplies what it
-        computes on its way, and whose rounding no error of the inputs equals. The bound has a part for each. They lie
-        as the parameters do.
+        """Further arguments of a `grouped` likelihood's formula, all of them ones, with the parameters' layout. The
+        formula multiplies certain intermediate results by them: those whose rounding error has no equal among the
+        errors of the inputs. The error bound then has a part for each.
         """
         return ()
 
     def output_channels(self, channels: int) -> int:
-        """How many channels a decoder returns for images of so many: those of each parameter, one after the other.
+        """The number of channels that a decoder returns for images with this number of channels: those of each
+        parameter, one after the other.
 
-        Raises ``ValueError`` for images that the likelihood is not of.
+        Raises ``ValueError`` for images that the likelihood does not support.
         """
         return len(self.parameters) * channels
 
     def slopes(self, *parameters_and_target: Any, **_: Any) -> tuple[Tensor, ...]:
-        """The derivative of each element's value by each parameter, in plain PyTorch; torch derives it from `formula`.
+        """The derivative of each element's value by each parameter, in plain PyTorch. By default torch derives it from
+        `formula`.
 
-        Override it where that is slow or inaccurate. Of a parameter that is smaller than the target it has the target's
-        shape too: the caller multiplies each element by its weight, and then sums.
+        Override it if that is slow or inaccurate. The derivative has the target's shape even if the parameter is
+        smaller, because the caller multiplies each element by its weight and then sums.
         """
         *parameters, target = parameters_and_target
         parameters = [parameter.expand_as(parameters[0]) for parameter in parameters]
@@ -161,33 +169,37 @@ class Likelihood:
         return tuple(backward(torch.ones_like(value)))
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
-        """Random parameters and a target of this shape, float32 on the CPU, on which `check` compares term and formula.
+        """Random parameters and a target of this shape, float32 on the CPU. `check` compares term and formula at them.
 
-        Override it where not every number will do, as for a rate, which is positive.
+        Override it if a parameter has a limited range, such as a rate, which is positive.
         """
         parameters = [3 * torch.randn(shape, generator=generator) for _ in self.parameters]
         draw = torch.rand if self.target == "unit" else torch.randn
         return *parameters, draw(shape, generator=generator)
 
     def mean(self, *parameters: Any, **_: Any) -> Tensor:
-        """The mean of the target given the parameters, for pictures of reconstructions and samples."""
+        """The mean of the target for these parameters, for pictures of reconstructions and samples."""
         raise NotImplementedError(f"{type(self).__name__} must define mean({', '.join(self.parameters)})")
 
     @property
     def complete(self) -> Likelihood:
-        """The likelihood whose formula has what this one's leaves out for each target, such as log t!, of which
-        `omitted` can be no number. `fastvae.evaluation.elbo` and `log_likelihood` compute that one.
+        """The same likelihood with the parts that depend on the target, such as log t!, which `omitted` cannot express
+        as a number. `fastvae.evaluation.elbo` and `log_likelihood` compute this one.
         """
         return self
 
     @property
     def settings(self) -> tuple[Any, ...]:
-        """What the term gets as ``SETTINGS``: the values of the fields, or, overridden, what follows from them."""
+        """The numbers that the term gets as ``SETTINGS``: the values of the fields. An override may return numbers
+        computed from them.
+        """
         return self._values
 
     @property
     def key(self) -> str:
-        """A text from which `from_key` makes an equal likelihood: registered operations and files hold texts only."""
+        """A string from which `from_key` builds an equal likelihood, because registered operations and files can only
+        hold strings.
+        """
         named = zip(fields(self), self._values, strict=True)
         settings = ", ".join(f"{field.name}={_literal(value)}" for field, value in named)
         return f"{type(self).__module__}:{type(self).__qualname__}({settings})"
@@ -235,7 +247,7 @@ def _check_description(name: str, described: Any) -> None:
 
 
 def check_scale(name: str, value: Any) -> None:
-    """A setting that is the width of a distribution, or None where that is a parameter."""
+    """Check a setting that is the width of a distribution, or None if the width is a parameter."""
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -245,7 +257,7 @@ def check_scale(name: str, value: Any) -> None:
 
 
 def check_minimum(name: str, value: Any, fixed: bool = False) -> None:
-    """A setting that is the least value of a learned parameter, or None; ``fixed``: where it is not learned."""
+    """Check the least value of a learned parameter, or None. ``fixed``: the parameter is not learned."""
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -274,16 +286,16 @@ def _literal(value: Any) -> str:
 
 
 class NotImported(ValueError):
-    """A key names a module that is not imported, and that a text from a file shall not import."""
+    """A key names a module that is not imported yet. A string from a file must not import modules."""
 
 
 def from_key(key: str) -> Likelihood:
     """The likelihood whose `key` this is.
 
-    Keys stand in files. So nothing in the text is executed, and it imports only modules of `fastvae.likelihoods`: your
-    own must have been imported before.
+    Keys are stored in files. Therefore nothing in the string is executed, and only modules of `fastvae.likelihoods` are
+    imported. Import the module of your own likelihood first.
 
-    Raises `NotImported`, a ``ValueError``, if the module is not imported, and ``ValueError`` if the text names no
+    Raises `NotImported`, a ``ValueError``, if the module is not imported, and ``ValueError`` if the string names no
     likelihood.
     """
     try:

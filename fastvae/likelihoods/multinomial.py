@@ -13,15 +13,15 @@ from fastvae.likelihoods.likelihood import Grouping, Likelihood
 
 @dataclass(frozen=True)
 class Multinomial(Likelihood):
-    """-sum_k t_k log softmax(logits)_k of counts t, over dimension ``dim``; without the multinomial coefficient, which
-    no gradient sees.
+    """-sum_k t_k log softmax(logits)_k for counts t, over dimension ``dim``. The multinomial coefficient is left out,
+    because no gradient depends on it.
 
-    The target has the logits' shape; weights may stand for counts. It is not checked to be positive, because that would
-    take a synchronisation: other numbers give what the formula says. Each row of the other dimensions is one value, and
-    reduction="mean" is a mean over these.
+    The target has the logits' shape. It may hold weights in place of counts. Negative numbers raise no error, because
+    checking would need a synchronisation; the value is then the result of the formula. There is one value for each row
+    along ``dim``, and reduction="mean" is the mean over these values.
 
-    Choose it where the sum of the counts says nothing about what is modelled: items that a user chose (Mult-VAE), or
-    counts of a cell whose depth is not of interest.
+    Choose it if the sum of the counts is not of interest, for example for the items that a user chose (Mult-VAE), or
+    the counts of a cell whose depth does not matter.
     """
 
     dim: int = 1
@@ -43,11 +43,11 @@ class Multinomial(Likelihood):
         return softmax_cross_entropy(logits, target, self.dim)
 
     def mean(self, logits: Tensor) -> Tensor:
-        """The probability of each kind: the mean of the counts over their sum."""
+        """The probability of each kind, which is the mean of the counts divided by their sum."""
         return torch.softmax(logits, self.dim)
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
-        """For rows of this shape: counts of 5 kinds, in dimension 1."""
+        """Logits and counts of 5 kinds, in dimension 1, for rows of this shape."""
         logits = 3 * torch.randn((shape[0], 5, *shape[1:]), generator=generator)
         counts = torch.poisson(6 * torch.rand(logits.shape, generator=generator), generator)
         return logits.movedim(1, self.dim), counts.movedim(1, self.dim)

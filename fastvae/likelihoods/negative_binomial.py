@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @Term
 def term(parameters, target, SETTINGS: tl.constexpr, FAST: tl.constexpr):
-    """`counts.negative_binomial`, and without its constant, less log t!, whose error is 11.5 * 2^-24 of itself."""
+    """`counts.negative_binomial`. Without the constant log t! is subtracted, whose relative error is 11.5 * 2^-24."""
     value, slopes = counts.negative_binomial(parameters[0], parameters[1], target, SETTINGS[0], FAST)
     if not SETTINGS[1]:
         value -= special.log_factorial(target, FAST)
@@ -32,11 +32,11 @@ def term(parameters, target, SETTINGS: tl.constexpr, FAST: tl.constexpr):
 class NegativeBinomial(Likelihood):
     """-log(Gamma(t + d) / (Gamma(d) t!) (d / (d + mean))^d (mean / (d + mean))^t) for each count t.
 
-    d is the dispersion (the inverse of what some call so): the variance is mean + mean^2 / d, so a large d is
-    `Poisson`. Both parameters are positive, and the mean may be 0. The dispersion may be smaller than the target, such
-    as one for each gene, [G]. ``eps`` is added where scVI's `log_nb_positive` adds it. ``constant=False`` leaves log t!
-    out. Choose it for counts that vary more than their mean, such as RNA molecules in cells. Negative numbers are not
-    refused on the device: their value is NaN or meaningless.
+    d is the dispersion; some texts call 1 / d the dispersion. The variance is mean + mean^2 / d, so with a large d it
+    is close to `Poisson`. Both parameters are positive, and the mean may be 0. The dispersion may be smaller than the
+    target, such as one for each gene, [G]. ``eps`` is added where scVI's `log_nb_positive` adds it. ``constant=False``
+    leaves out log t!. Choose it for counts whose variance is larger than their mean, such as RNA molecules in cells.
+    Negative numbers raise no error; their value is NaN or meaningless.
     """
 
     eps: float = 1e-8

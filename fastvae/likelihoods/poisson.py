@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 def term(parameters, target, SETTINGS: tl.constexpr, FAST: tl.constexpr):
     """e^x - t x + log t!, and its slope e^x - t.
 
-    From t = 6 on the parts would cancel, t log t of them. There it is t (e^d - 1 - d) + (log t! - t log t + t) with d =
-    x - log t, and Stirling's series for the bracket.
+    From t = 6 on the parts, of size t log t, would cancel. There the value is t (e^d - 1 - d) + (log t! - t log t + t)
+    with d = x - log t, and Stirling's series for the bracket.
     """
     x = parameters[0]
     rate = numerics.exp_compensated(x, FAST)
@@ -42,10 +42,10 @@ def term(parameters, target, SETTINGS: tl.constexpr, FAST: tl.constexpr):
 class Poisson(Likelihood):
     """rate - t log rate + log t! with rate = e^log_rate for each element; t is a count, as a float or uint8.
 
-    It is torch's ``poisson_nll_loss``, with all of log t!. ``constant=False`` leaves log t! out: gradients are the
-    same, and the estimates of `fastvae.evaluation` have it all the same. Choose it for counts whose variance is their
-    mean, as that of photons is; counts of genes vary more. A target that is negative or a fraction is not refused: it
-    gives the formula's number, or NaN.
+    It equals torch's ``poisson_nll_loss``, with all of log t!. ``constant=False`` leaves out log t!. The gradients stay
+    the same, and the estimates of `fastvae.evaluation` still include it. Choose it for counts whose variance is their
+    mean, such as photons. Gene counts have a larger variance. A target that is negative or a fraction raises no error;
+    the value is the result of the formula, or NaN.
     """
 
     constant: bool = True

@@ -30,9 +30,9 @@ def term(parameters, target, SETTINGS: tl.constexpr, FAST: tl.constexpr):
 class SigmoidMSE(Likelihood):
     """(sigmoid(logits) - t)^2 for each element; t in [0, 1], or uint8, which is read as t / 255.
 
-    Times one half, its weight in the evidence lower bound, it is the negative log-likelihood of a Gaussian of mean
-    sigmoid(logits) and variance 1, without its constant. Choose it to reproduce MathWorks' example, or for a decoder
-    that should be trained by squared error; `Bernoulli` fits contrasts better.
+    Its weight in the evidence lower bound is one half. With this weight it is the negative log-likelihood of a Gaussian
+    with mean sigmoid(logits) and variance 1, without its constant. Choose it to reproduce MathWorks' example, or to
+    train a decoder by squared error. `Bernoulli` fits contrasts better.
     """
 
     parameters = ("logits",)

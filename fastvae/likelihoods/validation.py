@@ -1,4 +1,4 @@
-"""Looks at the values of a target, which no operation does."""
+"""Check the values of a target, which no operation does."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from fastvae.likelihoods.likelihood import Likelihood
 
 
 def validate(likelihood: Likelihood, target: Tensor) -> None:
-    """Check that a target has values that the likelihood is for, on whichever device it lies.
+    """Check that the likelihood allows the values of a target. The target may be on any device.
 
-    Operations look at no values, because that would make the device wait in every step. So call this once on the data.
-    Numbers must be finite; those of a bounded "unit" target lie in [0, 1]; counts are whole and not negative; classes
-    are not negative. How many classes there are is not known here. A target of bytes has no wrong values.
+    Operations do not check values, because the host would have to wait for the device in every step. Call this function
+    once on the data instead. Numbers must be finite. A bounded "unit" target must lie in [0, 1]. Counts must be whole
+    and not negative. Classes must not be negative; the number of classes is not known here. A target of bytes has no
+    wrong values.
 
     Raises:
-        ValueError: a value that the likelihood is not for, with the value, its place and what is expected.
-        TypeError: a likelihood that is none, or a target of a type or dtype that the likelihood does not read.
+        ValueError: the likelihood does not allow a value; the message has the value, its position and what is expected.
+        TypeError: ``likelihood`` is not a Likelihood, or the likelihood does not read the target's type or dtype.
     """
     # Imported here, because they import this package.
     from fastvae.functional.checks import check_is_likelihood, check_target_dtype

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 @Term
 def term(parameters, target, SETTINGS: tl.constexpr, FAST: tl.constexpr):
-    """softplus(l) + n(t) for a count t > 0; and for 0, softplus(-l) - softplus(-l - n(0)), written so that nothing
-    cancels: -log(1 - w) with w = sigma(-l) (1 - e^-n(0)), and from w = 1/2 on, where l <= 0, by the exponentials of
-    l and of -|l + n(0)|.
+    """softplus(l) + n(t) for a count t > 0, and softplus(-l) - softplus(-l - n(0)) for 0. The second is computed
+    without cancellation as -log(1 - w) with w = sigma(-l) (1 - e^-n(0)) for w < 1/2, and from w = 1/2 on, where l <= 0,
+    from the exponentials of l and of -|l + n(0)|.
     """
     n, by_n = counts.negative_binomial(parameters[0], parameters[1], target, SETTINGS[0], FAST)
     logits = parameters[2]
@@ -52,9 +52,9 @@ def term(parameters, target, SETTINGS: tl.constexpr, FAST: tl.constexpr):
 class ZeroInflatedNegativeBinomial(Likelihood):
     """-log(sigma(l) [t = 0] + sigma(-l) NB(t; mean, dispersion)) for each count t, l = zero_logits.
 
-    With probability sigma(l) the count is 0 whatever the mean is, else it is that of `NegativeBinomial`, whose
-    parameters and settings are these. It is scVI's `log_zinb_positive`. Choose it for counts with more zeros than a
-    negative binomial has, such as RNA molecules in cells of a protocol that misses many.
+    With probability sigma(l) the count is 0 for any mean. Otherwise it follows a `NegativeBinomial` with the same
+    parameters and settings. It equals minus scVI's `log_zinb_positive`. Choose it for counts with more zeros than a
+    negative binomial has, such as RNA molecules in cells if the protocol misses many.
     """
 
     eps: float = 1e-8

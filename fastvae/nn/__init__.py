@@ -1,4 +1,4 @@
-"""The operations as `torch.nn` modules; they hold settings, no parameters."""
+"""The operations as `torch.nn` modules. They have settings but no parameters."""
 
 from fastvae.nn.elbo import ELBOLoss
 from fastvae.nn.gaussian import GaussianKL, GaussianSampling, GaussianSamplingKL

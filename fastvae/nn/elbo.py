@@ -14,8 +14,8 @@ class ELBOLoss(nn.Module):
     """ELBO(loss, reconstruction, kl) of parameters, target and the per-sample kl, see `fastvae.functional.elbo_loss`.
 
     The default likelihood is `fastvae.likelihoods.SigmoidMSE`. ``beta`` and ``reconstruction_weight`` are plain
-    attributes, which may change between calls, as in a warm-up. The default weight is that of the likelihood. Raises
-    ``TypeError`` for a likelihood that is none.
+    attributes and may change between calls, for example in a warm-up. The default weight is that of the likelihood.
+    Raises ``TypeError`` if ``likelihood`` is not a Likelihood.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Modules of the diagonal Gaussian posterior. They sample in eval mode too, unless they are deterministic.
+"""Modules of the diagonal Gaussian posterior. They sample in evaluation mode too, unless they are deterministic.
 
 ``batch_offset`` is for batches that several processes share, see `fastvae.functional.gaussian_sample`.
 """
@@ -27,7 +27,7 @@ class GaussianSampling(nn.Module):
 class GaussianSamplingKL(nn.Module):
     """(z, kl) from moments = [mu | logvar] along ``dim``, see `fastvae.functional.gaussian_sample_kl_packed`.
 
-    kl is per sample, shape [B], unless ``reduction`` says otherwise. With ``deterministic=True``, z = mu.
+    kl has the shape [B] by default; ``reduction`` changes it. With ``deterministic=True``, z = mu.
     """
 
     def __init__(

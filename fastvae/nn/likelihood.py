@@ -1,4 +1,4 @@
-"""Modules of the likelihoods of the data."""
+"""The modules of the negative log-likelihoods."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from fastvae.likelihoods import Likelihood
 class NegativeLogLikelihood(nn.Module):
     """-log p(target | parameters), reduced, see `fastvae.functional.negative_log_likelihood`.
 
-    A variance or dispersion that is learned for all samples, smaller than the target, is a parameter of the decoder.
-    Raises ``TypeError`` for a likelihood that is none.
+    If a variance or dispersion is learned for all samples and smaller than the target, make it a parameter of the
+    decoder. Raises ``TypeError`` if ``likelihood`` is not a Likelihood.
     """
 
     def __init__(self, likelihood: Likelihood, *, reduction: str = "batchmean") -> None:

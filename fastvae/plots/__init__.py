@@ -1,4 +1,4 @@
-"""Figures of a run, as PNG files written atomically, without a display. They need matplotlib."""
+"""Figures of a run as PNG files. They are written atomically and need no display. They need matplotlib."""
 
 from fastvae.plots.evaluation import (
     automatic_bins,

@@ -1,4 +1,4 @@
-"""What was measured of a trained model."""
+"""Figures of measurements of a trained model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FEW, _MANY = 10, 20
 
 
 def plot_errors(path: Path, errors: Tensor, *, deterministic: bool) -> None:
-    """A histogram of the mean squared error of each test image, errors [N]; ``deterministic``: z = mu."""
+    """A histogram of the mean squared errors [N] of test images. ``deterministic``: they were computed with z = mu."""
     values = errors.cpu().double().numpy()
     edges = automatic_bins(values)
     figure, axes = new_figure(6.4, 4.0)
@@ -36,8 +36,8 @@ def plot_errors(path: Path, errors: Tensor, *, deterministic: bool) -> None:
 
 
 def plot_kl_per_dimension(path: Path, kl: Tensor, active: Tensor, *, threshold: float = 0.01) -> None:
-    """Bars of each latent dimension's divergence from the prior in nats, largest first; both [K], of `posteriors` and
-    `active_units`, which was called with this threshold.
+    """Bars of each latent dimension's divergence from the prior in nats, largest first. kl and active, both [K], come
+    from `posteriors` and from `active_units` with this threshold.
     """
     order = kl.flatten().argsort(descending=True).cpu()
     values = kl.flatten().cpu()[order].numpy()
@@ -57,7 +57,7 @@ def plot_kl_per_dimension(path: Path, kl: Tensor, active: Tensor, *, threshold: 
 def plot_latent_map(
     path: Path, points: Tensor, labels: Tensor | None, *, axis_labels: tuple[str, str], title: str | None = None
 ) -> None:
-    """Points [N, 2], coloured by labels, integers [N], where there are any."""
+    """Points [N, 2], coloured by labels, integers [N], if there are any."""
     values = points.cpu().double().numpy()
     figure, axes = new_figure(7.2, 5.6)
     size = min(14.0, max(5.0, 20_000 / len(values)))  # fewer points are drawn larger
@@ -84,7 +84,7 @@ def plot_latent_map(
 
 
 def plot_scores(path: Path, scores: Mapping[str, Tensor], threshold: float, *, score_label: str) -> None:
-    """Histograms of each set's anomaly scores [N], as shares of the set, and the threshold."""
+    """Histograms of the anomaly scores [N] of each set, as shares of the set, with the threshold."""
     values = {name: set_scores.cpu().double().numpy() for name, set_scores in scores.items()}
     edges = automatic_bins(np.concatenate(list(values.values())))
     figure, axes = new_figure(6.4, 4.6)
@@ -102,7 +102,7 @@ def plot_scores(path: Path, scores: Mapping[str, Tensor], threshold: float, *, s
 
 
 def plot_roc(path: Path, curve: ROC, point: tuple[float, float]) -> None:
-    """The receiver operating characteristic of `roc`, and the (false, true) positive rates at the threshold in use."""
+    """The receiver operating characteristic of `roc`, with the (false, true) positive rates at the used threshold."""
     figure, axes = new_figure(4.8, 4.8)
     axes.plot(curve.false_positive_rate, curve.true_positive_rate, label=f"area under the curve {curve.auc:.4f}")
     axes.plot([0, 1], [0, 1], color="C7", linestyle=":", label="chance")
@@ -120,8 +120,8 @@ def plot_roc(path: Path, curve: ROC, point: tuple[float, float]) -> None:
 def automatic_bins(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """The edges of MATLAB's automatic histogram bins.
 
-    Scott's width, 3.5 * standard deviation / n^(1/3), is snapped to 1, 2, 3, 5 or 10 times a power of ten; the edges
-    are multiples of it. Values that are all equal get one bin of width 1.
+    Scott's width, 3.5 * standard deviation / n^(1/3), is rounded to 1, 2, 3, 5 or 10 times a power of ten. The edges
+    are multiples of this width. If all values are equal, there is one bin of width 1.
 
     Source: MathWorks, histogram (BinMethod "auto"); D. Scott, "On optimal and data-based histograms", 1979.
     """

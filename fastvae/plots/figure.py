@@ -1,4 +1,4 @@
-"""What every figure needs: matplotlib without a display, and files written atomically."""
+"""Code that every figure needs: matplotlib without a display, and files that are written atomically."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ def require_matplotlib() -> None:
 def new_figure(
     width: float, height: float, layout: Literal["constrained", "compressed"] = "constrained"
 ) -> tuple[Figure, Axes]:
-    """A figure of a size in inches. pyplot's would keep global state and pick a backend that may want a display.
+    """A figure of a size in inches. It does not use pyplot, which keeps global state and may choose a backend that
+    needs a display.
 
-    layout: "compressed" for axes of a fixed aspect, whose labels "constrained" would cut off.
+    layout: use "compressed" for axes with a fixed aspect ratio, because "constrained" would cut off their labels.
     """
     require_matplotlib()
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""Pictures made of images."""
+"""Grids of images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def plot_reconstructions(
     path: Path, images: Tensor, reconstructions: Tensor, *, deterministic: bool, title: str | None = None
 ) -> None:
-    """Images above their reconstructions, both [N, C, H, W] in [0, 1], with C = 1 or 3; ``deterministic``: z = mu."""
+    """Images above their reconstructions, both [N, C, H, W] in [0, 1], C = 1 or 3. ``deterministic``: with z = mu."""
     columns = min(len(images), 10)
     rows = len(images) // columns
     pairs = torch.stack([images[: rows * columns], reconstructions[: rows * columns]])
@@ -62,8 +62,9 @@ def _rows(images: Tensor, labels: Sequence[str]) -> tuple[Figure, Axes]:
 
 
 def write_image_grid(path: Path, images: Tensor, *, columns: int = 8, scale: int = 3, title: str | None = None) -> None:
-    """Images [N, C, H, W] in [0, 1], C = 1 or 3, side by side without borders, each pixel ``scale`` pixels wide; the
-    title in a band above them, in letters as small as the width needs. What is below 0 is shown as 0, above 1 as 1.
+    """Images [N, C, H, W] in [0, 1], C = 1 or 3, side by side without borders. Each pixel is ``scale`` pixels wide. The
+    title is in a band above them, in letters that are small enough for the width. Values below 0 are shown as 0, and
+    values above 1 as 1.
     """
     require_matplotlib()
     from matplotlib.image import imsave
@@ -93,7 +94,9 @@ def _title_band(title: str, width: int) -> NDArray[np.uint8]:
 
 
 def tile(images: Tensor, columns: int) -> NDArray[np.float32]:
-    """Images [N, C, H, W] row by row in one: [N / columns * H, columns * W], with a last axis of C = 3 for colour."""
+    """Images [N, C, H, W] as one image, row by row: [N / columns * H, columns * W], with a last axis of C = 3 for
+    colour.
+    """
     count, channels, height, width = images.shape
     if channels not in (1, 3):
         raise ValueError(f"images must have 1 or 3 channels, got shape {list(images.shape)}")

@@ -1,4 +1,4 @@
-"""How training went."""
+"""Figures of the progress of training."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The formula of a likelihood on a large batch on the CPU, block by block.
 
-A formula of 30 operations on a whole batch writes 30 tensors of its size to memory, and autograd keeps most of them. In
-blocks they stay in the cache, and nothing but the inputs is kept for backward, which computes `Likelihood.slopes`.
+A formula of 30 operations on a whole batch writes 30 tensors of the batch's size to memory, and autograd keeps most of
+them. Block by block the tensors stay in the cache. Only the inputs are kept for backward, which computes
+`Likelihood.slopes`.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ _PER_THREAD = 131072
 
 
 def rows_of_a_block(tensors: Sequence[Tensor]) -> int | None:
-    """The samples of a block. None where the formula runs on the whole batch: the batch is small, the call is traced or
-    transformed, or the target requires grad, of which there is no slope.
+    """The number of samples of a block. None if the formula runs on the whole batch: the batch is small, the call is
+    traced or transformed, or the target requires grad, for which there are no slopes.
     """
     if torch.compiler.is_compiling():
         return None
@@ -61,7 +62,7 @@ def sums(likelihood: Likelihood, tensors: Sequence[Tensor], rows: int, reduction
 def gradients(
     likelihood: Likelihood, tensors: Sequence[Tensor], needed: Sequence[bool], factor: float | Tensor, rows: int
 ) -> list[Tensor | None]:
-    """factor * slope of each parameter that needs a gradient. factor is a number, or a tensor [] or [B, 1, ...]."""
+    """factor * slope for each parameter that needs a gradient. factor is a number, or a tensor [] or [B, 1, ...]."""
     *parameters, target = tensors
     found = [
         torch.empty_like(parameter) if need and _has_samples(parameter, target) else None

@@ -1,29 +1,30 @@
-"""The negative binomial likelihood in plain PyTorch, and its zero-inflated form; and the Poisson likelihood.
+"""The negative binomial likelihood, its zero-inflated form, and the Poisson likelihood in plain PyTorch.
 
-With d the dispersion, m = mean + eps and e = d + eps, as scVI has it,
+Let d be the dispersion, and as in scVI m = mean + eps and e = d + eps. Then
 
     -log p(t) = d log((d + m) / e) + t log((d + m) / m) - log(Gamma(t + d) / Gamma(d)) + log t!
     slope by the mean        d (m - t) / ((d + m) m)
     slope by the dispersion  log((d + m) / e) - d mean / (e (d + m)) + t / (d + m) - (psi(t + d) - psi(d))
 
-In float32 these parts are large and cancel, where d or t is: at t = mean = 100 and d = 1e8 two parts of 1842 leave 3.2,
-and of a slope of 1e-14 nothing is left. So they are put together first. `special` has the forms of log Gamma and psi; c
-= 17/16, a = 1 / (d + c), b = 1 / (t + d + c), and log t! = (t + 1/2) log(t + c) - t + r(1 / (t + c)), where r is a
-polynomial of degree 5, minimax within 9e-8. Then
+For a large d or t these parts are large and cancel in float32. At t = mean = 100 and d = 1e8 two parts of 1842 give a
+result of 3.2, and a slope of 1e-14 would be lost completely. The parts are therefore combined first. `special` has the
+forms of log Gamma and psi. Let c = 17/16, a = 1 / (d + c), b = 1 / (t + d + c), and log t! = (t + 1/2) log(t + c) - t +
+r(1 / (t + c)), where r is a polynomial of degree 5, minimax within 9e-8. Then
 
     -log p(t) = d log(1 + x) + t log(1 + z) + log((t + c) (d + c) b) / 2 + log(1 + t / d) + p(a) - p(b) + r
     1 + x = (d + m) (d + c) b / e,  x = (d (mean - t) + c mean - eps t) b / e
     1 + z = (d + m) (t + c) b / m,  z = d (t - m + c) b / m
 
-and in the slope by the dispersion log(1 + x) - x is left of the logarithms, and x (m - t) / (d + m) + c t b / e of x
-and the next two parts.
+In the slope by the dispersion the logarithms reduce to log(1 + x) - x, and x and the next two parts to
+x (m - t) / (d + m) + c t b / e.
 
-`fastvae.kernels.counts` counts from t - 1 where t >= 1: log Gamma(t + d) needs no recurrence then,
+For t >= 1 `fastvae.kernels.counts` starts from t - 1, because log Gamma(t + d) then needs no recurrence:
 
     log Gamma(t + d) = (t + d - 1/2) log(t - 1 + d + c) - (t - 1 + d) + constant + p(1 / (t - 1 + d + c)).
 
-So no part is left of the slope by the dispersion at t = 1 and mean << 1 << d. In float32 it is then off by up to
-2e-6 t / d^2 here. Between 0 and 1, where no count is, the value is off by some 1e-6 in both.
+With this form the slope by the dispersion has no cancelling parts left at t = 1 and mean << 1 << d. Here, without it,
+the float32 error of the slope is up to 2e-6 t / d^2. Between 0 and 1, where there are no counts, the error of the value
+is about 1e-6 in both.
 """
 
 from __future__ import annotations
@@ -120,7 +121,9 @@ def _x(mean: Tensor, d: Tensor, above: Tensor, eps: float, b: Tensor) -> Tensor:
 
 
 def slopes(mean: Tensor, d: Tensor, t: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """By the mean and by the dispersion, of each element; and log(1 + x), of which d times is the value at t = 0."""
+    """The slopes by the mean and by the dispersion, for each element. The third tensor is log(1 + x); for t = 0 the
+    value is d times it.
+    """
     table = APPROXIMATIONS[mean.dtype]
     c, e = table.offset, d + eps
     a, b = 1 / (d + c), (t + (d + c)).reciprocal_()
@@ -147,7 +150,7 @@ def log1p_minus(x: Tensor) -> Tensor:
 
 
 def inflated(n: Tensor, logits: Tensor, t: Tensor) -> Tensor:
-    """-log(sigma(l) [t = 0] + sigma(-l) e^-n) of the negative binomial's value n; the logits l may be smaller."""
+    """-log(sigma(l) [t = 0] + sigma(-l) e^-n) for the negative binomial's value n. The logits l may be smaller."""
     return _Inflated.apply(n, logits, t)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -185,7 +188,9 @@ class _Inflated(torch.autograd.Function):
 
 
 def inflated_slopes(n: Tensor, logits: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """By n and by the logits, of each element. At t = 0 that by n is the negative binomial's share of the zeros."""
+    """The slopes by n and by the logits, for each element. At t = 0 the slope by n is the negative binomial's share of
+    the zeros.
+    """
     count = t.clamp(0, 1).ceil_().to(n.dtype)  # 1 where there is one, and 0 for t = 0
     # Of torch's sigmoid the gradient is 0 above 17, so where it is differentiated it is ours, which takes longer.
     f = sigmoid if torch.is_grad_enabled() else torch.sigmoid
@@ -199,7 +204,7 @@ _STIRLING = (1 / 156, -691 / 360360, 1 / 1188, -1 / 1680, 1 / 1260, -1 / 360, 1 
 
 
 def poisson(log_rate: Tensor, target: Tensor) -> Tensor:
-    """e^x - t x + log t! of the logarithm of the rate, x."""
+    """e^x - t x + log t!, where x is the logarithm of the rate."""
     return _Poisson.apply(log_rate, target)  # type: ignore[no-any-return, no-untyped-call]
 
 

@@ -17,7 +17,7 @@ from fastvae.reference.precision import in_float32, reduce_event
 
 
 class Posterior(NamedTuple):
-    """What a call asks of a posterior. It is checked once, and goes through all layers as one value."""
+    """The options of a call. They are checked once, and all layers pass them on as one value."""
 
     draws: bool  # a sample z
     diverges: bool  # the divergence kl
@@ -38,7 +38,9 @@ def gaussian_sample(
     generator: torch.Generator | None = None,
     batch_offset: int | None = None,
 ) -> Tensor:
-    """z = mu + exp(logvar / 2) * eps, with eps ~ N(0, I) unless given; with a batch_offset, `addressed_noise`."""
+    """z = mu + exp(logvar / 2) * eps. If eps is None, it is drawn from N(0, I), with a batch_offset by
+    `addressed_noise`.
+    """
     wide_mu, wide_logvar = in_float32(mu), in_float32(logvar)
     if batch_offset is not None:
         eps = addressed_noise(wide_mu, generator, batch_offset)
@@ -51,8 +53,8 @@ def gaussian_sample(
 def gaussian_kl(mu: Tensor, logvar: Tensor, *, reduction: str = "batchmean", free_bits: float = 0.0) -> Tensor:
     """KL(N(mu, exp(logvar)) || N(0, 1)) = (mu^2 + exp(logvar) - 1 - logvar) / 2 per element, in nats.
 
-    "per_dimension": the batch mean of each dimension. With free_bits a dimension counts at least so much, and has no
-    gradient there (Kingma et al., "Improved Variational Inference with Inverse Autoregressive Flow", 2016, appendix C).
+    "per_dimension": the batch mean of each dimension. A dimension counts at least free_bits, and has no gradient below
+    that (Kingma et al., "Improved Variational Inference with Inverse Autoregressive Flow", 2016, appendix C).
     """
     wide_mu, wide_logvar = in_float32(mu), in_float32(logvar)
     # expm1 keeps what exp(logvar) - 1 would lose for small logvar.
@@ -68,7 +70,7 @@ def gaussian_kl(mu: Tensor, logvar: Tensor, *, reduction: str = "batchmean", fre
 def gaussian_sample_kl(
     mu: Tensor, logvar: Tensor, *, reduction: str = "none", free_bits: float = 0.0, **noise: Any
 ) -> tuple[Tensor, Tensor]:
-    """gaussian_sample and gaussian_kl of the same posterior; noise: eps, generator and batch_offset."""
+    """gaussian_sample and gaussian_kl of the same posterior. noise: eps, generator and batch_offset."""
     return gaussian_sample(mu, logvar, **noise), gaussian_kl(mu, logvar, reduction=reduction, free_bits=free_bits)
 
 

@@ -17,7 +17,7 @@ from fastvae.reference.precision import Parameters, in_precision, reduce_event
 def negative_log_likelihood(
     parameters: Parameters, target: Tensor, likelihood: Likelihood, *, reduction: str = "batchmean"
 ) -> Tensor:
-    """The formula of each element, reduced; of a large batch on the CPU in blocks, see `blocks`."""
+    """The formula of each element, reduced. A large batch on the CPU is computed in blocks, see `blocks`."""
     tensors = (parameters, target) if isinstance(parameters, Tensor) else (*parameters, target)
     rows = blocks.rows_of_a_block(tensors)
     if rows is None:
@@ -58,8 +58,8 @@ def _count(target: Tensor, reduction: str) -> int:
 def differentiable_gradients(
     likelihood: Likelihood, tensors: Sequence[Tensor], needed: Sequence[bool], element_grad: Tensor
 ) -> list[Tensor | None]:
-    """The gradients of the tensors by torch's own differentiation of the formula, given the gradient of each element's
-    value; None where none is needed.
+    """The gradients of the tensors, by torch's differentiation of the formula, for the gradient of each element's
+    value. None for a tensor that needs none.
     """
 
     def formula(*wanted: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Noise that knows its place in a batch, in plain PyTorch: what the fused operations draw.
+"""Noise that depends on the position in a batch, in plain PyTorch: the noise that the fused operations draw.
 
 Philox4x32-10: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011, in torch's counter layout (see
 `fastvae.kernels.noise`). Normals: Box and Muller, 1958.
@@ -16,11 +16,11 @@ _LOW = 0xFFFFFFFF
 
 
 def addressed_noise(like: Tensor, generator: torch.Generator | None, batch_offset: int) -> Tensor:
-    """Standard normal noise of the shape and dtype of `like`, [B, ...], whose samples are number batch_offset, ... of a
-    larger batch.
+    """Standard normal noise with the shape and dtype of `like`, [B, ...], for the samples from number batch_offset on
+    of a larger batch.
 
-    One seed is drawn, whatever the size; a sample's noise follows from it and the sample's number, and lies in the
-    order of the sample's strides.
+    One seed is drawn, for any size. The noise of a sample depends only on the seed and the sample's number, and is laid
+    out in the order of the sample's strides.
     """
     batch, *sizes = like.shape
     event = prod(sizes)
@@ -39,7 +39,7 @@ def addressed_noise(like: Tensor, generator: torch.Generator | None, batch_offse
 
 
 def philox_words(seed: Tensor, offset: Tensor, subsequence: Tensor) -> tuple[Tensor, ...]:
-    """The four words of counters (offset / 4, subsequence) under the key `seed`: 32 bits each, in int64."""
+    """The four words for counters (offset / 4, subsequence) and the key `seed`: 32 bits each, in int64."""
     c0, c1, c2, c3 = offset >> 2 & _LOW, offset >> 34, subsequence & _LOW, subsequence >> 32
     k0, k1 = seed & _LOW, seed >> 32 & _LOW
     for _ in range(10):

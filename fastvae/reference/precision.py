@@ -1,4 +1,4 @@
-"""What every specification shares: the precision it computes in, and the reduction of an event to a loss."""
+"""Code that every specification shares: the precision of its arithmetic, and the reduction of an event to a loss."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ Parameters = Tensor | tuple[Tensor, ...]
 
 
 def in_float32(tensor: Tensor) -> Tensor:
-    """The tensor in the precision of the arithmetic: float64 stays, everything else becomes float32."""
+    """The tensor in the precision of the arithmetic: float64 stays float64, everything else becomes float32."""
     return tensor if tensor.dtype is torch.float64 else tensor.float()
 
 
 def pixels(target: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The target of a likelihood in the precision of the arithmetic, which is `dtype` where bytes become t / 255."""
+    """The target of a likelihood in the precision of the arithmetic. Bytes become t / 255 in `dtype`."""
     return target.to(dtype) / 255 if target.dtype is torch.uint8 else in_float32(target)
 
 
 def in_precision(parameters: Parameters, target: Tensor, likelihood: Likelihood) -> list[Tensor]:
-    """The parameters and the target in float32 (float64 stays); a "unit" target of bytes becomes t / 255, in float64 if
-    a parameter is; and classes become int64.
+    """The parameters and the target in float32 (float64 stays). A "unit" target of bytes becomes t / 255, in float64 if
+    a parameter is. Classes become int64.
     """
     each = [*map(in_float32, (parameters,) if isinstance(parameters, Tensor) else parameters)]
     if likelihood.target == "class" and target.ndim < each[0].ndim:
@@ -34,8 +34,8 @@ def in_precision(parameters: Parameters, target: Tensor, likelihood: Likelihood)
 
 
 def widened(weight: float | Tensor) -> float | Tensor:
-    """A weight that multiplies, in the precision of the arithmetic, because its product with a number would be rounded
-    to its own dtype.
+    """A weight in the precision of the arithmetic, because otherwise its product with a number would be rounded to its
+    own dtype.
     """
     return in_float32(weight) if isinstance(weight, Tensor) else weight
 
@@ -43,8 +43,8 @@ def widened(weight: float | Tensor) -> float | Tensor:
 def sigmoid(x: Tensor) -> Tensor:
     """1 / (1 + e^-x), with a gradient that is right on both sides.
 
-    torch computes the gradient of its sigmoid as y (1 - y), which is 0 where y rounds to 1: above x = 17 in float32. So
-    y is made from the sigmoid of -|x|, which never does.
+    torch computes the gradient of its sigmoid as y (1 - y). This is 0 where y rounds to 1, above x = 17 in float32.
+    Therefore y is computed from the sigmoid of -|x|, which never rounds to 1.
     """
     positive = x > 0
     smaller = torch.sigmoid(torch.where(positive, -x, x))

@@ -1,22 +1,23 @@
-"""Special functions that likelihoods of counts and of discretised values need, in plain PyTorch.
+"""Special functions in plain PyTorch, which likelihoods of counts and of discretised values need.
 
-They are what the kernels of `fastvae.kernels.special` are compared with. All are differentiable twice. Inputs of half
-precision and of integers are computed in float32.
+The tests compare the kernels of `fastvae.kernels.special` with them. All are differentiable twice. Inputs in half
+precision and integers are computed in float32.
 
-The differences of log Gamma and of psi, its derivative, are not subtracted: in float32 log Gamma(1e6) is known to 0.5
-only. With a = 1 / (d + c), b = 1 / (t + d + c) and n steps of the recurrence Gamma(x + 1) = x Gamma(x),
+The differences of log Gamma and of psi, its derivative, are not computed by subtraction, because the float32 error of
+log Gamma(1e6) is up to 0.5. With a = 1 / (d + c), b = 1 / (t + d + c) and n steps of the recurrence Gamma(x + 1) = x
+Gamma(x),
 
     log Gamma(x + n) = (x + n - 1/2) log(x + c) - x + constant + p(1 / (x + c))
     psi(x + n)       = log(x + c) + q(1 / (x + c))
 
-with polynomials p and q that have no constant part. So
+with polynomials p and q that have no constant part. Therefore
 
     log Gamma(t + d) - log Gamma(d) = (d + n - 1/2) log1p(t a) + t (log(t + d + c) - 1) - (p(a) - p(b)) - log(1 + v)
     psi(t + d) - psi(d)             = log1p(t a) - (q(a) - q(b)) + sum_k t / ((d + k) (t + d + k))
 
 with 1 + v = prod_k (1 + t / (d + k)), k = 0 ... n - 1. The difference of a polynomial is (a - b) p[a, b] with
-a - b = t a b; Horner's rule, applied to its own steps, evaluates p[a, b]. So every part has the factor t, and no two
-large parts cancel.
+a - b = t a b. Horner's rule, applied to its own steps, evaluates p[a, b]. Every part has the factor t, so no two large
+parts cancel.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def softplus(x: Tensor) -> Tensor:
 def log1mexp(x: Tensor) -> Tensor:
     """log(1 - e^-x) for x > 0, whose slope is s = 1 / (e^x - 1).
 
-    1 - e^-x = 1 / (1 + s), so it is -log1p(s), which cancels nowhere.
+    1 - e^-x = 1 / (1 + s), so the result is -log1p(s), which never cancels.
     """
     return -torch.log1p(torch.exp(-x) / -torch.expm1(-x))
 
@@ -94,8 +95,8 @@ def digamma_difference(t: Tensor, d: Tensor) -> Tensor:
 def log_factorial(t: Tensor) -> Tensor:
     """log Gamma(t + 1), log t! of a count, for t >= 0.
 
-    It is torch's, and what rounding t + 1 loses, times the slope: less than t - 0.577 for t < 1, where it matters.
-    Beyond 2 it does not, and infinity stays.
+    The value is torch's log Gamma(t + 1) plus a correction: the rounding error of t + 1 times the slope, about
+    t - 0.577. The correction matters for t < 1. Beyond 2 it does not, and is left out, so that infinity stays infinity.
     """
     (t,) = _together(t)
     small = t.clamp(max=2)
@@ -212,8 +213,8 @@ def _trigamma_difference(t: Tensor, d: Tensor, shared: _Shared) -> Tensor:
 def divided_difference(coefficients: Sequence[float], a: Tensor, b: Tensor) -> Tensor:
     """(p(a) - p(b)) / (a - b) of the polynomial p with these coefficients from the first power on.
 
-    Horner's rule gives p(a), and applied to its own steps, but at b, the quotient. Where `a` is smaller than `b`, as
-    for one number per column, half of it costs nothing.
+    Horner's rule computes p(a). Applied to its own steps at b it computes the quotient. If `a` has fewer elements than
+    `b`, such as one per column, half of the work costs nothing.
     """
     outer: Tensor | float = coefficients[-1]
     inner: Tensor | None = None
@@ -226,7 +227,7 @@ def divided_difference(coefficients: Sequence[float], a: Tensor, b: Tensor) -> T
 
 
 def polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
-    """With these coefficients from the constant part on."""
+    """The polynomial with these coefficients, from the constant part on."""
     result = coefficients[-1] * x
     for coefficient in coefficients[-2:0:-1]:
         # A sum keeps nothing for its gradient, so it is written over the product.
