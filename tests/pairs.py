@@ -21,8 +21,16 @@ def _of_samples() -> Tensor:
     return F.importance_weighted_bound(*torch.randn(3, 4, 5))
 
 
+def _of_sets() -> Tensor:
+    return F.maximum_mean_discrepancy(torch.randn(5, 3), torch.randn(4, 3))
+
+
 # The functions that `fastvae.operations` does not list, with a call of each.
-PAIRWISE = {"gaussian_mixture_log_prob": _of_mixture, "importance_weighted_bound": _of_samples}
+PAIRWISE = {
+    "gaussian_mixture_log_prob": _of_mixture,
+    "importance_weighted_bound": _of_samples,
+    "maximum_mean_discrepancy": _of_sets,
+}
 
 
 class Terms(NamedTuple):
