@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastvae import reference
-from fastvae.functional.checks import check_device, check_floating, check_number
+from fastvae.functional.checks import check_device, check_floating, check_number, takes_triton
 from fastvae.reference.discrepancy import SCALES
 
 
@@ -61,6 +61,10 @@ def maximum_mean_discrepancy(
     if kernel not in SCALES:
         raise ValueError(f"kernel must be one of {', '.join(SCALES)}, got {kernel!r}")
     of_kernel = SCALES[kernel] if scales is None else _check_scales(scales, z.shape[1])
+    if takes_triton(z, prior_z):
+        from fastvae.autograd import discrepancy as fused
+
+        return fused.maximum_mean_discrepancy(z, prior_z, kernel, of_kernel, unbiased)
     return reference.discrepancy.maximum_mean_discrepancy(z, prior_z, kernel, of_kernel, unbiased)
 
 
