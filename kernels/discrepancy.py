@@ -14,7 +14,7 @@ from .tiles import UNSPECIALIZED, drew_last_ticket
 # In what blocks the last program adds the sums of programs: of most problems, there is one.
 OF_PROGRAMS = tl.constexpr(256)
 NUMBERS = (
-    *UNSPECIALIZED, "prior_rows", "z_tiles", "z_row_tiles", "all_tiles", "tiles", "parts", "pairs", "prior_pairs",
+    *UNSPECIALIZED, "prior_rows", "first_tile", "z_tiles", "all_tiles", "tiles", "parts", "pairs", "prior_pairs",
     "first_prior", "all_rows",
 )  # fmt: skip
 
@@ -39,38 +39,38 @@ def load_tile(
 @triton.jit
 def row_of(tile, z_tiles, ROWS: tl.constexpr):
     """The rows of a tile in their own set, int64 [ROWS]."""
-    return tl.where(tile < z_tiles, tile, tile - z_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    return tl.where(tile < z_tiles, tile, tile - z_tiles) * ROWS + tl.arange(0, ROWS)
 
 
 @triton.jit
 def differences(
-    z_ptr, prior_ptr, tile, z_row_tiles, other, z_tiles, rows, prior_rows, start, dims,
-    z_stride, z_step, prior_stride, prior_step, ROWS: tl.constexpr, OTHERS: tl.constexpr, DIMS: tl.constexpr,
+    z_ptr, prior_ptr, tile, other, z_tiles, rows, prior_rows, start, dims,
+    z_stride, z_step, prior_stride, prior_step, ROWS: tl.constexpr, DIMS: tl.constexpr,
 ):  # fmt: skip
-    """Rows of a tile less those of another, [ROWS, OTHERS, DIMS], of dimensions from `start`."""
+    """Rows of a tile less those of another, [ROWS, ROWS, DIMS], of dimensions from `start`."""
     own = load_tile(
-        z_ptr, prior_ptr, tile, z_row_tiles, rows, prior_rows, start, dims,
+        z_ptr, prior_ptr, tile, z_tiles, rows, prior_rows, start, dims,
         z_stride, z_step, prior_stride, prior_step, ROWS, DIMS,
     )  # fmt: skip
     others = load_tile(
         z_ptr, prior_ptr, other, z_tiles, rows, prior_rows, start, dims,
-        z_stride, z_step, prior_stride, prior_step, OTHERS, DIMS,
+        z_stride, z_step, prior_stride, prior_step, ROWS, DIMS,
     )  # fmt: skip
     return own[:, None, :] - others[None, :, :]
 
 
 @triton.jit
 def squared_distances(
-    z_ptr, prior_ptr, tile, z_row_tiles, other, z_tiles, rows, prior_rows, dims,
-    z_stride, z_step, prior_stride, prior_step, ROWS: tl.constexpr, OTHERS: tl.constexpr, DIMS: tl.constexpr,
+    z_ptr, prior_ptr, tile, other, z_tiles, rows, prior_rows, dims,
+    z_stride, z_step, prior_stride, prior_step, ROWS: tl.constexpr, DIMS: tl.constexpr,
 ):  # fmt: skip
-    """[ROWS, OTHERS]"""
-    squares = tl.zeros([ROWS, OTHERS, DIMS], tl.float32)
+    """Of the rows of a tile and those of another, [ROWS, ROWS]."""
+    squares = tl.zeros([ROWS, ROWS, DIMS], tl.float32)
     start = 0
     while start < dims:
         d = differences(
-            z_ptr, prior_ptr, tile, z_row_tiles, other, z_tiles, rows, prior_rows, start, dims,
-            z_stride, z_step, prior_stride, prior_step, ROWS, OTHERS, DIMS,
+            z_ptr, prior_ptr, tile, other, z_tiles, rows, prior_rows, start, dims,
+            z_stride, z_step, prior_stride, prior_step, ROWS, DIMS,
         )  # fmt: skip
         squares += d * d
         start += DIMS
@@ -78,12 +78,12 @@ def squared_distances(
 
 
 @triton.jit
-def are_pairs(tile, z_row_tiles, other, z_tiles, rows, prior_rows, ROWS: tl.constexpr, OTHERS: tl.constexpr):
-    """Whether the tiles are of one set, and which of their rows are pairs, [ROWS, OTHERS]: not those beyond the last
-    of a set, nor a row with itself.
+def are_pairs(tile, other, z_tiles, rows, prior_rows, ROWS: tl.constexpr):
+    """Whether the tiles are of one set, and which of their rows are pairs, [ROWS, ROWS]: not those beyond the last of
+    a set, nor a row with itself.
     """
-    in_z, other_in_z = tile < z_row_tiles, other < z_tiles
-    row, column = row_of(tile, z_row_tiles, ROWS), row_of(other, z_tiles, OTHERS)
+    in_z, other_in_z = tile < z_tiles, other < z_tiles
+    row, column = row_of(tile, z_tiles, ROWS), row_of(other, z_tiles, ROWS)
     inside = row < tl.where(in_z, rows, prior_rows)
     other_inside = column < tl.where(other_in_z, rows, prior_rows)
     same = in_z == other_in_z
@@ -114,8 +114,8 @@ def discrepancy_kernel(
     Deterministic: no floating-point atomics, the sums of programs are added in order.
     """
     program = tl.program_id(0).to(tl.uint32)
-    tile = (program // tl.cast(parts, tl.uint32)).to(tl.int32)
-    part = (program % tl.cast(parts, tl.uint32)).to(tl.int32)
+    tile = (program // tl.cast(parts, tl.uint32)).to(tl.int64)
+    part = (program % tl.cast(parts, tl.uint32)).to(tl.int64)
     own = tl.zeros([ROWS, ROWS], tl.float32)
     between = tl.zeros([ROWS, ROWS], tl.float32)
     step = part * tiles
@@ -125,8 +125,8 @@ def discrepancy_kernel(
         other = tile + step
         other = tl.where(other < all_tiles, other, other - all_tiles)
         squares = squared_distances(
-            z_ptr, prior_ptr, tile, z_tiles, other, z_tiles, rows, prior_rows, dims,
-            z_stride, z_step, prior_stride, prior_step, ROWS, ROWS, DIMS,
+            z_ptr, prior_ptr, tile, other, z_tiles, rows, prior_rows, dims,
+            z_stride, z_step, prior_stride, prior_step, ROWS, DIMS,
         )  # fmt: skip
         kernels = tl.zeros([ROWS, ROWS], tl.float32)
         for k in tl.static_range(len(rates)):
@@ -135,7 +135,7 @@ def discrepancy_kernel(
                 kernels += reciprocal(1.0 + x, FAST)
             else:
                 kernels += exp(-x, FAST)
-        same, is_pair = are_pairs(tile, z_tiles, other, z_tiles, rows, prior_rows, ROWS, ROWS)
+        same, is_pair = are_pairs(tile, other, z_tiles, rows, prior_rows, ROWS)
         kernels = tl.where(is_pair, kernels, 0.0)
         # Within one tile, each pair is there in both orders.
         own += kernels * tl.where(same, tl.where(step == 0, 1.0, 2.0), 0.0)
@@ -171,40 +171,40 @@ def sum_in_float64(terms_ptr, count):
 def discrepancy_gradients_kernel(
     z_ptr, prior_ptr, value_grad_ptr, sums_ptr, z_grad_ptr, prior_grad_ptr, ticket_ptr, rates,
     rows, prior_rows, dims, z_stride, z_step, prior_stride, prior_step,
-    z_row_tiles, z_tiles, all_tiles, tiles, parts, first_prior, all_rows, own_factor, prior_factor, between_factor,
-    IMQ: tl.constexpr, ROWS: tl.constexpr, OTHERS: tl.constexpr, DIMS: tl.constexpr, FAST: tl.constexpr,
+    first_tile, z_tiles, all_tiles, tiles, parts, first_prior, all_rows, own_factor, prior_factor, between_factor,
+    IMQ: tl.constexpr, ROWS: tl.constexpr, DIMS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """z_grad_i = value_grad (own_factor sum_j s(z_i, z_j) (z_i - z_j) + between_factor sum_j s(z_i, p_j) (z_i - p_j)),
     and that of the prior by prior_factor; s = sum rate k^2 (IMQ) or sum rate k, the kernel's slope by the squared
     distance but for its sign. No i = j.
 
-    Shapes: as in `discrepancy_kernel`; value_grad []. A program has a tile of rows that need a gradient, `z_row_tiles`
-    tiles of z first (0 where it needs none), and one of `parts` of the tiles of both sets, so many `tiles` of them.
+    Shapes: as in `discrepancy_kernel`; value_grad []. A program has a tile of rows that need a gradient, from
+    `first_tile`, and one of `parts` of the tiles of both sets, so many `tiles` of them.
     Sums are made in `sums`, float32 [parts, all_rows, dims] of the rows that need a gradient, those of the prior from
     `first_prior`, and then added and rounded to z_grad and prior_grad, dense. One that nobody needs is None; both are
     where there is one part and the sums are the gradient.
     ticket int32 [1], zero, where there are several parts.
-    Bytes: of each two tiles, their rows twice; of the sums 8 for each tile of OTHERS after the first, 12 for each part.
+    Bytes: of each two tiles, their rows twice; of the sums 8 for each other tile after the first, 12 for each part.
     Launches: 1. Roundings of a term: as of a kernel, and 6 more. Deterministic.
     """
     program, per_tile = tl.program_id(0).to(tl.uint32), tl.cast(parts, tl.uint32)
-    tile, part = (program // per_tile).to(tl.int32), (program % per_tile).to(tl.int32)
-    in_z = tile < z_row_tiles
-    row = row_of(tile, z_row_tiles, ROWS)
+    tile, part = first_tile + (program // per_tile).to(tl.int64), (program % per_tile).to(tl.int64)
+    in_z = tile < z_tiles
+    row = row_of(tile, z_tiles, ROWS)
     inside_row = row < tl.where(in_z, rows, prior_rows)
     size = tl.cast(all_rows, tl.int64) * dims
     prior_sums_ptr = sums_ptr + tl.cast(first_prior, tl.int64) * dims
-    own_sums_ptr = sums_ptr + part.to(tl.int64) * size + tl.where(in_z, 0, tl.cast(first_prior, tl.int64) * dims)
+    own_sums_ptr = sums_ptr + part * size + tl.where(in_z, 0, tl.cast(first_prior, tl.int64) * dims)
     value_grad = tl.load(value_grad_ptr).to(tl.float32)
     begin = part * tiles
     last = tl.minimum(begin + tiles, all_tiles)
     other = begin
     while other < last:
         squares = squared_distances(
-            z_ptr, prior_ptr, tile, z_row_tiles, other, z_tiles, rows, prior_rows, dims,
-            z_stride, z_step, prior_stride, prior_step, ROWS, OTHERS, DIMS,
+            z_ptr, prior_ptr, tile, other, z_tiles, rows, prior_rows, dims,
+            z_stride, z_step, prior_stride, prior_step, ROWS, DIMS,
         )  # fmt: skip
-        slopes = tl.zeros([ROWS, OTHERS], tl.float32)
+        slopes = tl.zeros([ROWS, ROWS], tl.float32)
         for k in tl.static_range(len(rates)):
             x = squares * rates[k]
             if IMQ:
@@ -212,14 +212,14 @@ def discrepancy_gradients_kernel(
                 slopes += kernel * (kernel * rates[k])
             else:
                 slopes += exp(-x, FAST) * rates[k]
-        same, is_pair = are_pairs(tile, z_row_tiles, other, z_tiles, rows, prior_rows, ROWS, OTHERS)
+        same, is_pair = are_pairs(tile, other, z_tiles, rows, prior_rows, ROWS)
         factor = value_grad * tl.where(same, tl.where(in_z, own_factor, prior_factor), between_factor)
         w = tl.where(is_pair, factor * slopes, 0.0)
         start = 0
         while start < dims:
             d = differences(
-                z_ptr, prior_ptr, tile, z_row_tiles, other, z_tiles, rows, prior_rows, start, dims,
-                z_stride, z_step, prior_stride, prior_step, ROWS, OTHERS, DIMS,
+                z_ptr, prior_ptr, tile, other, z_tiles, rows, prior_rows, start, dims,
+                z_stride, z_step, prior_stride, prior_step, ROWS, DIMS,
             )  # fmt: skip
             d = tl.where(w[:, :, None] == 0.0, 0.0, d)  # 0 times infinity would be NaN
             moved = tl.sum(product(w[:, :, None], d), axis=1)
