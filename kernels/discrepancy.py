@@ -11,6 +11,8 @@ from .mixture import add_parts, add_to
 from .numerics import exp, product, reciprocal
 from .tiles import UNSPECIALIZED, drew_last_ticket
 
+# Half of the greatest float32.
+LARGE = tl.constexpr(2.0**127)
 # In what blocks the last program adds the sums of programs: of most problems, there is one.
 OF_PROGRAMS = tl.constexpr(256)
 NUMBERS = (
@@ -45,9 +47,12 @@ def row_of(tile, z_tiles, ROWS: tl.constexpr):
 @triton.jit
 def differences(
     z_ptr, prior_ptr, tile, other, z_tiles, rows, prior_rows, start, dims,
-    z_stride, z_step, prior_stride, prior_step, ROWS: tl.constexpr, DIMS: tl.constexpr,
+    z_stride, z_step, prior_stride, prior_step, FINITE: tl.constexpr, ROWS: tl.constexpr, DIMS: tl.constexpr,
 ):  # fmt: skip
-    """Rows of a tile less those of another, [ROWS, ROWS, DIMS], of dimensions from `start`."""
+    """Rows of a tile less those of another, [ROWS, ROWS, DIMS], of dimensions from `start`. FINITE: of numbers that are
+    clamped, so that a slope of 0 times a difference is 0. Only differences whose square is infinite change by that, or
+    of NaN.
+    """
     own = load_tile(
         z_ptr, prior_ptr, tile, z_tiles, rows, prior_rows, start, dims,
         z_stride, z_step, prior_stride, prior_step, ROWS, DIMS,
@@ -56,6 +61,9 @@ def differences(
         z_ptr, prior_ptr, other, z_tiles, rows, prior_rows, start, dims,
         z_stride, z_step, prior_stride, prior_step, ROWS, DIMS,
     )  # fmt: skip
+    if FINITE:
+        own = tl.minimum(tl.maximum(own, -LARGE), LARGE)
+        others = tl.minimum(tl.maximum(others, -LARGE), LARGE)
     return own[:, None, :] - others[None, :, :]
 
 
@@ -70,7 +78,7 @@ def squared_distances(
     while start < dims:
         d = differences(
             z_ptr, prior_ptr, tile, other, z_tiles, rows, prior_rows, start, dims,
-            z_stride, z_step, prior_stride, prior_step, ROWS, DIMS,
+            z_stride, z_step, prior_stride, prior_step, False, ROWS, DIMS,
         )  # fmt: skip
         squares += d * d
         start += DIMS
@@ -219,9 +227,8 @@ def discrepancy_gradients_kernel(
         while start < dims:
             d = differences(
                 z_ptr, prior_ptr, tile, other, z_tiles, rows, prior_rows, start, dims,
-                z_stride, z_step, prior_stride, prior_step, ROWS, DIMS,
+                z_stride, z_step, prior_stride, prior_step, True, ROWS, DIMS,
             )  # fmt: skip
-            d = tl.where(w[:, :, None] == 0.0, 0.0, d)  # 0 times infinity would be NaN
             moved = tl.sum(product(w[:, :, None], d), axis=1)
             add_to(own_sums_ptr, row, inside_row, start + tl.arange(0, DIMS), dims, moved, other > begin)
             start += DIMS
