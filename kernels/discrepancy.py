@@ -11,8 +11,8 @@ from .mixture import add_parts, add_to
 from .numerics import exp, product, reciprocal
 from .tiles import UNSPECIALIZED, drew_last_ticket
 
-# Half of the greatest float32.
-LARGE = tl.constexpr(2.0**127)
+# Differences of numbers up to it are finite, and squares of what two larger ones differ by are infinite, or 0.
+LARGE = tl.constexpr(2.0**126)
 # In what blocks the last program adds the sums of programs: of most problems, there is one.
 OF_PROGRAMS = tl.constexpr(256)
 NUMBERS = (

@@ -13,9 +13,9 @@ from .layout import remembered
 from .mixture_log_prob import allocate_gradients, divided
 from .tiles import power_of_2
 
-# A tile [rows, rows of the other tile, dimensions], of gradients too: there a step of dimensions takes 3.7 instructions a
-# number for distances and 15.6 for sums, and with 4 rows of 32, as a mixture has, 24 and 44. With 8 dimensions it would
-# be 3.2 and 8.8, but up to 234 registers (sm_90, triton 3.9). Not measured on a GPU.
+# A tile [rows, rows of the other tile, dimensions], of gradients too: there a step of dimensions takes 3.7 instructions
+# a number for distances and 15.6 for sums, and with 4 rows of 32, as a mixture has, 24 and 44. With 8 dimensions it
+# would be 3.2 and 8.8, but up to 234 registers (sm_90, triton 3.9). Not measured on a GPU.
 _ROWS, _DIMS = 32, 4
 
 

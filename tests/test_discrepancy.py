@@ -26,7 +26,7 @@ SIDE = 16
 @pytest.fixture(params=["triton", "reference"])
 def backend(request, monkeypatch):
     """Both paths: that of the CPU in blocks of a few pairs, with a rest."""
-    monkeypatch.setattr(reference, "_SIDE", SIDE)
+    monkeypatch.setattr(reference, "block_size", lambda: SIDE**2)
     with fastvae.use_backend(request.param):
         yield request.param
 
@@ -138,7 +138,7 @@ def test_half_precision_is_computed_in_float32_and_gradients_are_rounded_once(dt
 
 @pytest.mark.parametrize("kernel", ["imq", "rbf"])
 def test_float64_is_computed_in_float64(kernel, monkeypatch):
-    monkeypatch.setattr(reference, "_SIDE", 3)
+    monkeypatch.setattr(reference, "block_size", lambda: 3**2)
     z, prior_z = draw(7, 5, 3, torch.float64)
     found = run((z, prior_z), kernel)
     expected = definition(z, prior_z, kernel, reference.SCALES[kernel], True)
@@ -301,7 +301,7 @@ def test_a_gradient_of_a_gradient(unbiased, backend):
 
 @pytest.mark.parametrize("kernel", ["imq", "rbf"])
 def test_gradcheck(kernel, monkeypatch):
-    monkeypatch.setattr(reference, "_SIDE", 2)
+    monkeypatch.setattr(reference, "block_size", lambda: 2**2)
 
     def function(z, prior_z):
         return F.maximum_mean_discrepancy(z, prior_z, kernel, (0.3, 2.0))
@@ -359,7 +359,7 @@ def test_memory_on_the_cpu():
         # The meter can fail: it sees what the definition takes.
         few = [x[:256] for x in tensors]
         with_formula = peak_memory(lambda: reference.formula(*few, "imq", (0.1,), True))
-    assert most < 8 * 4 * reference._SIDE**2 + 40 * tensors[0].numel() < 4 * 1024**2
+    assert most < 8 * 4 * reference.block_size() + 40 * tensors[0].numel() < 4 * 1024**2
     assert sum(tensor.numel() for tensor in saved) == sum(map(Tensor.numel, tensors))
     assert with_formula > 256 * 256 * 10 * 4
 

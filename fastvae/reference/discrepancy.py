@@ -14,13 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastvae.reference.mixture import parts, runs_in_blocks, together
+from fastvae.reference.mixture import block_size, parts, runs_in_blocks, together
 
 # The scales of each kernel where none are given: those of the Wasserstein autoencoder's code, and one.
 SCALES = {"imq": (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0), "rbf": (1.0,)}
-
-# Rows of either set in a block: its pairs take 256 KB in float32, which stay in the cache.
-_SIDE = 256
 
 
 def maximum_mean_discrepancy(
@@ -87,8 +84,9 @@ def _blocks(rows: Tensor, others: Tensor | None) -> Iterator[tuple[slice, slice,
     """All pairs of two sets; without `others` those of one, of which each is met once, or in both orders where the
     third says so: there a block is of some rows and themselves.
     """
-    for own in parts(len(rows), _SIDE):
-        for other in parts(len(rows if others is None else others), _SIDE):
+    side = math.isqrt(block_size())
+    for own in parts(len(rows), side):
+        for other in parts(len(rows if others is None else others), side):
             if others is not None or own.start <= other.start:
                 yield own, other, others is None and own == other
 
