@@ -37,6 +37,11 @@ def _samples(sizes: Sizes, dtype: torch.dtype) -> list[Tensor]:
     return [torch.empty(sizes, dtype=dtype) for _ in range(3)]
 
 
+def _sets(sizes: Sizes, dtype: torch.dtype) -> list[Tensor]:
+    rows, prior_rows, dims = sizes
+    return [torch.empty(rows, dims, dtype=dtype), torch.empty(prior_rows, dims, dtype=dtype)]
+
+
 OBJECTIVES = {
     "gaussian_mixture_log_prob": Objective(
         F.gaussian_mixture_log_prob,
@@ -55,6 +60,18 @@ OBJECTIVES = {
         _samples,
         {"many": (64, 1024), "long": (5000, 20)},
         [(1, 1), (3, 40), (5000, 20), (64, 20000)],
+    ),
+    "maximum_mean_discrepancy": Objective(
+        F.maximum_mean_discrepancy,
+        _sets,
+        {"many": (2048, 2048, 10), "few": (100, 100, 64)},
+        [(2, 3, 1), (40, 3, 5), (2000, 5, 2), (600, 600, 5)],
+    ),
+    "maximum_mean_discrepancy_rbf": Objective(
+        lambda *tensors: F.maximum_mean_discrepancy(*tensors, "rbf", (0.5, 1.0), unbiased=False),
+        _sets,
+        {},
+        [(2, 3, 1), (600, 600, 5)],
     ),
 }
 

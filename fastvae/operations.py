@@ -63,6 +63,10 @@ PAIRWISE = {
         "mixture_log_prob.mixture_components_kernel",
     ),
     "importance_weighted_bound": ("importance_weighted.bound_kernel", "importance_weighted.bound_backward_kernel"),
+    "maximum_mean_discrepancy": (
+        "mean_discrepancy.discrepancy_kernel",
+        "mean_discrepancy.discrepancy_gradients_kernel",
+    ),
 }
 # A gradient has so many roundings more than its slope, because the kernel multiplies it by a factor: a product of up to
 # four numbers.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,8 +22,16 @@ def _of_samples() -> Tensor:
     return F.importance_weighted_bound(*torch.randn(3, 4, 5))
 
 
+def _of_sets() -> Tensor:
+    return F.maximum_mean_discrepancy(torch.randn(5, 3), torch.randn(4, 3))
+
+
 # The functions that `fastvae.operations` does not list, with a call of each.
-PAIRWISE = {"gaussian_mixture_log_prob": _of_mixture, "importance_weighted_bound": _of_samples}
+PAIRWISE = {
+    "gaussian_mixture_log_prob": _of_mixture,
+    "importance_weighted_bound": _of_samples,
+    "maximum_mean_discrepancy": _of_sets,
+}
 
 
 class Terms(NamedTuple):
@@ -49,3 +58,32 @@ def pair_terms(z: Tensor, mu: Tensor, logvar: Tensor, log_weights: Tensor) -> Te
 def levels(n: int) -> int:
     """Roundings of a sum of n terms by tiles of 32, one after the other, and in each by levels."""
     return -(-n // 32) + 5 + 3
+
+
+class Kernels(NamedTuple):
+    """Of pairs [n, m]: the sums over scales of their kernels and of the slopes by the squared distance, and the
+    condition of each. A rounding of the squared distance counts as often as it moves the kernel: x / (1 + x) times for
+    1 / (1 + x), x times for e^-x.
+    """
+
+    values: Tensor
+    slopes: Tensor
+    scale: Tensor
+    scale_of_slopes: Tensor
+
+
+def pair_kernels(z: Tensor, prior_z: Tensor, kernel: str, scales: Sequence[float]) -> Kernels:
+    """By the definition, in float64."""
+    z, prior_z = z.detach().double(), prior_z.detach().double()
+    squares = (z[:, None] - prior_z).square().sum(-1)
+    found = []
+    for scale in scales:
+        c = 2 * z.shape[1] * scale
+        if kernel == "imq":
+            value, slope, condition = c / (c + squares), c / (c + squares) ** 2, squares / (c + squares)
+        else:
+            value, slope, condition = torch.exp(-squares / c), torch.exp(-squares / c) / c, squares / c
+        # Where the kernel is 0, its condition does not matter.
+        parts = value * (1 + condition), slope * (1 + 2 * condition)
+        found.append((value, slope, *[part.nan_to_num(nan=0.0) for part in parts]))
+    return Kernels(*[torch.stack(each).sum(0) for each in zip(*found, strict=True)])

@@ -46,6 +46,7 @@ VALUES = "test_values_and_gradients and negative_log_likelihood"
 AUTOGRAD, CONTINUOUS = "test_contract_autograd.py", "test_continuous_likelihoods.py"
 COUNTS = "test_counts.py"
 GROUPED = "test_grouped_likelihoods.py"
+DISCREPANCY = "test_discrepancy.py"
 FAULTS = (
     # Likelihoods
     Fault(
@@ -458,6 +459,26 @@ FAULTS = (
         "every call draws the same noise", "fastvae/random.py",
         "device=device, generator=generator)", "device=device, generator=torch.Generator(device).manual_seed(1))",
         "test_backward_makes_the_noise and gaussian_sample]", AUTOGRAD,
+    ),
+    # The maximum mean discrepancy
+    Fault(
+        "two tiles opposite to each other meet twice", "kernels/discrepancy.py",
+        "((2 * step == all_tiles) & (tile < step))", "(2 * step == all_tiles)",
+        "test_any_number_of_tiles and 12", DISCREPANCY,
+    ),
+    Fault(
+        "a row and itself are a pair", "kernels/discrepancy.py", " & (itself == 0)\n", "\n",
+        "test_values_and_gradients and triton-2-2", DISCREPANCY,
+    ),
+    Fault(
+        "the sums of programs are weighted in float32", "kernels/discrepancy.py",
+        "* 2.0 / (count * prior_count)", "* (2.0 / (count * prior_count)).to(tl.float32)",
+        "test_equal_rows", DISCREPANCY,
+    ),
+    Fault(
+        "distances are made of products", "fastvae/reference/discrepancy.py",
+        'compute_mode="donot_use_mm_for_euclid_dist"', 'compute_mode="use_mm_for_euclid_dist"',
+        "test_far_rows and reference", DISCREPANCY,
     ),
 )  # fmt: skip
 

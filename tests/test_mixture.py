@@ -16,6 +16,7 @@ import fastvae.functional as F
 from bounds import assert_within
 from fastvae.kernels import mixture_log_prob as kernels
 from fastvae.reference import mixture as reference
+from memory_meters import allocations, peak_memory
 from pairs import levels, pair_terms
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -342,18 +343,6 @@ def test_the_registered_operations():
 # --------------------------------------------------------------------------------------------------------------- memory
 
 
-def peak_memory(function) -> int:
-    """The greatest number of bytes that were allocated at a time on the CPU beyond what was before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        function()
-    now = most = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return most
-
-
 def test_memory_on_the_cpu():
     """2048 rows and components: one tensor of all pairs would have 16 MB, and one of all differences 160."""
     tensors = draw(2048, 2048, 10)
@@ -371,18 +360,9 @@ def test_memory_on_the_cpu():
 
 def test_memory_of_the_kernels(monkeypatch):
     """What a call allocates besides its results, of launches that are recorded and not made."""
-    allocated = []
-
-    class Allocations(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-            result = function(*arguments, **(keywords or {}))
-            if "empty" in function.__name__:
-                allocated.append(result.nbytes)
-            return result
-
     monkeypatch.setattr(kernels, "launch", lambda *arguments: None)
     tensors = [x.detach().bfloat16() for x in draw(2048, 2048, 10)]
-    with Allocations():
+    with allocations() as allocated:
         value = kernels.mixture_log_prob(*tensors)
         kernels.mixture_log_prob_backward(*tensors, value, value, (True,) * 4)
     of_rows, of_components = kernels.divided(512, 64)[2], kernels.divided(64, 512)[2]

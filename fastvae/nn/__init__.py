@@ -3,7 +3,7 @@
 from fastvae.nn.elbo import ELBOLoss
 from fastvae.nn.gaussian import GaussianKL, GaussianSampling, GaussianSamplingKL
 from fastvae.nn.likelihood import NegativeLogLikelihood, SigmoidMSELoss
-from fastvae.nn.pairwise import GaussianMixtureLogProb, ImportanceWeightedBound
+from fastvae.nn.pairwise import GaussianMixtureLogProb, ImportanceWeightedBound, MaximumMeanDiscrepancy
 
 __all__ = [
     "ELBOLoss",
@@ -12,6 +12,7 @@ __all__ = [
     "GaussianSampling",
     "GaussianSamplingKL",
     "ImportanceWeightedBound",
+    "MaximumMeanDiscrepancy",
     "NegativeLogLikelihood",
     "SigmoidMSELoss",
 ]
