@@ -62,18 +62,24 @@ class Launch:
         """The elements of a program. Those that have an axis of their own count once for each place of it, pairs once
         for each dimension, and samples once for each row.
         """
-        if "COMPONENTS" in self.constants or "SAMPLES" in self.constants:
-            return prod(size for name, size in self.constants.items() if name in _SIDES)
+        if self.of_pairs:
+            sides = {"COMPONENTS": self.constants.get("ROWS")} | self.constants  # one set has rows on both sides
+            return prod(sides[name] or 1 for name in _SIDES if name in sides)
         if "ELEMENTS" in self.constants:
             return self.constants["ELEMENTS"] * self.constants["INNER"]
         return self.constants.get("ROWS", 1) * self.constants["COLUMNS"]
+
+    @property
+    def of_pairs(self) -> bool:
+        """Of pairs, or of samples."""
+        return "DIMS" in self.constants or "SAMPLES" in self.constants
 
     @property
     def widths(self) -> set[int]:
         """Of the accesses of whole tiles, in bits: 128, and of a tensor of a narrower dtype as many elements; and one
         element each of those behind the last that 16 divides, and of sums.
         """
-        if "COMPONENTS" in self.constants or "SAMPLES" in self.constants:
+        if self.of_pairs:
             return {8 << k for k in range(5)}  # what a thread reads follows from how the compiler spreads pairs
         if "ELEMENTS" in self.constants and not self.constants["TARGET_HAS_AXIS"]:
             return {128, 8 * self.arguments["target_ptr"].itemsize}  # a number for each colour of a pixel, one by one
