@@ -13,15 +13,15 @@ from .layout import remembered
 from .mixture_log_prob import allocate_gradients, divided
 from .tiles import power_of_2
 
-# A tile [rows, rows of the other tile, dimensions], of gradients too: there a step of dimensions takes 3.7 instructions
-# a number for distances and 15.6 for sums, and with 4 rows of 32, as a mixture has, 24 and 44. With 8 dimensions it
-# would be 3.2 and 8.8, but up to 234 registers (sm_90, triton 3.9). Not measured on a GPU.
-_ROWS, _DIMS = 32, 4
+# A tile [rows, rows of the other tile, dimensions] of the value, and of gradients. The value's takes 96 registers. A
+# gradient of the same tile would take 96 to 120, of which triton 3.6 spills some, and of this one it takes 64 (117 with
+# triton 3.6) and fewer instructions (sm_90, triton 3.9). Not measured on a GPU.
+_TILE, _TILE_OF_GRADIENTS = (32, 4), (16, 8)
 
 
-def tiles_of(rows: int, prior_rows: int) -> tuple[int, int, int]:
+def tiles_of(rows: int, prior_rows: int, most: int) -> tuple[int, int, int]:
     """The rows of a tile, the tiles of z, and those of both sets."""
-    tile = min(_ROWS, power_of_2(max(rows, prior_rows)))
+    tile = min(most, power_of_2(max(rows, prior_rows)))
     z_tiles = -(-rows // tile)
     return tile, z_tiles, z_tiles + -(-prior_rows // tile)
 
@@ -31,7 +31,8 @@ def plan_value(
     rows: int, prior_rows: int, dims: int, strides: tuple[int, ...], kernel: str, unbiased: bool
 ) -> tuple[Plan, int]:
     """The plan, and the number of programs."""
-    tile, z_tiles, all_tiles = tiles_of(rows, prior_rows)
+    most, most_dims = _TILE
+    tile, z_tiles, all_tiles = tiles_of(rows, prior_rows, most)
     programs, tiles, parts = divided(all_tiles, all_tiles // 2 + 1)
     plan = make_plan(
         programs,
@@ -49,7 +50,7 @@ def plan_value(
         IMQ=kernel == "imq",
         UNBIASED=unbiased,
         ROWS=tile,
-        DIMS=min(_DIMS, power_of_2(dims)),
+        DIMS=min(most_dims, power_of_2(dims)),
     )
     return plan, programs
 
@@ -65,7 +66,8 @@ def plan_gradients(
     needed: tuple[bool, bool],
 ) -> tuple[Plan, int]:
     """The plan, and the number of parts."""
-    tile, z_tiles, all_tiles = tiles_of(rows, prior_rows)
+    most, most_dims = _TILE_OF_GRADIENTS
+    tile, z_tiles, all_tiles = tiles_of(rows, prior_rows, most)
     first = 0 if needed[0] else z_tiles
     programs, tiles, parts = divided((all_tiles if needed[1] else z_tiles) - first, all_tiles)
     plan = make_plan(
@@ -88,7 +90,7 @@ def plan_gradients(
         4.0 / (rows * prior_rows),
         IMQ=kernel == "imq",
         ROWS=tile,
-        DIMS=min(_DIMS, power_of_2(dims)),
+        DIMS=min(most_dims, power_of_2(dims)),
     )
     return plan, parts
 

@@ -34,7 +34,8 @@ def backend(request, monkeypatch):
 @pytest.fixture
 def tiles_of_4(monkeypatch):
     """Several tiles and parts of small sets."""
-    monkeypatch.setattr(kernels, "_ROWS", 4)
+    monkeypatch.setattr(kernels, "_TILE", (4, 4))
+    monkeypatch.setattr(kernels, "_TILE_OF_GRADIENTS", (4, 4))
     forget_plans(monkeypatch)
 
 
@@ -111,7 +112,8 @@ def check(tensors, value, gradients, kernel="imq", scales=None, unbiased=True) -
 )
 def test_values_and_gradients(rows, prior_rows, dims, kernel, scales, unbiased, backend, monkeypatch):
     if dims == 300:  # else 75 steps on the interpreter
-        monkeypatch.setattr(kernels, "_DIMS", 64)
+        monkeypatch.setattr(kernels, "_TILE", (32, 64))
+        monkeypatch.setattr(kernels, "_TILE_OF_GRADIENTS", (16, 64))
         forget_plans(monkeypatch)
     tensors = draw(rows, prior_rows, dims)
     value, gradients = run(tensors, kernel, scales, unbiased=unbiased)
