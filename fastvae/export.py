@@ -8,6 +8,8 @@
 Of a model of your own: fastvae.load(path, model), Encoder(model, some data), and of a conditional one
 Encoder(model, some data, their conditions), Decoder(model, conditions).
 
+A prior of the model's own is in safetensors alone: the decoder is given z, whoever draws it.
+
 Batches may have any size. Everything is float32. What is written is first run, and compared with the model.
 """
 
@@ -65,7 +67,7 @@ class Encoder(nn.Module):
             data = data.float() / (255 if model.likelihood.target == "unit" else 1)
         self.examples = _examples(data, condition)
         self.input_names = ("images" if data.ndim == 4 else "data", "condition")[: len(self.examples)]
-        self.model.decoder = nn.Identity()  # not to be written
+        self.model.decoder, self.model.prior = nn.Identity(), None  # not to be written
 
     def forward(self, data: Tensor, condition: Tensor | None = None) -> tuple[Tensor, ...]:
         return self.model.posterior(data, **given(condition))
@@ -80,7 +82,7 @@ class Decoder(nn.Module):
     def __init__(self, model: VAE, condition: Tensor | None = None) -> None:
         super().__init__()
         self.model = _copied(model)
-        self.model.encoder = nn.Identity()  # not to be written
+        self.model.encoder, self.model.prior = nn.Identity(), None  # not to be written
         count = 3 if condition is None else len(condition)
         z = torch.randn(count, *model.latent_shape, generator=torch.Generator().manual_seed(0))
         self.examples = _examples(z, condition)

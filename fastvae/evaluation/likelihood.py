@@ -1,10 +1,10 @@
 """How probable a model finds images: the evidence lower bound, and a tighter bound by importance sampling.
 
-Both are of log p(x), in nats per image, of the model that training fits: z ~ N(0, I), and independent pixels x of the
-model's likelihood given the decoder's output. They hold what the likelihood's formula leaves out (its ``omitted`` and
-``complete``). For `SigmoidMSE`, a Gaussian of variance 1 around the sigmoid, that is the constant -D / 2 * log(2 pi)
-for the D values of an image, -720.4 nats at 28x28. Pixels lie in [0, 1], where a variance of 1 is wide, so its p(x)
-changes little with what was learned.
+Both are of log p(x), in nats per image, of the model that training fits: z of the model's prior, N(0, I) unless it has
+one of its own, and independent pixels x of the model's likelihood given the decoder's output. They hold what the
+likelihood's formula leaves out (its ``omitted`` and ``complete``). For `SigmoidMSE`, a Gaussian of variance 1 around
+the sigmoid, that is the constant -D / 2 * log(2 pi) for the D values of an image, -720.4 nats at 28x28. Pixels lie in
+[0, 1], where a variance of 1 is wide, so its p(x) changes little with what was learned.
 
 Compare these numbers only between models of one likelihood and one reading of the images. A density of numbers, a
 probability of counts, and `Bernoulli` with grey values, which is neither, have different units.
@@ -20,7 +20,7 @@ from torch import Tensor
 import fastvae.functional as F
 from fastvae.evaluation.batches import Batch, batch_size, batches, measuring, seeded_generator
 from fastvae.models import VAE
-from fastvae.models.vae import sample_kl
+from fastvae.models.vae import gaussian_log_prob
 
 
 @measuring
@@ -28,6 +28,8 @@ def elbo(
     model: VAE, images: Tensor, *, seed: int = 0, target: Tensor | None = None, condition: Tensor | None = None
 ) -> Tensor:
     """The evidence lower bound of each image, log p(x|z) - KL(q(z|x) || p(z)) with one sampled z, float64 [N], in nats.
+
+    The divergence is estimated from that z where the model has a prior of its own.
 
     Images, target and condition as in `evaluate`; with the same seed, 0, the mean is minus its loss, less what the
     likelihood omits.
@@ -39,7 +41,7 @@ def elbo(
     generator = seeded_generator(model, seed)
     bounds = []
     for batch in batches(model, images, target, condition):
-        z, kl = sample_kl(model.encode(batch.input, **batch.given), generator=generator)
+        z, kl = model.sample_kl(model.encode(batch.input, **batch.given), generator=generator)
         bounds.append(_log_density(model, z, batch) - kl.double())
     return torch.cat(bounds)
 
@@ -99,16 +101,17 @@ def bits_per_dimension(nats: float, dimensions: int) -> float:
 
 def _log_weights(model: VAE, batch: Batch, mu: Tensor, logvar: Tensor, z: Tensor) -> Tensor:
     """log p(x|z) + log p(z) - log q(z|x) of S samples z [S, B, ...] for each of B images: float64 [S, B]."""
-    wide, wide_mu, wide_logvar = z.double(), mu.double(), logvar.double()
-    # The two Gaussians' constants cancel.
-    ratio = 0.5 * (wide_logvar + (wide - wide_mu).square() * torch.exp(-wide_logvar) - wide.square())
+    wide = z.double()
+    # N(0, I) in float64; a prior of the model's own in the precision that it has.
+    log_p = model.log_prior(wide if model.prior is None else z).double()
+    ratio = log_p - gaussian_log_prob(wide, mu.double(), logvar.double())
 
     def repeated(rows: Tensor) -> Tensor:
         return rows.repeat(len(z), *[1] * (rows.ndim - 1))
 
     condition = None if batch.condition is None else repeated(batch.condition)
     density = _log_density(model, z.flatten(0, 1), Batch(batch.input, repeated(batch.target), condition))
-    return density.view(len(z), len(mu)) + ratio.flatten(2).sum(2)
+    return density.view(len(z), len(mu)) + ratio
 
 
 def _log_density(model: VAE, z: Tensor, batch: Batch) -> Tensor:

@@ -27,6 +27,32 @@ def check_model(model: object) -> None:
         raise ValueError("model must have a parameter that requires a gradient, got none")
 
 
+def check_objective(
+    settings: Training, model: VAE, size: int | None, batch_size: int | None, *, together: bool
+) -> None:
+    """Raises ``ValueError`` where the objective does not go with the model's prior, the data, of which there are `size`
+    where that is known, or processes that train together.
+    """
+    objective = settings.objective
+    if getattr(model, "_orig_mod", model).prior is not None:
+        if settings.free_bits:
+            raise ValueError(f"free_bits must be 0 where the model has a prior of its own, got {settings.free_bits}")
+        if objective in ("beta-tc", "mmd"):
+            raise ValueError(
+                'objective must be "elbo", "iwae" or "dreg" where the model has a prior of its own, because '
+                f"{objective} trains none"
+            )
+    if objective == "beta-tc" and size is None:
+        raise ValueError("objective beta-tc needs the number of training samples, which a stream does not tell")
+    if objective == "mmd" and batch_size == 1:
+        raise ValueError("batch_size must be at least 2 for the objective mmd, which compares samples, got 1")
+    if together and objective != "elbo":
+        raise ValueError(
+            f'objective must be "elbo" where several processes train, got "{objective}"'
+            + (", which is of a whole batch" if objective in ("beta-tc", "mmd") else "")
+        )
+
+
 def look_at(name: str, samples: Batch, *, model: VAE, first: bool) -> None:
     """Look at samples before the model does. Raises ``TypeError`` or ``ValueError`` for what it cannot take; the first
     process warns of targets that its likelihood does not have.
