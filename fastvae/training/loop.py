@@ -40,7 +40,7 @@ from fastvae.training.memory import freed_memory_kept
 from fastvae.training.metrics import EpochMetrics, Progress, best_epoch
 from fastvae.training.objectives import test_loss
 from fastvae.training.precision import arithmetic
-from fastvae.training.settings import Training
+from fastvae.training.settings import COMPARING, Training
 from fastvae.training.state import TrainingState, restore, state_of
 from fastvae.training.steps import Steps
 from fastvae.training.threads import choose_threads, with_threads
@@ -213,7 +213,7 @@ def _evaluated(model: VAE, data: Arrays | Whole, settings: Training, dataset_siz
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[]):  # a loader draws a seed when it begins, and augmentation more
         batches = (mapped(batch, lambda part: part.to(device)) for batch in data.whole())
-        if settings.objective == "mmd":  # which compares samples, two or more
+        if settings.objective in COMPARING:
             batches = (batch for batch in batches if len(batch.input) > 1)
         return evaluate_batches(model, batches, beta=settings.beta, loss=loss)
 

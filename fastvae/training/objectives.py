@@ -22,6 +22,8 @@ from fastvae.models.vae import as_tuple, gaussian_log_prob, halves
 from fastvae.reference.precision import Parameters
 from fastvae.training.settings import DEFAULT_SAMPLES, Training
 
+MMD_WEIGHT = 100.0
+
 Model = VAE | DistributedDataParallel
 
 
@@ -75,6 +77,43 @@ def elbo(model: Model, batch: Batch, options: Options) -> Loss:
     # What is frozen takes no gradient.
     going = [(root, it) for root, it in zip(roots, gradients, strict=True) if root.requires_grad]
     return Loss(values, [root for root, _ in going], [gradient for _, gradient in going])
+
+
+def beta_tc(model: Model, batch: Batch, options: Options) -> Loss:
+    """reconstruction + I(x; z) + beta TC(z) + sum_k KL(q(z_k) || p(z_k)): the divergence in three parts, of which the
+    total correlation has the weight (Chen et al., "Isolating Sources of Disentanglement in Variational Autoencoders",
+    2018).
+
+    q(z) is estimated from the batch, with the paper's stratified weights, which have no bias; those of its section 4 add
+    (K - 1) log N to the correlation.
+    """
+    vae = vae_of(model)
+    with options.autocast(batch.input):
+        mu, logvar = halves(vae.encode(batch.input, **batch.given))
+        z = F.gaussian_sample(mu, logvar, generator=options.generator)
+        parameters = vae.decode(z, **batch.given)
+    reconstruction = _nll(vae, parameters, batch, "batchmean")
+    information, correlation, dimensions = F.total_correlation(
+        z.flatten(1), mu.flatten(1), logvar.flatten(1), max(options.dataset_size, len(z)), "stratified"
+    )
+    loss = reconstruction + information + options.beta * correlation + dimensions
+    return _of(loss, reconstruction, information + correlation + dimensions)
+
+
+def mmd(model: Model, batch: Batch, options: Options) -> Loss:
+    """reconstruction + beta MMD_WEIGHT MMD(z, samples of N(0, I)): the batch's latents together are to be like samples
+    of the prior, and no posterior alone (Zhao et al., "InfoVAE", 2017, with alpha = 1; Tolstikhin et al., "Wasserstein
+    Auto-Encoders", 2018, algorithm 2, whose kernel it has).
+    """
+    vae = vae_of(model)
+    with options.autocast(batch.input):
+        z, kl = vae.sample_kl(vae.encode(batch.input, **batch.given), options.generator)
+        parameters = vae.decode(z, **batch.given)
+    reconstruction = _nll(vae, parameters, batch, "batchmean")
+    rows = z.flatten(1)
+    prior_rows = torch.randn(rows.shape, generator=options.generator, device=rows.device, dtype=rows.dtype)
+    discrepancy = F.maximum_mean_discrepancy(rows, prior_rows)
+    return _of(reconstruction + options.beta * MMD_WEIGHT * discrepancy, reconstruction, kl.mean())
 
 
 def iwae(model: Model, batch: Batch, options: Options) -> Loss:
@@ -157,4 +196,10 @@ def vae_of(model: Model) -> VAE:
     return vae
 
 
-OBJECTIVES: dict[str, Callable[[Model, Batch, Options], Loss]] = {"elbo": elbo, "iwae": iwae, "dreg": dreg}
+OBJECTIVES: dict[str, Callable[[Model, Batch, Options], Loss]] = {
+    "elbo": elbo,
+    "beta-tc": beta_tc,
+    "mmd": mmd,
+    "iwae": iwae,
+    "dreg": dreg,
+}

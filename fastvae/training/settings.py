@@ -17,7 +17,8 @@ from fastvae.training.precision import PRECISIONS
 DEFAULT_BATCH_SIZE = 128  # of the reference example
 DEFAULT_SAMPLES = 8  # of "iwae" and "dreg"
 
-SAMPLED = ("iwae", "dreg")  # the objectives of several samples
+SAMPLED = ("iwae", "dreg")  # the objectives of several samples of a posterior
+COMPARING = ("beta-tc", "mmd")  # those that compare the samples of a batch, of which there must be two
 PARTS = ("input", "target", "condition")
 
 _NORM = Kind("a positive number", float, lambda value: value > 0)  # of inf the norms are computed, and nothing is cut
