@@ -21,8 +21,16 @@ def _of_samples() -> Tensor:
     return F.importance_weighted_bound(*torch.randn(3, 4, 5))
 
 
+def _of_minibatch() -> tuple[Tensor, ...]:
+    return F.total_correlation(*torch.randn(3, 5, 4), 100)
+
+
 # The functions that `fastvae.operations` does not list, with a call of each.
-PAIRWISE = {"gaussian_mixture_log_prob": _of_mixture, "importance_weighted_bound": _of_samples}
+PAIRWISE = {
+    "gaussian_mixture_log_prob": _of_mixture,
+    "importance_weighted_bound": _of_samples,
+    "total_correlation": _of_minibatch,
+}
 
 
 class Terms(NamedTuple):

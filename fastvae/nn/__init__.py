@@ -3,7 +3,7 @@
 from fastvae.nn.elbo import ELBOLoss
 from fastvae.nn.gaussian import GaussianKL, GaussianSampling, GaussianSamplingKL
 from fastvae.nn.likelihood import NegativeLogLikelihood, SigmoidMSELoss
-from fastvae.nn.pairwise import GaussianMixtureLogProb, ImportanceWeightedBound
+from fastvae.nn.pairwise import GaussianMixtureLogProb, ImportanceWeightedBound, TotalCorrelation
 
 __all__ = [
     "ELBOLoss",
@@ -14,4 +14,5 @@ __all__ = [
     "ImportanceWeightedBound",
     "NegativeLogLikelihood",
     "SigmoidMSELoss",
+    "TotalCorrelation",
 ]
