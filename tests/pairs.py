@@ -25,11 +25,16 @@ def _of_minibatch() -> tuple[Tensor, ...]:
     return F.total_correlation(*torch.randn(3, 5, 4), 100)
 
 
+def _of_sets() -> Tensor:
+    return F.maximum_mean_discrepancy(torch.randn(5, 3), torch.randn(4, 3))
+
+
 # The functions that `fastvae.operations` does not list, with a call of each.
 PAIRWISE = {
     "gaussian_mixture_log_prob": _of_mixture,
     "importance_weighted_bound": _of_samples,
     "total_correlation": _of_minibatch,
+    "maximum_mean_discrepancy": _of_sets,
 }
 
 

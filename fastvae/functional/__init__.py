@@ -3,6 +3,7 @@ specification.
 """
 
 from fastvae.functional.decomposition import total_correlation
+from fastvae.functional.discrepancy import maximum_mean_discrepancy
 from fastvae.functional.elbo import elbo_loss, elbo_value_and_grad
 from fastvae.functional.gaussian import gaussian_kl, gaussian_sample, gaussian_sample_kl, gaussian_sample_kl_packed
 from fastvae.functional.likelihood import negative_log_likelihood, sigmoid_mse_loss
@@ -21,6 +22,7 @@ __all__ = [
     "gaussian_sample_kl",
     "gaussian_sample_kl_packed",
     "importance_weighted_bound",
+    "maximum_mean_discrepancy",
     "negative_log_likelihood",
     "sigmoid_mse_loss",
     "total_correlation",

@@ -3,7 +3,12 @@
 from fastvae.nn.elbo import ELBOLoss
 from fastvae.nn.gaussian import GaussianKL, GaussianSampling, GaussianSamplingKL
 from fastvae.nn.likelihood import NegativeLogLikelihood, SigmoidMSELoss
-from fastvae.nn.pairwise import GaussianMixtureLogProb, ImportanceWeightedBound, TotalCorrelation
+from fastvae.nn.pairwise import (
+    GaussianMixtureLogProb,
+    ImportanceWeightedBound,
+    MaximumMeanDiscrepancy,
+    TotalCorrelation,
+)
 
 __all__ = [
     "ELBOLoss",
@@ -12,6 +17,7 @@ __all__ = [
     "GaussianSampling",
     "GaussianSamplingKL",
     "ImportanceWeightedBound",
+    "MaximumMeanDiscrepancy",
     "NegativeLogLikelihood",
     "SigmoidMSELoss",
     "TotalCorrelation",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 import fastvae.functional as F
@@ -44,3 +46,19 @@ class TotalCorrelation(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dataset_size={self.dataset_size}, weighting={self.weighting!r}, reduction={self.reduction!r}"
+
+
+class MaximumMeanDiscrepancy(nn.Module):
+    """How far two samples are from one distribution, see `fastvae.functional.maximum_mean_discrepancy`."""
+
+    def __init__(self, kernel: str = "imq", scales: Sequence[float] | None = None, *, unbiased: bool = True) -> None:
+        super().__init__()
+        self.kernel = kernel
+        self.scales = None if scales is None else tuple(scales)
+        self.unbiased = unbiased
+
+    def forward(self, z: Tensor, prior_z: Tensor) -> Tensor:
+        return F.maximum_mean_discrepancy(z, prior_z, self.kernel, self.scales, unbiased=self.unbiased)
+
+    def extra_repr(self) -> str:
+        return f"kernel={self.kernel!r}, scales={self.scales}, unbiased={self.unbiased}"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from fastvae.likelihoods.likelihood import Likelihood
+if TYPE_CHECKING:  # the likelihoods import this file
+    from fastvae.likelihoods.likelihood import Likelihood
 
 Parameters = Tensor | tuple[Tensor, ...]
 
