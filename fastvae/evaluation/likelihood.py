@@ -20,7 +20,6 @@ from torch import Tensor
 import fastvae.functional as F
 from fastvae.evaluation.batches import Batch, batch_size, batches, measuring, seeded_generator
 from fastvae.models import VAE
-from fastvae.models.vae import gaussian_log_prob
 
 
 @measuring
@@ -101,17 +100,18 @@ def bits_per_dimension(nats: float, dimensions: int) -> float:
 
 def _log_weights(model: VAE, batch: Batch, mu: Tensor, logvar: Tensor, z: Tensor) -> Tensor:
     """log p(x|z) + log p(z) - log q(z|x) of S samples z [S, B, ...] for each of B images: float64 [S, B]."""
-    wide = z.double()
+    wide, wide_mu, wide_logvar = z.double(), mu.double(), logvar.double()
+    terms = wide_logvar + (wide - wide_mu).square() * torch.exp(-wide_logvar) + math.log(2 * math.pi)
+    log_q = -0.5 * terms.flatten(2).sum(2)
     # N(0, I) in float64; a prior of the model's own in the precision that it has.
     log_p = model.log_prior(wide if model.prior is None else z).double()
-    ratio = log_p - gaussian_log_prob(wide, mu.double(), logvar.double())
 
     def repeated(rows: Tensor) -> Tensor:
         return rows.repeat(len(z), *[1] * (rows.ndim - 1))
 
     condition = None if batch.condition is None else repeated(batch.condition)
     density = _log_density(model, z.flatten(0, 1), Batch(batch.input, repeated(batch.target), condition))
-    return density.view(len(z), len(mu)) + ratio
+    return density.view(len(z), len(mu)) + log_p - log_q
 
 
 def _log_density(model: VAE, z: Tensor, batch: Batch) -> Tensor:

@@ -160,15 +160,15 @@ class VAE(nn.Module):
         if self.prior is None:
             return sample_kl(moments, generator=generator, batch_offset=batch_offset)
         mu, logvar = halves(moments)
-        z = F.gaussian_sample(mu, logvar, generator=generator, batch_offset=batch_offset)
-        return z, gaussian_log_prob(z, mu, logvar) - self.log_prior(z)
+        z, log_q = F.gaussian_sample(mu, logvar, generator=generator, batch_offset=batch_offset, log_prob=True)
+        return z, log_q - self.log_prior(z)
 
     def log_prior(self, z: Tensor) -> Tensor:
         """log p(z) in nats of latents [..., *latent_shape], shape [...]."""
         if self.prior is not None:
             return self.prior.log_prob(z)
-        wide = in_float32(z)
-        return -0.5 * _over_event(wide.square() + math.log(2 * math.pi), len(self.latent_shape))
+        terms = in_float32(z).square() + math.log(2 * math.pi)
+        return -0.5 * terms.flatten(z.ndim - len(self.latent_shape)).sum(-1)
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, deterministic: bool = False, condition: Tensor | None = None) -> Tensor:
@@ -232,21 +232,6 @@ def made_prior(
 ) -> Prior | None:
     """The prior that a model is given, or that of the settings that a file holds."""
     return from_settings(prior, latent_shape, data_shape) if isinstance(prior, Mapping) else prior
-
-
-def gaussian_log_prob(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-    """log q(z|x) = sum_event log N(z; mu, exp(logvar)) in nats, [..., B], of z [..., B, *event]; float32 (float64).
-
-    mu, logvar: [B, *event]. z - mu is scaled before it is squared, because exp(-logvar) overflows at -89.
-    """
-    z, mu, logvar = in_float32(z), in_float32(mu), in_float32(logvar)
-    scaled = (z - mu) * torch.exp(-logvar / 2)
-    return -0.5 * _over_event(scaled.square() + logvar + math.log(2 * math.pi), mu.ndim - 1)
-
-
-def _over_event(terms: Tensor, dimensions: int) -> Tensor:
-    """The sum over the last dimensions, so many."""
-    return terms.flatten(terms.ndim - dimensions).sum(-1)
 
 
 def as_tuple(parameters: Parameters) -> tuple[Tensor, ...]:

@@ -38,7 +38,7 @@ from fastvae.training.finite import broken, means
 from fastvae.training.listener import Listener
 from fastvae.training.memory import freed_memory_kept
 from fastvae.training.metrics import EpochMetrics, Progress, best_epoch
-from fastvae.training.objectives import test_loss
+from fastvae.training.objectives import evaluated_loss
 from fastvae.training.precision import arithmetic
 from fastvae.training.settings import COMPARING, Training
 from fastvae.training.state import TrainingState, restore, state_of
@@ -207,7 +207,7 @@ def _threads(
 
 def _evaluated(model: VAE, data: Arrays | Whole, settings: Training, dataset_size: int) -> Evaluation:
     """The test of a model."""
-    loss = test_loss(settings, dataset_size)
+    loss = evaluated_loss(settings, dataset_size)
     if loss is None and isinstance(data, Arrays) and len(tensors(data.all)) == 1:
         return evaluate(model, data.all.input, beta=settings.beta)
     device = next(model.parameters()).device

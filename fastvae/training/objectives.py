@@ -8,7 +8,7 @@ objectives can be compared: their sum is the negative ELBO.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ import fastvae.functional as F
 from fastvae.evaluation import Batch
 from fastvae.functional import ELBO
 from fastvae.models import VAE
-from fastvae.models.vae import as_tuple, gaussian_log_prob, halves
+from fastvae.models.vae import as_tuple, halves
 from fastvae.reference.precision import Parameters
 from fastvae.training.settings import DEFAULT_SAMPLES, Training
 
@@ -84,7 +84,7 @@ def beta_tc(model: Model, batch: Batch, options: Options) -> Loss:
     total correlation has the weight (Chen et al., "Isolating Sources of Disentanglement in Variational Autoencoders",
     2018).
 
-    q(z) is estimated from the batch, with the paper's stratified weights, which have no bias; those of its section 4 add
+    q(z) is estimated from the batch, with the paper's stratified weights, which have no bias; its minibatch weights add
     (K - 1) log N to the correlation.
     """
     vae = vae_of(model)
@@ -131,23 +131,20 @@ def _bound(model: Model, batch: Batch, options: Options, estimator: str) -> Loss
     launches, and backward one copy more of the parameters' gradient, which puts its S parts together.
     """
     vae, samples = vae_of(model), options.samples
+    doubly = estimator == "dreg"
+    log_prob: Literal[True, "detached"] = "detached" if doubly else True
     with options.autocast(batch.input):
         mu, logvar = halves(vae.encode(batch.input, **batch.given))
-        several = (samples, *mu.shape)
-        z = F.gaussian_sample(mu.expand(several), logvar.expand(several), generator=options.generator)
+        z, log_q_z = F.gaussian_sample(mu, logvar, samples=samples, log_prob=log_prob, generator=options.generator)
         condition = {} if batch.condition is None else {"condition": _repeated(batch.condition, samples)}
         parameters = vae.decode(z.flatten(0, 1), **condition)
         log_p_z = vae.log_prior(z)
     log_p_x_given_z = torch.stack([-_nll(vae, part, batch) for part in _parts(parameters, samples)])
-    detached = estimator == "dreg"
-    log_q_z = gaussian_log_prob(z, *((mu.detach(), logvar.detach()) if detached else (mu, logvar)))
-    bound = F.importance_weighted_bound(
-        log_p_x_given_z, log_p_z, log_q_z, estimator=estimator, z=z if detached else None
-    )
+    bound = F.importance_weighted_bound(log_p_x_given_z, log_p_z, log_q_z, estimator=estimator, z=z if doubly else None)
     return _of(-bound.mean(), -log_p_x_given_z.mean(), (log_q_z - log_p_z).mean())
 
 
-def test_loss(settings: Training, dataset_size: int) -> Callable[[VAE, Batch, torch.Generator], Tensor] | None:
+def evaluated_loss(settings: Training, dataset_size: int) -> Callable[[VAE, Batch, torch.Generator], Tensor] | None:
     """The loss that `fastvae.evaluation.evaluate_batches` is given; None for "elbo", which it has itself."""
     if settings.objective == "elbo":
         return None
