@@ -110,7 +110,8 @@ def test_pseudo_inputs_begin_in_the_range_of_the_data():
     prior = VampPrior(SHAPE, 30, data=data / 255)
     rows = (data / 255).flatten(1)
     assert all((row == rows).all(1).any() for row in prior.pseudo_inputs.flatten(1))
-    assert 0 <= VampPrior(SHAPE, 4).pseudo_inputs.min() and VampPrior(SHAPE, 4).pseudo_inputs.max() <= 1
+    noise = VampPrior(SHAPE, 4).pseudo_inputs
+    assert noise.min() >= 0 and noise.max() <= 1
     model = ConvVAE(SHAPE, latent_dim=3, channels=(4,), prior=VampPrior(SHAPE, 4))
     before = model.prior.components()[0]
     with torch.no_grad():
