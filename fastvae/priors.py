@@ -24,6 +24,8 @@ from fastvae.reference.precision import in_float32
 if TYPE_CHECKING:
     from fastvae.models import VAE
 
+__all__ = ["MixturePrior", "Prior", "VampPrior", "from_settings"]
+
 Components = tuple[Tensor, Tensor, Tensor | None]
 
 
