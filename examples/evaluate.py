@@ -6,10 +6,10 @@
 RUN is a folder that train.py wrote, or a checkpoint file. Ctrl-C leaves no half-written file; its exit code is 130.
 What the user can put right ends in one line and exit code 2.
 
-Bounds are of log p(x) in nats per image, under the model's likelihood and its prior, and with its posteriors. By default
-the likelihood is a Gaussian of variance 1 around each pixel, with its constant: a density of pixels in [0, 1]. Compare bounds between models of one likelihood
-only. Where p(x) is a probability, bounds are given in bits per dimension too, because these are a code length: of the
-bytes with DiscretizedLogistic, of binary images with Bernoulli.
+Bounds are of log p(x) in nats per image, under the model's likelihood and its prior, and with its posteriors. By
+default the likelihood is a Gaussian of variance 1 around each pixel, with its constant: a density of pixels in [0, 1].
+Compare bounds between models of one likelihood only. Where p(x) is a probability, bounds are given in bits per
+dimension too, because these are a code length: of the bytes with DiscretizedLogistic, of binary images with Bernoulli.
 
 Files in --out, each written atomically; those of an earlier evaluation are removed first:
     evaluation.json            every number below, with settings and versions

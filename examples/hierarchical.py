@@ -34,6 +34,7 @@ from fastvae import plots
 from fastvae.data import load_digits
 from fastvae.evaluation import bits_per_dimension
 from fastvae.likelihoods import DiscretizedLogistic
+from fastvae.nn import ELBOLoss
 from fastvae.program import Parser, choose_device, positive_integer, prepare_folder, run_program, seed
 from fastvae.training import versions, write_summary
 
@@ -49,10 +50,10 @@ LIKELIHOOD = DiscretizedLogistic(min_log_scale=-7.0)
 
 
 class Drawn(NamedTuple):
-    """parameters: of the likelihood. kl: of each group, [B]."""
+    """parameters: of the likelihood. kl: of each group, in the mean over the batch, [groups]."""
 
     parameters: tuple[Tensor, ...]
-    kl: list[Tensor]
+    kl: Tensor
 
 
 class Block(nn.Module):
@@ -66,22 +67,17 @@ class Block(nn.Module):
         self.merge = nn.Sequential(conv(WIDTH + latents, WIDTH), nn.ReLU(), conv(WIDTH, WIDTH))
 
     def forward(self, above: Tensor, features: Tensor | None, *, mean: bool = False) -> tuple[Tensor, Tensor]:
-        """What goes down, and the divergence [B]. Without features z is of the prior; ``mean``: its mean."""
+        """What goes down, and the mean divergence. Without features z is of the prior; ``mean``: its mean."""
         p = self.prior(above)
-        kl = above.new_zeros(len(above))
+        kl = above.new_zeros(())
         if features is not None:
             q = self.posterior(torch.cat([above, features], 1))
-            z, kl = F.gaussian_sample_kl_packed(q, prior=p, **self.options())
+            free_bits = self.free_bits if self.training else 0.0
+            z, kl = F.gaussian_sample_kl_packed(q, prior=p, reduction="batchmean", free_bits=free_bits)
         else:
             mu, logvar = p.chunk(2, 1)
             z = mu if mean else F.gaussian_sample(mu, logvar)
-        return above + self.merge(torch.cat([above, z], 1)), kl.expand(len(above))
-
-    def options(self) -> dict[str, object]:
-        """Free bits are of the mean over a batch."""
-        if self.training and self.free_bits:
-            return {"reduction": "batchmean", "free_bits": self.free_bits}
-        return {}
+        return above + self.merge(torch.cat([above, z], 1)), kl
 
 
 class Ladder(nn.Module):
@@ -122,7 +118,7 @@ class Ladder(nn.Module):
             state, kl = block(state, own, mean=mean)
             state = grow(torch.relu(state))
             divergences.append(kl)
-        return Drawn(state.chunk(2, 1), divergences)
+        return Drawn(state.chunk(2, 1), torch.stack(divergences))
 
     def sample(self, count: int) -> Tensor:
         """Images [count, 1, 28, 28] in [0, 1]."""
@@ -147,6 +143,7 @@ def run() -> None:
     train, test = digits.train_images.to(device), digits.test_images.to(device)
     torch.manual_seed(arguments.seed)
     model = Ladder().to(device)
+    objective = ELBOLoss(LIKELIHOOD)
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
     print(f"model      {sum(it.numel() for it in model.parameters()):,} parameters, {len(LATENTS)} groups on {device}")
 
@@ -154,11 +151,12 @@ def run() -> None:
     done, start = 0, time.perf_counter()
     for epoch in range(1, arguments.epochs + 1):
         total = torch.zeros((), device=device)
-        for batch in torch.randperm(len(train), device=device).split(BATCH_SIZE)[: len(train) // BATCH_SIZE]:
+        order = torch.randperm(len(train), device=device)[: len(train) // BATCH_SIZE * BATCH_SIZE]
+        for batch in torch.split(order, BATCH_SIZE):
             images = train[batch]
             drawn = model(images)
-            beta = min(1.0, (done + 1) / (WARMUP * steps))
-            elbo = F.elbo_loss(drawn.parameters, images, sum(drawn.kl), likelihood=LIKELIHOOD, beta=beta)
+            objective.beta = min(1.0, (done + 1) / (WARMUP * steps))
+            elbo = objective(drawn.parameters, images, drawn.kl.sum().expand(BATCH_SIZE))
             optimizer.zero_grad()
             elbo.loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
@@ -171,8 +169,8 @@ def run() -> None:
     model.eval()
     with torch.no_grad():
         drawn = model(test)
-        elbo = F.elbo_loss(drawn.parameters, test, sum(drawn.kl), likelihood=LIKELIHOOD)
-        nats, groups = elbo.loss.item(), [kl.mean().item() for kl in drawn.kl]
+        reconstruction = F.negative_log_likelihood(drawn.parameters, test, LIKELIHOOD)
+        nats, groups = (reconstruction + drawn.kl.sum()).item(), drawn.kl.tolist()
         some = test[:10]
         shown = [LIKELIHOOD.mean(*model(some, count).parameters) for count in range(1, len(LATENTS) + 1)]
         plots.write_image_grid(folder / "generated.png", model.sample(64), title="64 images, z of each group's prior")
