@@ -1,6 +1,6 @@
 """Train a ladder VAE on the bundled digits: three groups of latents, each with a prior that the groups above it set.
 
-    python examples/hierarchical.py [--epochs 20]
+    python examples/hierarchical.py [--epochs 12]
 
 The encoder goes up, from pixels to features of 14x14, 7x7 and 1x1. The decoder comes down, and draws latents at each
 size: their prior p depends on what was drawn above, their posterior q on the features too. A block's divergence
@@ -40,7 +40,7 @@ from fastvae.training import versions, write_summary
 
 FILES = ("generated.png", "groups.png", "summary.json")
 LATENTS = (16, 4, 1)  # channels of each group, from the top: 1x1, 7x7, 14x14
-WIDTH = 32
+WIDTH = 24
 BATCH_SIZE, LEARNING_RATE, CLIP_NORM = 32, 2e-3, 200.0
 WARMUP = 0.3  # of all steps, in which the divergence's weight grows to 1
 # Nats that a dimension of each group may hold at no cost in training. Without them the last group, which is nearest to
@@ -201,7 +201,7 @@ def run() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--epochs", type=positive_integer, default=20, help="default: 20")
+    parser.add_argument("--epochs", type=positive_integer, default=12, help="default: 12")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--seed", type=seed, default=0, help="of every random number, default: 0")
     parser.add_argument("--out", type=Path, metavar="DIR", default=Path("runs", "ladder"), help="default: runs/ladder")

@@ -202,7 +202,8 @@ def run(options: Options, device: torch.device, resumed: Resumed | None, held: c
         say(f"skipped   {skipped_in_words(dataset)}")
     if train_images.device != device:
         say(f"streamed  {train_images.nbytes / 1e9:.1f} GB of images stay on the CPU, batches go to the GPU")
-    say(f"model     {parameters:,} parameters, of a pixel's likelihood {', '.join(model.likelihood.parameters)}")
+    own = "" if options.prior == "standard" else f"; prior {options.prior}"
+    say(f"model     {parameters:,} parameters, of a pixel's likelihood {', '.join(model.likelihood.parameters)}{own}")
     steps = images // batch_size
     total_steps = options.epochs * steps
     chosen = "" if options.objective == "elbo" else f", objective {options.objective}"
