@@ -156,12 +156,13 @@ def run() -> None:
         for batch in torch.split(order, BATCH_SIZE):
             images = train[batch]
             drawn = model(images, 1 + len(LATENTS) * done // steps)
+            objective.beta = min(1.0, len(LATENTS) * (done + 1) / steps)  # so that the first group is not left unused
             elbo = objective(drawn.parameters, images, drawn.kl.sum(0))
             optimizer.zero_grad()
             elbo.loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
             optimizer.step()
-            total += elbo.loss.detach()
+            total += elbo.reconstruction.detach() + elbo.kl.detach()
             done += 1
         print(f"epoch {epoch:>4} negative ELBO {total.item() / (len(train) // BATCH_SIZE):.2f} nats per image")
     seconds = time.perf_counter() - start
