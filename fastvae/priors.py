@@ -79,7 +79,7 @@ class _Mixture(Prior):
         if n < 0:
             raise ValueError(f"n must not be negative, got {n}")
         mu, logvar, log_weights = self.components()
-        weights = mu.new_ones(len(mu)) if log_weights is None else in_float32(log_weights).exp()
+        weights = torch.ones(len(mu), device=mu.device) if log_weights is None else in_float32(log_weights).exp()
         # torch.multinomial draws at least one.
         chosen = torch.multinomial(weights, max(n, 1), replacement=True, generator=generator)[:n]
         noise = torch.randn(n, mu.shape[1], generator=generator, device=mu.device, dtype=mu.dtype)
