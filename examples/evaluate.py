@@ -6,10 +6,10 @@
 RUN is a folder that train.py wrote, or a checkpoint file. Ctrl-C leaves no half-written file; the exit code is 130.
 Errors that the user can fix end with one line and exit code 2.
 
-Bounds are of log p(x) in nats per image, under the model's likelihood. The default likelihood is a Gaussian of variance
-1 around each pixel, with its constant: a density of pixels in [0, 1]. Compare bounds only between models with the same
-likelihood. If p(x) is a probability, bounds are also given in bits per dimension, because these are a code length: of
-bytes with DiscretizedLogistic, of binary images with Bernoulli.
+Bounds are of log p(x) in nats per image, under the model's likelihood and prior, and with its posteriors. The default
+likelihood is a Gaussian of variance 1 around each pixel, with its constant: a density of pixels in [0, 1]. Compare
+bounds only between models with the same likelihood. If p(x) is a probability, bounds are also given in bits per
+dimension, because these are a code length: of bytes with DiscretizedLogistic, of binary images with Bernoulli.
 
 Files in --out, each written atomically; those of an earlier evaluation are removed first:
     evaluation.json            every number below, with settings and versions
@@ -95,7 +95,7 @@ def evaluate_run() -> None:
     say(f"error           {', '.join(f'{value:.4f} {name}' for name, value in mse.items())}, with z = mu")
     bounds = evaluation.elbo(model, images, seed=arguments.seed)
     elbo = bounds.mean().item()
-    say(f"ELBO            {in_words(elbo)}; the test loss of training is {totals.loss:.2f}")
+    say(f"ELBO            {in_words(elbo)}; as a test loss, without constants, {totals.loss:.2f}")
     few = images[: arguments.likelihood_images]
     likelihoods = evaluation.log_likelihood(model, few, samples=arguments.samples, seed=arguments.seed)
     likelihood, elbo_of_few = likelihoods.mean().item(), bounds[: len(few)].mean().item()
@@ -108,7 +108,7 @@ def evaluate_run() -> None:
     kl = posteriors.kl
     say(
         f"active units    {int(active.sum())} of {active.numel()}, with a variance of mu above {ACTIVE}; "
-        f"KL {kl.sum():.2f} nats"
+        f"KL {kl.sum():.2f} nats from N(0, I)"
     )
 
     labels = [None] * len(images) if run.labels is None else run.labels.tolist()

@@ -7,7 +7,7 @@ RUN is a folder that train.py wrote, or a checkpoint file. Ctrl-C leaves no half
 Errors that the user can fix end with one line and exit code 2.
 
 Files in --out, each written atomically; those of an earlier call are removed first:
-    generated.png       64 images decoded from z ~ N(0, I)
+    generated.png       64 images decoded from z of the prior
     interpolations.png  from a test image to another, decoded from the line between the means of their posteriors
     traversals.png      one latent dimension at a time goes from -3 to 3; the largest divergence comes first
     latent_map.png      the means of the test images' posteriors, coloured by label if there are labels: two latents
@@ -34,6 +34,7 @@ from fastvae.program import (
     images_in_words,
     open_run,
     prepare_folder,
+    prior_in_words,
     run_program,
 )
 
@@ -76,9 +77,8 @@ def generate() -> None:
     say(f"images    {images_in_words(run)}")
 
     generator = torch.Generator(run.images.device).manual_seed(arguments.seed)
-    plots.write_image_grid(
-        folder / "generated.png", run.model.sample(SAMPLES, generator), title=f"{SAMPLES} images from z ~ N(0, I)"
-    )
+    title = f"{SAMPLES} images from {prior_in_words(run.model)}"
+    plots.write_image_grid(folder / "generated.png", run.model.sample(SAMPLES, generator), title=title)
     found = posteriors(run.model, run.images)
     pairs = [arguments.between] if arguments.between else random_pairs(len(run.images), arguments.seed)
     plots.plot_image_rows(

@@ -6,6 +6,8 @@
     python examples/train.py --data-dir F.csv   a table of your own; --dataset signal: signals
     python examples/train.py --labels 0 1 2     only some of the classes, for anomaly.py
     python examples/train.py --likelihood gaussian     a mean and a variance for each pixel
+    python examples/train.py --prior vamp              a learned prior instead of N(0, I); or mixture
+    python examples/train.py --objective dreg          the bound of 8 samples instead of 1; or beta-tc, mmd, iwae
     python examples/train.py --resume DIR       continue the run in DIR, as if it had not stopped
     torchrun --nproc-per-node=N examples/train.py     in N processes, each with its GPU and its part of every batch
 
@@ -23,7 +25,7 @@ program ends and changes nothing:
     loss.png               the losses over the epochs
     reconstructions.png    test images and their reconstructions
     error_histogram.png    the reconstruction error of each test image
-    generated.png          64 images decoded from z ~ N(0, I)
+    generated.png          64 images decoded from z of the prior
     summary.json           settings, versions, device, backend, final numbers; written last
 """
 
@@ -40,7 +42,7 @@ import torch
 
 import fastvae
 from fastvae.kinds import POSITIVE_INTEGER
-from fastvae.models.named import OF_NUMBERS, OF_PICTURES, model_of
+from fastvae.models.named import OF_NUMBERS, OF_PICTURES, PRIORS, model_of, prior_of
 from fastvae.program import (
     Parser,
     UserError,
@@ -64,6 +66,7 @@ from fastvae.training import (
     with_threads,
     write_summary,
 )
+from fastvae.training.checks import check_objective
 from fastvae.training.folder import FILES, locked, prepare_run
 from fastvae.training.run import (
     Resumed,
@@ -87,6 +90,13 @@ class Options(RunSettings):
         None,
         "of the pixels given the decoder's output, default: sigmoid-mse; of tables and signals gaussian or laplace",
         choices=tuple(OF_PICTURES),
+        exact=True,
+    )
+    prior: str = setting(
+        "standard",
+        "of the latents: standard (default), N(0, I); mixture, of Gaussians that are learned; vamp, of the posteriors "
+        "of learned pseudo-inputs",
+        choices=PRIORS,
         exact=True,
     )
 
@@ -153,14 +163,27 @@ def run(options: Options, device: torch.device, resumed: Resumed | None, held: c
     check_run(options, train_images, processes, resumed)
     torch.manual_seed(options.seed)
     if resumed is None:  # made on the CPU, so that a seed means the same initial weights on every device
-        model = model_of(tuple(train_images.shape[1:]), options.latent_dim, likelihoods[name])
+        prior = prior_of(options.prior, options.latent_dim, train_images)
+        model = model_of(tuple(train_images.shape[1:]), options.latent_dim, likelihoods[name], prior)
     else:
         model = resumed.model
+    try:
+        check_objective(options, model, images, batch_size, together=processes.together)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     model.to(device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     available, before = torch.get_num_threads(), None if resumed is None else resumed.state.threads
     if device.type == "cpu" and not processes.together:
-        number = choose_threads(model, train_images, batch_size, precision=options.precision, before=before)
+        number = choose_threads(
+            model,
+            train_images,
+            batch_size,
+            precision=options.precision,
+            objective=options.objective,
+            samples=options.samples,
+            before=before,
+        )
         held.enter_context(with_threads(number))
     # Of several processes only the first writes.
     folder = Path()
@@ -179,10 +202,12 @@ def run(options: Options, device: torch.device, resumed: Resumed | None, held: c
         say(f"skipped   {skipped_in_words(dataset)}")
     if train_images.device != device:
         say(f"streamed  {train_images.nbytes / 1e9:.1f} GB of images stay on the CPU, batches go to the GPU")
-    say(f"model     {parameters:,} parameters, of a pixel's likelihood {', '.join(model.likelihood.parameters)}")
+    own = "" if options.prior == "standard" else f"; prior {options.prior}"
+    say(f"model     {parameters:,} parameters, of a pixel's likelihood {', '.join(model.likelihood.parameters)}{own}")
     steps = images // batch_size
     total_steps = options.epochs * steps
-    say(f"training  {options.epochs} epochs, {total_steps:,} steps of {batch_size} images")
+    chosen = "" if options.objective == "elbo" else f", objective {options.objective}"
+    say(f"training  {options.epochs} epochs, {total_steps:,} steps of {batch_size} images{chosen}")
     if resumed is not None:
         say(f"resumed   after step {resumed.step(images, options):,}")
     average = MovingAverage(model, options.ema) if options.ema else None

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fastvae import export as export
     from fastvae import models as models
     from fastvae import plots as plots
+    from fastvae import priors as priors
     from fastvae import training as training
     from fastvae.models import VAE
 
@@ -29,7 +30,7 @@ Model = TypeVar("Model", bound="VAE")
 __version__ = "0.1.0"
 
 # Imported when they are first asked for, so that importing fastvae stays quick.
-_LATER = ("data", "evaluation", "export", "models", "plots", "training")
+_LATER = ("data", "evaluation", "export", "models", "plots", "priors", "training")
 
 __all__ = ["Backend", "DiagonalGaussian", "__version__", "backend_for", "functional", "load", "nn", "use_backend"]
 

@@ -9,6 +9,8 @@
 For a model of your own use fastvae.load(path, model) and Encoder(model, some data). For a conditional model use
 Encoder(model, some data, their conditions) and Decoder(model, conditions).
 
+A learned prior is written to safetensors only: the exported decoder takes z, so the caller draws it.
+
 Batches may have any size. Everything is float32. Before a file is written, the exported program is run and compared
 with the model.
 """
@@ -68,7 +70,7 @@ class Encoder(nn.Module):
             data = data.float() / (255 if model.likelihood.target == "unit" else 1)
         self.examples = _examples(data, condition)
         self.input_names = ("images" if data.ndim == 4 else "data", "condition")[: len(self.examples)]
-        self.model.decoder = nn.Identity()  # not to be written
+        self.model.decoder, self.model.prior = nn.Identity(), None  # not to be written
 
     def forward(self, data: Tensor, condition: Tensor | None = None) -> tuple[Tensor, ...]:
         return self.model.posterior(data, **given(condition))
@@ -83,7 +85,7 @@ class Decoder(nn.Module):
     def __init__(self, model: VAE, condition: Tensor | None = None) -> None:
         super().__init__()
         self.model = _copied(model)
-        self.model.encoder = nn.Identity()  # not to be written
+        self.model.encoder, self.model.prior = nn.Identity(), None  # not to be written
         count = 3 if condition is None else len(condition)
         z = torch.randn(count, *model.latent_shape, generator=torch.Generator().manual_seed(0))
         self.examples = _examples(z, condition)

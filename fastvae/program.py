@@ -103,7 +103,11 @@ def parse_settings(parser: Parser, settings: type[Settings]) -> tuple[Settings, 
     missing = object()
     # What has a value already is not set to its default.
     asked = vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(values, missing))))
-    return settings(**values), {name for name in values if asked[name] is not missing}
+    try:
+        found = settings(**values)
+    except ValueError as error:  # of flags that do not go together
+        raise UserError(str(error)) from error
+    return found, {name for name in values if asked[name] is not missing}
 
 
 def flag_values(settings: Training, *, of_the_run: bool = False) -> dict[str, Any]:
@@ -302,6 +306,11 @@ def default_batch_size(dataset: str, images: int) -> int:
     """
     smallest, largest = BATCH_SIZE_RANGE
     return BATCH_SIZES.get(dataset, min(max(images // 100, smallest), largest, images))
+
+
+def prior_in_words(model: VAE) -> str:
+    """What a model samples from."""
+    return "z ~ N(0, I)" if model.prior is None else f"z ~ the model's {type(model.prior).__name__}"
 
 
 def shape_in_words(shape: Sequence[int]) -> str:

@@ -22,6 +22,10 @@ def _of_samples() -> Tensor:
     return F.importance_weighted_bound(*torch.randn(3, 4, 5))
 
 
+def _of_minibatch() -> tuple[Tensor, ...]:
+    return F.total_correlation(*torch.randn(3, 5, 4), 100)
+
+
 def _of_sets() -> Tensor:
     return F.maximum_mean_discrepancy(torch.randn(5, 3), torch.randn(4, 3))
 
@@ -30,6 +34,7 @@ def _of_sets() -> Tensor:
 PAIRWISE = {
     "gaussian_mixture_log_prob": _of_mixture,
     "importance_weighted_bound": _of_samples,
+    "total_correlation": _of_minibatch,
     "maximum_mean_discrepancy": _of_sets,
 }
 

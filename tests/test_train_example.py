@@ -239,6 +239,11 @@ def test_interrupt_ends_training_and_writes_everything(tmp_path):
         (["--seed=-1"], "argument --seed: must be an integer from 0 to 2^63 - 1, got '-1'"),
         (["--limit", "0"], "argument --limit: must be a positive integer, got '0'"),
         (["--epoch", "1"], "unrecognized arguments: --epoch 1"),
+        (["--samples", "4"], "samples must be left out for the objective elbo, which has one, got 4"),
+        (
+            [*SMALL, "--prior", "vamp", "--objective", "mmd"],
+            'objective must be "elbo", "iwae" or "dreg" where the model',
+        ),
         ([*SMALL, "--limit", "10"], "--batch-size must be at most 10, the number of images, got 16"),
     ],
 )
@@ -362,6 +367,9 @@ def test_default_folder_and_defaults(tmp_path, example, monkeypatch):
         "batch_size": None,
         "latent_dim": 16,
         "likelihood": None,
+        "prior": "standard",
+        "objective": "elbo",
+        "samples": None,
         "labels": None,
         "lr": 1e-3,
         "beta": 1.0,
@@ -468,6 +476,25 @@ def test_a_likelihood(tmp_path, run, name, capsys):
     assert run("--resume", parts, "--epochs", 2, "--quiet") == 0
     assert [{**row, "seconds": 0} for row in read_metrics(parts)] == [{**row, "seconds": 0} for row in rows]
     assert fastvae.load(parts).likelihood == likelihood
+
+
+def test_a_prior_and_an_objective(tmp_path, run, capsys):
+    """They are kept in the checkpoint, shown, and a run that goes on has them."""
+    import fastvae
+    from fastvae.priors import VampPrior
+
+    flags = ("--prior", "vamp", "--objective", "dreg", "--samples", 2)
+    assert run(*SMALL, *flags, "--epochs", 1, "--out", tmp_path) == 0
+    output = capsys.readouterr().out
+    assert "; prior vamp\n" in output and ", objective dreg\n" in output
+    began = fastvae.load(tmp_path)
+    assert isinstance(began.prior, VampPrior) and began.prior.bounds == (0.0, 1.0)
+    assert run("--resume", tmp_path, "--objective", "iwae") == 2
+    assert "--resume: --objective was dreg" in capsys.readouterr().err
+    assert run("--resume", tmp_path, "--epochs", 2, "--quiet") == 0
+    assert [row["epoch"] for row in read_metrics(tmp_path)] == [1, 2]
+    went_on = fastvae.load(tmp_path).prior
+    assert not torch.equal(went_on.pseudo_inputs, began.prior.pseudo_inputs)
 
 
 def test_a_full_disk_is_one_line(tmp_path, run, monkeypatch, capsys):

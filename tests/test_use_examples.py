@@ -570,20 +570,24 @@ def test_an_interrupt_leaves_no_half_file(saved, run, name, monkeypatch, capsys)
 # ------------------------------------------------------------------------------------------------------------ counts
 
 
-@pytest.fixture
-def counts(monkeypatch):
-    """Run main() of counts.py, or use what it is made of."""
-    spec = importlib.util.spec_from_file_location("counts_example", EXAMPLES / "counts.py")
+def example(monkeypatch, name):
+    """Of examples/NAME.py what it is made of, and ``call``, its main()."""
+    spec = importlib.util.spec_from_file_location(f"{name}_example", EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
 
     def call(*arguments: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["counts.py", *map(str, arguments), "--device", "cpu"])
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments), "--device", "cpu"])
         return module.main()
 
     module.call = call
     return module
+
+
+@pytest.fixture
+def counts(monkeypatch):
+    return example(monkeypatch, "counts")
 
 
 @pytest.mark.parametrize("likelihood", ["zinb", "nb"])
@@ -633,3 +637,26 @@ def test_flags_of_counts(tmp_path, counts, arguments, message, capsys):
     assert counts.call(*arguments, "--out", tmp_path / "out") == 2
     assert capsys.readouterr().err.startswith(f"counts.py: error: {message}")
     assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------------------ ladder
+
+
+def test_hierarchical(tmp_path, monkeypatch, drawn, capsys):
+    """Two steps; every group has a divergence, every weight a gradient, and a sample is the prior's alone."""
+    ladder = example(monkeypatch, "hierarchical")
+    digits = ladder.load_digits()
+    few = digits._replace(train_images=digits.train_images[:64], test_images=digits.test_images[:12])
+    monkeypatch.setattr(ladder, "load_digits", lambda: few)
+    assert ladder.call("--epochs", 1, "--out", tmp_path) == 0
+    check_files(tmp_path, {"generated.png", "groups.png", "summary.json"})
+    result = json.loads((tmp_path / "summary.json").read_text())
+    assert len(result["divergences"]) == 3 and min(result["divergences"]) > 0
+    assert f"negative ELBO {result['negative_elbo']:.2f} nats" in capsys.readouterr().out
+    model = ladder.Ladder()
+    found = model(few.train_images[:2])
+    (found.kl.sum() + sum(it.sum() for it in found.parameters)).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert model.sample(2).shape == (2, 1, 28, 28)
+    # With no group's posterior, it is the decoder's means alone, whatever the images.
+    assert torch.equal(*(model(images, 0).parameters[0] for images in few.train_images[:4].split(2)))

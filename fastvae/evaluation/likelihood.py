@@ -1,10 +1,10 @@
 """The log-probability of images under a model: the evidence lower bound, and a tighter bound by importance sampling.
 
-Both estimate log p(x) in nats per image, for the model that was trained: z ~ N(0, I), and independent pixels x with the
-model's likelihood given the decoder's output. They include the constants that the likelihood's formula leaves out (its
-``omitted`` and ``complete``). For `SigmoidMSE`, a Gaussian of variance 1 around the sigmoid, this is -D / 2 * log(2 pi)
-for the D values of an image, -720.4 nats at 28x28. A variance of 1 is wide for pixels in [0, 1], so p(x) changes little
-with training.
+Both estimate log p(x) in nats per image, for the model that was trained: z of the model's prior, N(0, I) unless it has
+one of its own, and independent pixels x with the model's likelihood given the decoder's output. They include the
+constants that the likelihood's formula leaves out (its ``omitted`` and ``complete``). For `SigmoidMSE`, a Gaussian of
+variance 1 around the sigmoid, this is -D / 2 * log(2 pi) for the D values of an image, -720.4 nats at 28x28. A variance
+of 1 is wide for pixels in [0, 1], so p(x) changes little with training.
 
 Compare these numbers only between models with the same likelihood and the same reading of the images. A density of
 numbers, a probability of counts, and `Bernoulli` with grey values, which is neither, have different units.
@@ -20,7 +20,6 @@ from torch import Tensor
 import fastvae.functional as F
 from fastvae.evaluation.batches import Batch, batch_size, batches, measuring, seeded_generator
 from fastvae.models import VAE
-from fastvae.models.vae import sample_kl
 
 
 @measuring
@@ -28,6 +27,8 @@ def elbo(
     model: VAE, images: Tensor, *, seed: int = 0, target: Tensor | None = None, condition: Tensor | None = None
 ) -> Tensor:
     """The evidence lower bound of each image, log p(x|z) - KL(q(z|x) || p(z)) with one sampled z, float64 [N], in nats.
+
+    If the model has a prior of its own, the divergence is estimated from the same z.
 
     Images, target and condition are as in `evaluate`. With the same seed, 0, the mean is minus the loss of `evaluate`,
     minus the omitted constants.
@@ -39,7 +40,7 @@ def elbo(
     generator = seeded_generator(model, seed)
     bounds = []
     for batch in batches(model, images, target, condition):
-        z, kl = sample_kl(model.encode(batch.input, **batch.given), generator=generator)
+        z, kl = model.sample_kl(model.encode(batch.input, **batch.given), generator=generator)
         bounds.append(_log_density(model, z, batch) - kl.double())
     return torch.cat(bounds)
 
@@ -101,15 +102,17 @@ def bits_per_dimension(nats: float, dimensions: int) -> float:
 def _log_weights(model: VAE, batch: Batch, mu: Tensor, logvar: Tensor, z: Tensor) -> Tensor:
     """log p(x|z) + log p(z) - log q(z|x) of S samples z [S, B, ...] for each of B images: float64 [S, B]."""
     wide, wide_mu, wide_logvar = z.double(), mu.double(), logvar.double()
-    # The two Gaussians' constants cancel.
-    ratio = 0.5 * (wide_logvar + (wide - wide_mu).square() * torch.exp(-wide_logvar) - wide.square())
+    terms = wide_logvar + (wide - wide_mu).square() * torch.exp(-wide_logvar) + math.log(2 * math.pi)
+    log_q = -0.5 * terms.flatten(2).sum(2)
+    # N(0, I) in float64; a prior of the model's own in the precision that it has.
+    log_p = model.log_prior(wide if model.prior is None else z).double()
 
     def repeated(rows: Tensor) -> Tensor:
         return rows.repeat(len(z), *[1] * (rows.ndim - 1))
 
     condition = None if batch.condition is None else repeated(batch.condition)
     density = _log_density(model, z.flatten(0, 1), Batch(batch.input, repeated(batch.target), condition))
-    return density.view(len(z), len(mu)) + ratio.flatten(2).sum(2)
+    return density.view(len(z), len(mu)) + log_p - log_q
 
 
 def _log_density(model: VAE, z: Tensor, batch: Batch) -> Tensor:

@@ -5,7 +5,7 @@ Every epoch uses the same noise, see `fastvae.evaluation.batches`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,8 @@ from fastvae.reference.precision import in_precision
 class Evaluation(NamedTuple):
     """Means over a set of images.
 
-    loss: the negative evidence lower bound with a sampled z, in nats per image, as in training.
+    loss: the negative evidence lower bound with a sampled z, in nats per image, as in training; or the loss that was
+        asked for.
     mse: the mean squared error between the pixels and the likelihood's mean, with z = mu.
     """
 
@@ -50,21 +51,32 @@ def evaluate(
 
 
 @measuring
-def evaluate_batches(model: VAE, batches: Iterable[Batch], *, beta: float | Tensor = 1.0) -> Evaluation:
-    """`evaluate` for batches on the model's device. Raises ``ValueError`` if there are none."""
+def evaluate_batches(
+    model: VAE,
+    batches: Iterable[Batch],
+    *,
+    beta: float | Tensor = 1.0,
+    loss: Callable[[VAE, Batch, torch.Generator], Tensor] | None = None,
+) -> Evaluation:
+    """`evaluate` for batches on the model's device. Raises ``ValueError`` if there are none.
+
+    loss: the mean loss of a batch, with the generator's noise, instead of the negative evidence lower bound.
+    """
     generator, likelihood = seeded_generator(model), model.likelihood
     losses, errors = [], []
     for batch in batches:
         moments = model.encode(batch.input, **batch.given)
-        z, kl = sample_kl(moments, generator=generator)
-        parameters = model.decode(z, **batch.given)
-        values = F.negative_log_likelihood(parameters, batch.target, likelihood, reduction="none")
-        losses.append(likelihood.reconstruction_weight * values + beta * kl)
+        if loss is None:
+            z, kl = model.sample_kl(moments, generator=generator)
+            parameters = model.decode(z, **batch.given)
+            values = F.negative_log_likelihood(parameters, batch.target, likelihood, reduction="none")
+            losses.append(likelihood.reconstruction_weight * values + beta * kl)
+        else:
+            losses.append(loss(model, batch, generator).expand(len(batch.input)))
         errors.append(_squared_errors(model, halves(moments)[0], batch))
     if not losses:
         raise ValueError("batches must hold at least one batch, got none")
-    loss, mse = torch.stack([torch.cat(losses).mean(), torch.cat(errors).mean()]).tolist()
-    return Evaluation(loss, mse)
+    return Evaluation(*torch.stack([torch.cat(losses).mean(), torch.cat(errors).mean()]).tolist())
 
 
 @measuring

@@ -17,6 +17,7 @@ times the channels.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,7 +25,8 @@ from torch import Tensor, nn
 from fastvae.functional.checks import check_is_likelihood
 from fastvae.likelihoods import Likelihood, SigmoidMSE, from_key
 from fastvae.models.same_padding import KERNEL, Downsample, Upsample, halved
-from fastvae.models.vae import VAE, Moments, positive_integers
+from fastvae.models.vae import VAE, Moments, made_prior, positive_integers
+from fastvae.priors import Prior
 
 
 class Split(nn.Module):
@@ -55,6 +57,7 @@ class ConvVAE(VAE):
             parameters, one after the other, or as many as `Likelihood.output_channels` says.
         projection_channels: of the projection; None: as many as the encoder's last convolution has.
         projection_relu: apply ReLU to the projection, as older releases of the example did.
+        prior: one of `fastvae.priors`, or its settings, as `settings` hold them; None: N(0, I).
 
     Raises:
         TypeError: a likelihood that is none.
@@ -70,6 +73,7 @@ class ConvVAE(VAE):
         likelihood: Likelihood | str = SigmoidMSE(),
         projection_channels: int | None = None,
         projection_relu: bool = False,
+        prior: Prior | Mapping[str, Any] | None = None,
     ) -> None:
         if isinstance(likelihood, str):
             likelihood = from_key(likelihood)
@@ -109,7 +113,8 @@ class ConvVAE(VAE):
         decoder["logits"] = nn.ConvTranspose2d(depth, likelihood.output_channels(image_shape[0]), KERNEL, padding=1)
         if count > 1:
             decoder["split"] = Split(count)
-        super().__init__(nn.Sequential(encoder), nn.Sequential(decoder), latent_dim, likelihood)
+        prior = made_prior(prior, latent_dim, tuple(image_shape))
+        super().__init__(nn.Sequential(encoder), nn.Sequential(decoder), latent_dim, likelihood, prior)
         self.image_shape = tuple(image_shape)
         self.latent_dim = latent_dim
         self.channels = tuple(channels)
@@ -123,9 +128,10 @@ class ConvVAE(VAE):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The arguments this model was made with, by name; of the likelihood its key, because files hold no objects.
+        """The arguments this model was made with, by name; of the likelihood its key and of a prior its settings,
+        because files hold no objects.
 
-        Those of the projection are among them where they are not the defaults.
+        Those of the projection, and the prior, are among them where they are not the defaults.
         """
         settings: dict[str, Any] = {
             "image_shape": self.image_shape,
@@ -137,11 +143,13 @@ class ConvVAE(VAE):
             settings["projection_channels"] = self.projection_channels
         if self.projection_relu:
             settings["projection_relu"] = True
+        if self.prior is not None:
+            settings["prior"] = self.prior.settings
         return settings
 
     def reset_parameters(self) -> None:
-        """Glorot uniform weights, within sqrt(6 / (fan_in + fan_out)) of 0, and zero biases."""
-        for name, parameter in self.named_parameters():
+        """Glorot uniform weights, within sqrt(6 / (fan_in + fan_out)) of 0, and zero biases; a prior stays as it is."""
+        for name, parameter in (*self.encoder.named_parameters(), *self.decoder.named_parameters()):
             if name.endswith("weight"):
                 nn.init.xavier_uniform_(parameter)
             else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import nn
 from fastvae.functional.checks import check_is_likelihood
 from fastvae.likelihoods import Gaussian, Likelihood, from_key
 from fastvae.models.conv_vae import Split
-from fastvae.models.vae import VAE, positive_integers
+from fastvae.models.vae import VAE, made_prior, positive_integers
+from fastvae.priors import Prior
 
 _SQUARED_ERROR = Gaussian(std=1.0)
 
@@ -26,6 +28,7 @@ class TabularVAE(VAE):
         hidden: the sizes of the encoder's layers between, first to last.
         likelihood: of the rows, or its ``key``, as `settings` hold it. The default is the squared error of a linear
             decoder, for standardised numbers.
+        prior: one of `fastvae.priors`, or its settings, as `settings` hold them; None: N(0, I).
 
     Raises:
         TypeError: a likelihood that is none.
@@ -38,6 +41,7 @@ class TabularVAE(VAE):
         latent_dim: int = 8,
         hidden: tuple[int, ...] = (128, 64),
         likelihood: Likelihood | str = _SQUARED_ERROR,
+        prior: Prior | Mapping[str, Any] | None = None,
     ) -> None:
         if isinstance(likelihood, str):
             likelihood = from_key(likelihood)
@@ -57,7 +61,8 @@ class TabularVAE(VAE):
         decoder["logits"] = nn.Linear(backwards[-1], count * columns)
         if count > 1:
             decoder["split"] = Split(count)
-        super().__init__(nn.Sequential(encoder), nn.Sequential(decoder), latent_dim, likelihood)
+        prior = made_prior(prior, latent_dim, (columns,))
+        super().__init__(nn.Sequential(encoder), nn.Sequential(decoder), latent_dim, likelihood, prior)
         self.columns, self.latent_dim, self.hidden = columns, latent_dim, tuple(hidden)
 
     @property
@@ -67,10 +72,15 @@ class TabularVAE(VAE):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The arguments this model was made with, by name; of the likelihood its key, because files hold no objects."""
-        return {
+        """The arguments this model was made with, by name; of the likelihood its key and of a prior, if there is one,
+        its settings, because files hold no objects.
+        """
+        settings: dict[str, Any] = {
             "columns": self.columns,
             "latent_dim": self.latent_dim,
             "hidden": self.hidden,
             "likelihood": self.likelihood.key,
         }
+        if self.prior is not None:
+            settings["prior"] = self.prior.settings
+        return settings

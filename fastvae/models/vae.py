@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +12,8 @@ from torch import Tensor, nn
 import fastvae.functional as F
 from fastvae.functional.checks import check_is_likelihood
 from fastvae.likelihoods import Likelihood, SigmoidMSE
-from fastvae.reference.precision import Parameters
+from fastvae.priors import Prior, from_settings
+from fastvae.reference.precision import Parameters, in_float32
 
 Moments = Tensor | tuple[Tensor, Tensor]
 
@@ -20,8 +23,8 @@ class VAEOutput(NamedTuple):
 
     logits: the parameters of the likelihood, as `VAE.decode` returns them: a tensor [B, ...], for `SigmoidMSE` and
     `Bernoulli` before the sigmoid, or a tuple where there are several. z [B, K]: a sample of each posterior. kl
-    [B]: their divergence from N(0, I) in nats, or with free bits that of the batch for each of them. Latents that are
-    images themselves have z [B, K, h, w].
+    [B]: their divergence from N(0, I) in nats, or with free bits that of the batch for each of them; of a model with a
+    prior the estimate log q(z|x) - log p(z). Latents that are images themselves have z [B, K, h, w].
     """
 
     logits: Parameters
@@ -41,13 +44,16 @@ class VAE(nn.Module):
         latent_shape: the shape of one z, K or (K, h, w).
         likelihood: of the data given the decoder's output, one of `fastvae.likelihoods` or one of your own. Training
             and evaluation take it from here.
+        prior: of the latents, one of `fastvae.priors` or one of your own, whose parameters are the model's too; None:
+            N(0, I).
 
     A conditional VAE has an encoder and a decoder that take two arguments, encoder(x, condition) and
     decoder(z, condition). The methods then take the condition, a tensor [B, ...] of any dtype, by that name.
 
     Raises:
-        TypeError: a likelihood that is none.
-        ValueError: a latent_shape that is not made of positive integers.
+        TypeError: a likelihood or a prior that is none.
+        ValueError: a latent_shape that is not made of positive integers; a prior of other latents, or one that is
+            another model's.
     """
 
     def __init__(
@@ -56,9 +62,12 @@ class VAE(nn.Module):
         decoder: nn.Module,
         latent_shape: int | tuple[int, ...],
         likelihood: Likelihood = SigmoidMSE(),
+        prior: Prior | None = None,
     ) -> None:
         super().__init__()
         check_is_likelihood(likelihood)
+        if prior is not None and not isinstance(prior, Prior):
+            raise TypeError(f"prior must be a fastvae.priors.Prior or None, got {prior!r}")
         shape = latent_shape if isinstance(latent_shape, tuple) else (latent_shape,)
         if not shape or not positive_integers(*shape):
             raise ValueError(f"latent_shape must be a positive integer or a tuple of them, got {latent_shape!r}")
@@ -66,6 +75,9 @@ class VAE(nn.Module):
         self.decoder = decoder
         self.latent_shape = shape
         self.likelihood = likelihood
+        self.prior = prior
+        if prior is not None:
+            prior.belongs_to(self)
 
     def encode(self, x: Tensor, condition: Tensor | None = None) -> Moments:
         """The moments of the posteriors of data [B, ...], as the encoder returns them: see `posterior` for two tensors.
@@ -125,12 +137,38 @@ class VAE(nn.Module):
 
         ``batch_offset``: the number of samples before these in a batch that several processes share; from one seed they
         then draw the noise of the whole batch (see `fastvae.functional.gaussian_sample`). ``free_bits``: in nats for
-        each dimension of z (see `fastvae.functional.gaussian_kl`).
+        each dimension of z (see `fastvae.functional.gaussian_kl`); of a model without a prior, else ``ValueError``.
         """
-        reduction = "batchmean" if free_bits else "none"
         moments = self.encode(x, **given(condition))
-        z, kl = sample_kl(moments, batch_offset=batch_offset, reduction=reduction, free_bits=free_bits)
-        return VAEOutput(self.decode(z, **given(condition)), z, kl.expand(len(z)) if free_bits else kl)
+        if not free_bits:
+            z, kl = self.sample_kl(moments, batch_offset=batch_offset)
+        elif self.prior is None:
+            z, kl = sample_kl(moments, batch_offset=batch_offset, reduction="batchmean", free_bits=free_bits)
+            kl = kl.expand(len(z))
+        else:
+            raise ValueError(f"free_bits must be 0 where the model has a prior of its own, got {free_bits}")
+        return VAEOutput(self.decode(z, **given(condition)), z, kl)
+
+    def sample_kl(
+        self, moments: Moments, generator: torch.Generator | None = None, batch_offset: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """A sample z of each posterior that `encode` returned, and the divergences [B] from the model's prior, in nats.
+
+        Of N(0, I) it is the closed one, in one launch. Of another prior it is log q(z|x) - log p(z) of that sample,
+        which is right on average and may be negative.
+        """
+        if self.prior is None:
+            return sample_kl(moments, generator=generator, batch_offset=batch_offset)
+        mu, logvar = halves(moments)
+        z, log_q = F.gaussian_sample(mu, logvar, generator=generator, batch_offset=batch_offset, log_prob=True)
+        return z, log_q - self.log_prior(z)
+
+    def log_prior(self, z: Tensor) -> Tensor:
+        """log p(z) in nats of latents [..., *latent_shape], shape [...]."""
+        if self.prior is not None:
+            return self.prior.log_prob(z)
+        terms = in_float32(z).square() + math.log(2 * math.pi)
+        return -0.5 * terms.flatten(z.ndim - len(self.latent_shape)).sum(-1)
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, deterministic: bool = False, condition: Tensor | None = None) -> Tensor:
@@ -144,7 +182,7 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None, condition: Tensor | None = None) -> Tensor:
-        """Data [n, ...] decoded from z ~ N(0, I): the likelihood's means.
+        """Data [n, ...] decoded from z of the prior, N(0, I) unless the model has its own: the likelihood's means.
 
         ``generator`` is of the model's device, the default generator if None; a condition has ``n`` rows. Raises
         ``ValueError``.
@@ -156,7 +194,10 @@ class VAE(nn.Module):
         parameter = self._parameter()
         if generator is not None and generator.device.type != parameter.device.type:
             raise ValueError(f"generator must be of the model's device, {parameter.device}, got {generator.device}")
-        z = torch.randn(n, *self.latent_shape, generator=generator, device=parameter.device, dtype=parameter.dtype)
+        if self.prior is None:
+            z = torch.randn(n, *self.latent_shape, generator=generator, device=parameter.device, dtype=parameter.dtype)
+        else:
+            z = self.prior.sample(n, generator)
         return self.decode_mean(z, **given(condition))
 
     def _parameter(self) -> nn.Parameter:
@@ -184,6 +225,13 @@ def sample_kl(moments: Moments, **options: Any) -> tuple[Tensor, Tensor]:
     if isinstance(moments, Tensor):
         return F.gaussian_sample_kl_packed(moments, **options)
     return F.gaussian_sample_kl(*moments, **options)
+
+
+def made_prior(
+    prior: Prior | Mapping[str, Any] | None, latent_shape: int | tuple[int, ...], data_shape: tuple[int, ...]
+) -> Prior | None:
+    """The prior that a model is given, or that of the settings that a file holds."""
+    return from_settings(prior, latent_shape, data_shape) if isinstance(prior, Mapping) else prior
 
 
 def as_tuple(parameters: Parameters) -> tuple[Tensor, ...]:

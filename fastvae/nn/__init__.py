@@ -3,7 +3,12 @@
 from fastvae.nn.elbo import ELBOLoss
 from fastvae.nn.gaussian import GaussianKL, GaussianSampling, GaussianSamplingKL
 from fastvae.nn.likelihood import NegativeLogLikelihood, SigmoidMSELoss
-from fastvae.nn.pairwise import GaussianMixtureLogProb, ImportanceWeightedBound, MaximumMeanDiscrepancy
+from fastvae.nn.pairwise import (
+    GaussianMixtureLogProb,
+    ImportanceWeightedBound,
+    MaximumMeanDiscrepancy,
+    TotalCorrelation,
+)
 
 __all__ = [
     "ELBOLoss",
@@ -15,4 +20,5 @@ __all__ = [
     "MaximumMeanDiscrepancy",
     "NegativeLogLikelihood",
     "SigmoidMSELoss",
+    "TotalCorrelation",
 ]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 import fastvae.functional as F
+from fastvae.functional import TotalCorrelationTerms
 
 
 class ImportanceWeightedBound(nn.Module):
@@ -29,6 +30,22 @@ class GaussianMixtureLogProb(nn.Module):
 
     def forward(self, z: Tensor, mu: Tensor, logvar: Tensor, log_weights: Tensor | None = None) -> Tensor:
         return F.gaussian_mixture_log_prob(z, mu, logvar, log_weights)
+
+
+class TotalCorrelation(nn.Module):
+    """The divergence from the prior in three parts, see `fastvae.functional.total_correlation`."""
+
+    def __init__(self, dataset_size: int, weighting: str = "minibatch", *, reduction: str = "batchmean") -> None:
+        super().__init__()
+        self.dataset_size = dataset_size
+        self.weighting = weighting
+        self.reduction = reduction
+
+    def forward(self, z: Tensor, mu: Tensor, logvar: Tensor) -> TotalCorrelationTerms:
+        return F.total_correlation(z, mu, logvar, self.dataset_size, self.weighting, reduction=self.reduction)
+
+    def extra_repr(self) -> str:
+        return f"dataset_size={self.dataset_size}, weighting={self.weighting!r}, reduction={self.reduction!r}"
 
 
 class MaximumMeanDiscrepancy(nn.Module):

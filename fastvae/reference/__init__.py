@@ -2,6 +2,6 @@
 baseline.
 """
 
-from fastvae.reference import discrepancy, elbo, gaussian, importance, likelihood, mixture
+from fastvae.reference import discrepancy, elbo, gaussian, importance, likelihood, mixture, total_correlation
 
-__all__ = ["discrepancy", "elbo", "gaussian", "importance", "likelihood", "mixture"]
+__all__ = ["discrepancy", "elbo", "gaussian", "importance", "likelihood", "mixture", "total_correlation"]

@@ -14,7 +14,7 @@ from fastvae.likelihoods import Likelihood
 from fastvae.models import VAE
 from fastvae.training.data import tensors
 from fastvae.training.listener import Listener
-from fastvae.training.settings import Training
+from fastvae.training.settings import COMPARING, Training
 from fastvae.training.state import TrainingState
 
 
@@ -25,6 +25,32 @@ def check_model(model: object) -> None:
     assert isinstance(model, nn.Module)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("model must have a parameter that requires a gradient, got none")
+
+
+def check_objective(
+    settings: Training, model: VAE, size: int | None, batch_size: int | None, *, together: bool
+) -> None:
+    """Raises ``ValueError`` where the objective does not go with the model's prior, the data, of which there are `size`
+    where that is known, or processes that train together.
+    """
+    objective = settings.objective
+    if getattr(model, "_orig_mod", model).prior is not None:
+        if settings.free_bits:
+            raise ValueError(f"free_bits must be 0 where the model has a prior of its own, got {settings.free_bits}")
+        if objective in COMPARING:
+            raise ValueError(
+                'objective must be "elbo", "iwae" or "dreg" where the model has a prior of its own, because '
+                f"{objective} trains none"
+            )
+    if objective == "beta-tc" and size is None:
+        raise ValueError("objective beta-tc needs the number of training samples, which a stream does not tell")
+    if objective in COMPARING and batch_size == 1:
+        raise ValueError(f"batch_size must be at least 2 for the objective {objective}, which compares samples, got 1")
+    if together and objective != "elbo":
+        raise ValueError(
+            f'objective must be "elbo" where several processes train, got "{objective}"'
+            + (", which is of a whole batch" if objective in COMPARING else "")
+        )
 
 
 def look_at(name: str, samples: Batch, *, model: VAE, first: bool) -> None:

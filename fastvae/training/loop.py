@@ -1,4 +1,5 @@
-"""The training loop: Adam on the negative evidence lower bound, with the images as bytes on the model's device.
+"""The training loop: Adam on the negative evidence lower bound, or another objective, with the images as bytes on the
+model's device.
 
 A step never waits for the device: its loss is written to a tensor there, which is read for the progress display about
 twice a second and at the end of each epoch. On a CUDA device several steps run as one captured graph.
@@ -19,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from fastvae.evaluation import Evaluation, evaluate, evaluate_batches
 from fastvae.models import VAE
 from fastvae.training.average import MovingAverage
-from fastvae.training.checks import check_arguments, check_model, look_at, warn_of_warmup
+from fastvae.training.checks import check_arguments, check_model, check_objective, look_at, warn_of_warmup
 from fastvae.training.data import (
     Arrays,
     Data,
@@ -37,8 +38,9 @@ from fastvae.training.finite import broken, means
 from fastvae.training.listener import Listener
 from fastvae.training.memory import freed_memory_kept
 from fastvae.training.metrics import EpochMetrics, Progress, best_epoch
+from fastvae.training.objectives import evaluated_loss
 from fastvae.training.precision import arithmetic
-from fastvae.training.settings import Training
+from fastvae.training.settings import COMPARING, Training
 from fastvae.training.state import TrainingState, restore, state_of
 from fastvae.training.steps import Steps
 from fastvae.training.threads import choose_threads, with_threads
@@ -99,7 +101,8 @@ def train(
         ValueError: a batch_size larger than the training set, data on another device, of no samples, of several tensors
             without ``settings.parts``, or without a length and ``settings.steps_per_epoch``; graph="on" without a CUDA
             device, or with batches that may differ in size; a model without a parameter to train, or a state of other
-            data, batches or parameters; in several processes a batch_size that they cannot share evenly, or graph="on".
+            data, batches or parameters; in several processes a batch_size that they cannot share evenly, or graph="on";
+            an objective that does not go with the model's prior, with these data, or with several processes.
         TypeError: a model that is no VAE, data that are none of those above or of another dtype, or what is no
             listener.
         FloatingPointError: a loss or a gradient is not finite, or with skip_nonfinite none of an epoch is finite, seen
@@ -116,6 +119,7 @@ def train(
     source = open_data("data", data, settings, processes, look)
     tested = open_test("test_data", test_data, settings, look)
     settings, plain = _resolved(settings, source, processes)
+    check_objective(settings, model, source.size, source.batch_size, together=processes.together)
     if processes.rank == 0:
         warn_of_warmup(settings.kl_warmup, settings.epochs)
     # channels_last takes 11 to 25 % off a step on a CPU (batches of 128 and 32, one and two threads, the machine of
@@ -195,18 +199,23 @@ def _threads(
         target=data.all.target,
         condition=data.all.condition,
         precision=settings.precision,
+        objective=settings.objective,
+        samples=settings.samples,
         before=before,
     )
 
 
-def _evaluated(model: VAE, data: Arrays | Whole, beta: float) -> Evaluation:
+def _evaluated(model: VAE, data: Arrays | Whole, settings: Training, dataset_size: int) -> Evaluation:
     """The test of a model."""
-    if isinstance(data, Arrays) and len(tensors(data.all)) == 1:
-        return evaluate(model, data.all.input, beta=beta)
+    loss = evaluated_loss(settings, dataset_size)
+    if loss is None and isinstance(data, Arrays) and len(tensors(data.all)) == 1:
+        return evaluate(model, data.all.input, beta=settings.beta)
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[]):  # a loader draws a seed when it begins, and augmentation more
         batches = (mapped(batch, lambda part: part.to(device)) for batch in data.whole())
-        return evaluate_batches(model, batches, beta=beta)
+        if settings.objective in COMPARING:
+            batches = (batch for batch in batches if len(batch.input) > 1)
+        return evaluate_batches(model, batches, beta=settings.beta, loss=loss)
 
 
 def _train(
@@ -265,7 +274,9 @@ def _train(
         if skipped == steps.count:
             raise FloatingPointError(f"training diverged: none of the steps of epoch {epoch}, to {step}, was finite")
         tested = steps.model if steps.average is None else steps.average.model
-        test = Evaluation(*processes.by_first(partial(_evaluated, tested, test_data, beta), 2))
+        test = Evaluation(
+            *processes.by_first(partial(_evaluated, tested, test_data, settings, steps.data.size or 0), 2)
+        )
         if not math.isfinite(test.loss) and broken(steps):  # the last step's update did it
             raise FloatingPointError(
                 f"training diverged: after step {step}, at the end of epoch {epoch}, these are not finite: "

@@ -11,7 +11,8 @@ class EpochMetrics(NamedTuple):
     """What an epoch came to. Losses are in nats per image.
 
     epoch: from 1; step: steps since training began.
-    loss, reconstruction, kl: means over the epoch's steps, loss = reconstruction + beta * kl.
+    loss, reconstruction, kl: means over the epoch's steps. For the objective "elbo", loss = reconstruction + beta * kl;
+    for others reconstruction and kl are the terms of the ELBO of the same samples.
     test_loss: the loss on the test images, with sampled z; test_mse: their mean squared error per pixel, with z = mu.
     seconds: since training began, tests included.
     skipped: the steps of the epoch that were not finite and changed nothing; the means leave them out.

@@ -26,6 +26,7 @@ from fastvae.program import (
     choose_dataset,
     flag_values,
     printable,
+    prior_in_words,
     shape_in_words,
 )
 from fastvae.tensorboard import open_tensorboard
@@ -191,7 +192,8 @@ def write_figures(
     )
     # A generator of its own, so that a seed means the same latents however long training was.
     generator = torch.Generator(device).manual_seed(seed)
-    plots.write_image_grid(folder / "generated.png", model.sample(64, generator), title="64 images from z ~ N(0, I)")
+    title = f"64 images from {prior_in_words(model)}"
+    plots.write_image_grid(folder / "generated.png", model.sample(64, generator), title=title)
     return errors.mean().item()
 
 

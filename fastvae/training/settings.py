@@ -15,7 +15,10 @@ from fastvae.kinds import NON_NEGATIVE_NUMBER, POSITIVE_INTEGER, POSITIVE_NUMBER
 from fastvae.training.precision import PRECISIONS
 
 DEFAULT_BATCH_SIZE = 128  # of the reference example
+DEFAULT_SAMPLES = 8  # of "iwae" and "dreg"
 
+SAMPLED = ("iwae", "dreg")  # the objectives of several samples of a posterior
+COMPARING = ("beta-tc", "mmd")  # those that compare the samples of a batch, of which there must be two
 PARTS = ("input", "target", "condition")
 
 _NORM = Kind("a positive number", float, lambda value: value > 0)  # of inf the norms are computed, and nothing is cut
@@ -58,12 +61,19 @@ class Training:
         epochs: how often all training data are gone through.
         batch_size: samples of a step, of all processes together; None: 128, or those of a DataLoader.
         learning_rate: Adam's.
-        beta: the weight of the divergence.
+        objective: what is minimised, see docs/objectives.md. "elbo": reconstruction + beta divergence. "beta-tc":
+            reconstruction + mutual information + beta total correlation + divergence of each dimension. "mmd":
+            reconstruction + a discrepancy between all samples and the prior. "iwae", "dreg": the negative bound of
+            several samples, by two estimators of its gradient. The test loss is the same of the test data.
+        samples: S of "iwae" and "dreg"; None: 8.
+        beta: the weight of the divergence; of the total correlation or the discrepancy where the objective has it. 1
+            for "iwae" and "dreg", whose bound has none.
         kl_warmup: the epochs, whole or not, in which that weight grows from 0 to beta in equal steps (Bowman et al.,
             "Generating Sentences from a Continuous Space", 2016); the steps of one graph share a weight. The test loss
             has beta from the start. More epochs than there are is a warning.
         free_bits: nats that each dimension of z may hold, in the mean over a batch, before its divergence counts
-            (`fastvae.functional.gaussian_kl`); of several processes each has its own mean. The test loss has none.
+            (`fastvae.functional.gaussian_kl`); of several processes each has its own mean. The test loss has none. For
+            "elbo" alone, of a model without a prior of its own.
         schedule: of the learning rate, a step after each epoch: "constant"; "cosine", to 0 over the epochs; "plateau",
             a tenth of it after 10 epochs without a better test loss; or a function that makes one of
             torch.optim.lr_scheduler's schedulers of an optimizer. A run that goes on has the one it was made with.
@@ -91,6 +101,15 @@ class Training:
     batch_size: int | None = setting(None, "default: 128", kind=POSITIVE_INTEGER, exact=True)
     learning_rate: float = setting(
         1e-3, "Adam's learning rate, default: 1e-3", kind=POSITIVE_NUMBER, flag="lr", exact=True
+    )
+    objective: str = setting(
+        "elbo",
+        "elbo (default), beta-tc, mmd, iwae or dreg: what is minimised",
+        choices=("elbo", "beta-tc", "mmd", "iwae", "dreg"),
+        exact=True,
+    )
+    samples: int | None = setting(
+        None, "of each image for --objective iwae and dreg, default: 8", kind=POSITIVE_INTEGER, metavar="S", exact=True
     )
     beta: float = setting(1.0, "weight of the divergence, default: 1.0", kind=NON_NEGATIVE_NUMBER, exact=True)
     kl_warmup: float = setting(
@@ -144,10 +163,26 @@ class Training:
                 raise ValueError(f"{name} must be one of {', '.join(known.choices)}, got {value!r}")
             elif isinstance(field.default, bool) and not isinstance(value, bool):
                 raise TypeError(f"{name} must be True or False, got {value!r}")
+        self._check_objective()
         if self.parts is not None:
             named = [part for part in self.parts if part is not None]
             if "input" not in named or len(set(named)) < len(named) or not set(named) <= set(PARTS):
                 raise ValueError(f"parts must be some of {', '.join(PARTS)}, with input, each once, got {self.parts!r}")
+
+    def _check_objective(self) -> None:
+        """Raises ``ValueError`` for settings that mean nothing for the objective."""
+        sampled = self.objective in SAMPLED
+        if self.samples is not None and not sampled:
+            raise ValueError(
+                f"samples must be left out for the objective {self.objective}, which has one, got {self.samples}"
+            )
+        if self.free_bits and self.objective != "elbo":
+            raise ValueError(f"free_bits must be 0 for the objective {self.objective}, got {self.free_bits}")
+        if sampled and (self.beta != 1 or self.kl_warmup):
+            raise ValueError(
+                f"beta must be 1 and kl_warmup 0 for the objective {self.objective}, because the bound of several "
+                f"samples has no weight, got {self.beta} and {self.kl_warmup}"
+            )
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:

@@ -19,7 +19,7 @@ from fastvae.training.average import MovingAverage
 from fastvae.training.data import Arrays, Stream, formatted, mapped, tensors
 from fastvae.training.distributed import Processes
 from fastvae.training.graphs import GraphError, capture, on_side_stream
-from fastvae.training.settings import Training
+from fastvae.training.settings import DEFAULT_SAMPLES, Training
 from fastvae.training.step import training_step
 
 # A replay costs the host one launch, and the device two fills of the generator's state and two copies, whatever the
@@ -214,6 +214,9 @@ class Steps:
             free_bits=self.settings.free_bits,
             target=batch.target,
             condition=batch.condition,
+            objective=self.settings.objective,
+            samples=self.settings.samples or DEFAULT_SAMPLES,
+            dataset_size=self.data.size or 0,
         )
         torch.stack(values, out=row[:3])
         if self.average is not None:

@@ -20,6 +20,7 @@ from fastvae.models import VAE
 from fastvae.training.data import formatted, to_channels_last
 from fastvae.training.memory import freed_memory_kept
 from fastvae.training.precision import arithmetic
+from fastvae.training.settings import DEFAULT_SAMPLES
 from fastvae.training.step import training_step
 
 # For each number of threads, in each of two rounds. A scheduler lets one process run for some milliseconds, so that
@@ -35,11 +36,14 @@ def choose_threads(
     target: Tensor | None = None,
     condition: Tensor | None = None,
     precision: str = "tf32",
+    objective: str = "elbo",
+    samples: int | None = None,
     before: int | None = None,
 ) -> int:
     """The number of threads with which a step of `fastvae.training.train` takes the least time on this CPU now.
 
-    Its batches are of these images, or other samples [N, ...], with their targets and conditions, if any.
+    Its batches are of these images, or other samples [N, ...], with their targets and conditions, if any; its objective
+    is that of `Training`.
 
     Steps are tried on a copy of the model with 1, 2, 4, ... threads, up to ``torch.get_num_threads()``, for 0.4 s each
     (at least three steps). The model and the random numbers stay as they were.
@@ -71,7 +75,17 @@ def choose_threads(
     with torch.random.fork_rng(devices=[]), arithmetic(precision), freed_memory_kept():
 
         def step() -> None:
-            training_step(trial, optimizer, batch, autocast_dtype=autocast_dtype, target=target, condition=condition)
+            training_step(
+                trial,
+                optimizer,
+                batch,
+                autocast_dtype=autocast_dtype,
+                target=target,
+                condition=condition,
+                objective=objective,
+                samples=samples or DEFAULT_SAMPLES,
+                dataset_size=len(images),
+            )
 
         return fastest([*numbers, available], step)
 
