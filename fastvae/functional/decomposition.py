@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastvae import reference
-from fastvae.functional.checks import check_floating, check_integer, check_like
-from fastvae.reference.total_correlation import TotalCorrelationTerms
+from fastvae.functional.checks import check_floating, check_integer, check_like, takes_triton
+from fastvae.reference.total_correlation import TotalCorrelationTerms, log_weights
 
 WEIGHTINGS = ("minibatch", "stratified")
 
@@ -80,4 +80,9 @@ def total_correlation(
             f'the weighting "stratified" takes a batch of at least 2 rows and at most dataset_size, {dataset_size}, '
             f"got {z.shape[0]}"
         )
+    if takes_triton(z, mu, logvar):
+        from fastvae.autograd import total_correlation as fused
+
+        weights = log_weights(z.shape[0], dataset_size, weighting)
+        return TotalCorrelationTerms(*fused.total_correlation(z, mu, logvar, weights, reduction == "batchmean"))
     return reference.total_correlation.total_correlation(z, mu, logvar, dataset_size, weighting, reduction=reduction)
