@@ -55,17 +55,19 @@ def total_correlation_kernel(
     own, following, other, scale,
     STRATIFIED: tl.constexpr, ROWS: tl.constexpr, COMPONENTS: tl.constexpr, DIMS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """information = log q(z|x) - log q(z), correlation = log q(z) - sum_k log q(z_k) and dimensions = sum_k log q(z_k) -
-    log N(z; 0, I), where log q(z_i) = log sum_j W_ij N(z_i; mu_j, exp(logvar_j)), and log q(z_k) alike.
+    """information = log q(z|x) - log q(z), correlation = log q(z) - sum_k log q(z_k), and
+    dimensions = sum_k log q(z_k) - log N(z; 0, I), where log q(z_i) = log sum_j W_ij N(z_i; mu_j, exp(logvar_j)), and
+    log q(z_k) alike.
 
     Shapes: z, mu and logvar [rows, dims], at any strides; joint [rows] and marginals [rows, dims], float32: log q(z)
     and log q(z_k) without `other`, the logarithm of most weights, and without log 2 pi. `own` and `following` are those
     of the row's own posterior and of the following row's, less `other`. The three results are float32 [rows]; with
     part, float32 [3, programs], and ticket int32 [1], zero, they are [], scale * their sums.
-    Bytes: the posteriors are read twice, and for each further tile of dimensions z and they once more, by each tile of
-    rows; 4 (1 + dims) a row are written, and the results.
-    Launches: 1. Roundings of a term of a dimension: 14, see `mixture_kernel`; of a term of pairs one per dimension more.
-    A log-sum-exp has 6 for each tile of components, and those of a sum. Deterministic: no floating-point atomics.
+    Bytes: a tile of rows reads all posteriors twice, its rows of z twice for each tile of posteriors, and these and
+    its own posteriors once more; 4 (1 + dims) a row are written, and the results.
+    Launches: 1. Roundings: 14 of a term of a dimension, see `mixture_kernel`, and one per dimension more of a term of
+    pairs; of a log-sum-exp 6 for each tile of posteriors, 7, and those of a sum. Deterministic: no floating-point
+    atomics, partial sums are added in order.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside_row = row < rows
@@ -150,13 +152,20 @@ def upstream(grad_ptr, stride, row, inside_row, scale, ROWS: tl.constexpr):
 
 
 @triton.jit
-def weights_of_pairs(
-    terms, meets_own, joint_ptr, information_grad_ptr, correlation_grad_ptr, information_stride, correlation_stride,
-    row, inside_row, scale, ROWS: tl.constexpr, FAST: tl.constexpr,
+def what_reaches(
+    information_grad_ptr, correlation_grad_ptr, dimensions_grad_ptr, information_stride, correlation_stride,
+    dimensions_stride, row, inside_row, scale, ROWS: tl.constexpr,
 ):  # fmt: skip
+    """What reaches log q(z|x), log q(z), each log q(z_k), and less the prior's log-density, of each row."""
+    of_information = upstream(information_grad_ptr, information_stride, row, inside_row, scale, ROWS)
+    of_correlation = upstream(correlation_grad_ptr, correlation_stride, row, inside_row, scale, ROWS)
+    of_dimensions = upstream(dimensions_grad_ptr, dimensions_stride, row, inside_row, scale, ROWS)
+    return of_information, of_correlation - of_information, of_dimensions - of_correlation, of_dimensions
+
+
+@triton.jit
+def weights_of_pairs(terms, meets_own, joint_ptr, row, inside_row, of_own, of_joint, FAST: tl.constexpr):
     """What reaches the log-density of each pair through log q(z), and that of own pairs through log q(z|x)."""
-    of_own = upstream(information_grad_ptr, information_stride, row, inside_row, scale, ROWS)
-    of_joint = upstream(correlation_grad_ptr, correlation_stride, row, inside_row, scale, ROWS) - of_own
     joint = tl.load(joint_ptr + row, mask=inside_row, other=0.0)
     joint = tl.where(joint == -float("inf"), 0.0, joint)
     w = of_joint[:, None] * exp(terms - joint[:, None], FAST)
@@ -210,9 +219,10 @@ def total_correlation_rows_kernel(
         to_ptr = z_grad_ptr
     else:
         to_ptr = sums_ptr
-    of_correlation = upstream(correlation_grad_ptr, correlation_stride, row, inside_row, scale, ROWS)
-    of_dimensions = upstream(dimensions_grad_ptr, dimensions_stride, row, inside_row, scale, ROWS)
-    of_marginals = of_dimensions - of_correlation
+    of_own, of_joint, of_marginals, of_dimensions = what_reaches(
+        information_grad_ptr, correlation_grad_ptr, dimensions_grad_ptr, information_stride, correlation_stride,
+        dimensions_stride, row, inside_row, scale, ROWS,
+    )  # fmt: skip
     first = tl.zeros([], tl.int64)
     while first < rows:
         component = first + tl.arange(0, COMPONENTS)
@@ -222,10 +232,7 @@ def total_correlation_rows_kernel(
             z_stride, z_step, mu_stride, mu_step, logvar_stride, logvar_step, 0, ROWS, COMPONENTS, DIMS, FAST,
         )  # fmt: skip
         relative, meets_own = relative_weights(row, component, rows, own, following, STRATIFIED)
-        w = weights_of_pairs(
-            terms + relative, meets_own, joint_ptr, information_grad_ptr, correlation_grad_ptr, information_stride,
-            correlation_stride, row, inside_row, scale, ROWS, FAST,
-        )  # fmt: skip
+        w = weights_of_pairs(terms + relative, meets_own, joint_ptr, row, inside_row, of_own, of_joint, FAST)
         start = 0
         while start < dims:
             weights, r, factor = weighted_differences(
@@ -278,18 +285,16 @@ def total_correlation_posteriors_kernel(
     while first < rows:
         row = first + tl.arange(0, ROWS)
         inside_row = row < rows
-        of_correlation = upstream(correlation_grad_ptr, correlation_stride, row, inside_row, scale, ROWS)
-        of_dimensions = upstream(dimensions_grad_ptr, dimensions_stride, row, inside_row, scale, ROWS)
-        of_marginals = of_dimensions - of_correlation
+        of_own, of_joint, of_marginals, _ = what_reaches(
+            information_grad_ptr, correlation_grad_ptr, dimensions_grad_ptr, information_stride, correlation_stride,
+            dimensions_stride, row, inside_row, scale, ROWS,
+        )  # fmt: skip
         terms = log_terms(
             z_ptr, mu_ptr, logvar_ptr, None, row, inside_row, component, inside_component, dims,
             z_stride, z_step, mu_stride, mu_step, logvar_stride, logvar_step, 0, ROWS, COMPONENTS, DIMS, FAST,
         )  # fmt: skip
         relative, meets_own = relative_weights(row, component, rows, own, following, STRATIFIED)
-        w = weights_of_pairs(
-            terms + relative, meets_own, joint_ptr, information_grad_ptr, correlation_grad_ptr, information_stride,
-            correlation_stride, row, inside_row, scale, ROWS, FAST,
-        )  # fmt: skip
+        w = weights_of_pairs(terms + relative, meets_own, joint_ptr, row, inside_row, of_own, of_joint, FAST)
         start = 0
         while start < dims:
             weights, r, factor = weighted_differences(
