@@ -27,6 +27,15 @@ NAMES = ("z", "mu", "logvar")
 WEIGHTINGS = ("minibatch", "stratified")
 
 
+@pytest.fixture(autouse=True)
+def on_the_device(device):
+    """What is drawn lies on the GPU, where there is one."""
+    if device.type == "cuda":
+        torch.set_default_device(device)
+    yield
+    torch.set_default_device(None)
+
+
 @pytest.fixture(params=["triton", "reference"])
 def backend(request, monkeypatch):
     """Both paths: that of the CPU in blocks of a few pairs, with a rest."""
@@ -37,8 +46,8 @@ def backend(request, monkeypatch):
         yield request.param
 
 
-def draw(batch, dims, dtype=torch.float32) -> list[Tensor]:
-    return [torch.randn(batch, dims).to(dtype).requires_grad_() for _ in NAMES]
+def draw(batch, dims, dtype=torch.float32, device=None) -> list[Tensor]:
+    return [torch.randn(batch, dims, device=device).to(dtype).requires_grad_() for _ in NAMES]
 
 
 def weight_matrix(batch: int, size: int, weighting: str) -> Tensor:
@@ -427,7 +436,7 @@ def test_the_registered_operations():
 
 def test_memory_on_the_cpu():
     """2048 rows of 10 dimensions: one tensor of all terms would have 168 MB, and one of all pairs 17."""
-    tensors = draw(2048, 10)
+    tensors = draw(2048, 10, device="cpu")
     saved = []
 
     def step():
@@ -467,6 +476,7 @@ def test_memory_of_the_kernels(monkeypatch):
     assert sum(allocated) == (4 + 3 * 6) * 2048 * 10 + 4 * 2048 + 4 * 3 + 4 * 3 * 2048 // 8
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the meter is Triton's interpreter")
 def test_bytes_that_the_kernels_move(monkeypatch, triton_backend):
     """What the kernels' docstrings say, of 3 tiles of 2 rows or posteriors, against 2 tiles of 4 of the others."""
     monkeypatch.setattr(kernels, "_OF_VALUES", (2, 4, 4))
