@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastvae import reference
 from fastvae.functional.checks import check_floating, check_integer, check_like, takes_triton
-from fastvae.reference.total_correlation import TotalCorrelationTerms, log_weights
+from fastvae.reference.total_correlation import TotalCorrelationTerms
 
 WEIGHTINGS = ("minibatch", "stratified")
 
@@ -83,6 +83,6 @@ def total_correlation(
     if takes_triton(z, mu, logvar):
         from fastvae.autograd import total_correlation as fused
 
-        weights = log_weights(z.shape[0], dataset_size, weighting)
-        return TotalCorrelationTerms(*fused.total_correlation(z, mu, logvar, weights, reduction == "batchmean"))
+        reduced = reduction == "batchmean"
+        return TotalCorrelationTerms(*fused.total_correlation(z, mu, logvar, dataset_size, weighting, reduced))
     return reference.total_correlation.total_correlation(z, mu, logvar, dataset_size, weighting, reduction=reduction)
