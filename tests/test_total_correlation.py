@@ -138,7 +138,7 @@ def check(tensors, size=100, weighting="minibatch") -> None:
 
 @pytest.mark.parametrize(
     ("batch", "dims", "weighting"),
-    [(1, 3, "minibatch"), (2, 1, "stratified"), (2, 300, "minibatch"), (9, 5, "minibatch"), (35, 6, "stratified")],
+    [(1, 3, "minibatch"), (2, 1, "stratified"), (2, 300, "minibatch"), (9, 5, "minibatch"), (35, 3, "stratified")],
 )
 def test_values_and_gradients(batch, dims, weighting, backend, monkeypatch):
     if dims == 300:  # else 75 steps on the interpreter
@@ -147,12 +147,11 @@ def test_values_and_gradients(batch, dims, weighting, backend, monkeypatch):
     check(draw(batch, dims), weighting=weighting)
 
 
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_any_number_of_tiles(weighting, monkeypatch, triton_backend):
+def test_any_number_of_tiles(monkeypatch, triton_backend):
     monkeypatch.setattr(kernels, "_OF_VALUES", (2, 4, 2))
     monkeypatch.setattr(kernels, "_OF_ROWS", (2, 2, 2))
     monkeypatch.setattr(kernels, "_OF_POSTERIORS", (4, 2, 1))
-    check(draw(5, 3, torch.bfloat16), weighting=weighting)
+    check(draw(5, 3, torch.bfloat16), weighting="stratified")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -264,8 +263,7 @@ def test_the_mean(backend):
 # ------------------------------------------------------------------------------------------------------------- extremes
 
 
-@pytest.mark.parametrize("shift", [0.0, 1e4])
-@pytest.mark.parametrize("logvar", [-100.0, -89.0, 100.0])
+@pytest.mark.parametrize(("logvar", "shift"), [(-100.0, 0.0), (-89.0, 1e4), (100.0, 1e4)])
 def test_extreme_variances_and_far_latents(logvar, shift, backend):
     """Samples next to their posteriors' means, of which two are equal."""
     mu = torch.tensor([[0.0, 1.0], [2.0**-9 * math.exp(min(logvar, 0.0) / 2), 1.0], [0.0, 1.0]]) + shift
@@ -408,19 +406,18 @@ def test_transforms(backend):
 
 
 def test_torch_compile(backend):
+    """Once for any batch; on the reference path the weights are numbers of the graph."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager_decomp_partition")
-    compiled = torch.compile(F.total_correlation, fullgraph=True, backend=counter)
-    for batch in (3, 5, 7):
+    compiled = torch.compile(F.total_correlation, fullgraph=True, backend=counter, dynamic=backend == "triton")
+    for batch in (3, 5) if backend == "triton" else (3,):
         tensors = draw(batch, 2)
         found = compiled(*tensors, 50, "stratified")
         expected = F.total_correlation(*tensors, 50, "stratified")
         torch.testing.assert_close(tuple(found), tuple(expected))
         of_found = torch.autograd.grad(found[0] + 6 * found[1], tensors)
         torch.testing.assert_close(of_found, torch.autograd.grad(expected[0] + 6 * expected[1], tensors))
-        if backend == "reference":
-            break  # its weights are numbers of the graph
-    assert counter.frame_count == (2 if backend == "triton" else 1)
+    assert counter.frame_count == 1
 
 
 def test_the_registered_operations():
