@@ -18,11 +18,10 @@ from .total_correlation import (
 )
 
 # Tiles [rows, posteriors, dimensions]: of values, and of the gradients of z and of the posteriors. A thread of 4 warps
-# has 8 elements of the first and the last; with 4, an element takes more instructions, because fewer share reductions
-# and addresses, and with 16 the last takes 151 registers, not 80 (sm_90, triton 3.9). Of the gradient of z a thread has
-# 4, because with 8 in [4, 64, 4] triton 3.9 spills 8 bytes for sm_80, and in [16, 16, 4] takes 153 registers. Not
-# measured on a GPU.
-_OF_VALUES, _OF_ROWS, _OF_POSTERIORS = (8, 32, 4), (8, 16, 4), (32, 8, 4)
+# has 8 elements of each. With 4, an element takes more instructions, because fewer share reductions and addresses, and
+# with 16 the last takes 151 registers, not 80 (sm_90, triton 3.9). For the gradient of z, [4, 64, 4] takes a sixth less
+# instructions, but spills 8 bytes (sm_80, triton 3.9), and [8, 16, 4] 16 (sm_90, triton 3.6). Not measured on a GPU.
+_OF_VALUES, _OF_ROWS, _OF_POSTERIORS = (8, 32, 4), (16, 16, 4), (32, 8, 4)
 
 LogWeights = tuple[float, float, float]
 
