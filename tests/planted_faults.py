@@ -47,6 +47,7 @@ AUTOGRAD, CONTINUOUS = "test_contract_autograd.py", "test_continuous_likelihoods
 COUNTS = "test_counts.py"
 GROUPED = "test_grouped_likelihoods.py"
 DISCREPANCY = "test_discrepancy.py"
+DECOMPOSITION = "test_total_correlation.py"
 FAULTS = (
     # Likelihoods
     Fault(
@@ -268,6 +269,34 @@ FAULTS = (
     Fault(
         "a series that is cut off", "kernels/numerics.py", "1.986334245884791e-04", "0.0",
         "test_values_and_gradients and gaussian_kl- and float32",
+    ),
+    # All pairs of a minibatch
+    Fault(
+        "the weight of a posterior counts in each dimension of the joint density", "kernels/total_correlation.py",
+        "axis=1) - joint - other\n", "axis=1) - joint - dims * other\n",
+        "test_equal_posteriors and triton", DECOMPOSITION,
+    ),
+    Fault(
+        "a row's own weight is in the first column", "kernels/total_correlation.py",
+        "tl.where(ahead == 0, own, ", "tl.where((component == 0)[None, :], own, ",
+        "test_values_and_gradients and stratified and triton", DECOMPOSITION,
+    ),
+    Fault(
+        "no row follows the last", "kernels/total_correlation.py", "(ahead == 1) | (ahead == 1 - rows)", "ahead == 1",
+        "test_values_and_gradients and stratified and triton", DECOMPOSITION,
+    ),
+    Fault(
+        "no gradient through the density of a row's own posterior", "kernels/total_correlation.py",
+        "of_own[:, None], 0.0)", "0.0, 0.0)", "test_the_parts_sum and triton", DECOMPOSITION,
+    ),
+    Fault(
+        "on the CPU, none either", "fastvae/reference/total_correlation.py",
+        ".mul_(of_joint[rows, None]).diagonal(rows.start).add_(own)", ".mul_(of_joint[rows, None])",
+        "test_the_parts_sum and reference", DECOMPOSITION,
+    ),
+    Fault(
+        "sums are not brought to a new maximum", "kernels/total_correlation.py", "s * e + 1.0, s + e", "s + 1.0, s + e",
+        "test_any_number_of_tiles", DECOMPOSITION,
     ),
     # What they share
     Fault(

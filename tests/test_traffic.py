@@ -102,8 +102,9 @@ def test_every_kernel_is_of_an_operation_in_the_list():
         if name.endswith("_kernel")
     }
     listed = {name.split(".")[1] for name in kernel_names(OPERATIONS.values())}
-    # Those of pairs and of several samples: test_mixture.py, test_importance.py.
+    # Those of pairs and of several samples: test_mixture.py, test_total_correlation.py, test_importance.py.
     of_pairs = {"mixture_kernel", "mixture_rows_kernel", "mixture_components_kernel"}
+    of_pairs |= {f"total_correlation_{part}kernel" for part in ("", "rows_", "posteriors_")}
     assert every == listed | of_pairs | {"bound_kernel", "bound_backward_kernel", "gather_batch_kernel"}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastvae import reference
-from fastvae.functional.checks import check_floating, check_integer, check_like
+from fastvae.functional.checks import check_floating, check_integer, check_like, takes_triton
 from fastvae.reference.total_correlation import TotalCorrelationTerms
 
 WEIGHTINGS = ("minibatch", "stratified")
@@ -80,4 +80,9 @@ def total_correlation(
             f'the weighting "stratified" takes a batch of at least 2 rows and at most dataset_size, {dataset_size}, '
             f"got {z.shape[0]}"
         )
+    if takes_triton(z, mu, logvar):
+        from fastvae.autograd import total_correlation as fused
+
+        reduced = reduction == "batchmean"
+        return TotalCorrelationTerms(*fused.total_correlation(z, mu, logvar, dataset_size, weighting, reduced))
     return reference.total_correlation.total_correlation(z, mu, logvar, dataset_size, weighting, reduction=reduction)
