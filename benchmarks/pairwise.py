@@ -33,7 +33,8 @@ def _mixture(sizes: Sizes, dtype: torch.dtype) -> list[Tensor]:
     return [torch.empty(shape, dtype=dtype) for shape in shapes]
 
 
-def _samples(sizes: Sizes, dtype: torch.dtype) -> list[Tensor]:
+def _three(sizes: Sizes, dtype: torch.dtype) -> list[Tensor]:
+    """Log-densities of samples; or z, mu and logvar."""
     return [torch.empty(sizes, dtype=dtype) for _ in range(3)]
 
 
@@ -57,9 +58,21 @@ OBJECTIVES = {
     ),
     "importance_weighted_bound": Objective(
         F.importance_weighted_bound,
-        _samples,
+        _three,
         {"many": (64, 1024), "long": (5000, 20)},
         [(1, 1), (3, 40), (5000, 20), (64, 20000)],
+    ),
+    "total_correlation": Objective(
+        lambda *tensors: F.total_correlation(*tensors, 60000),
+        _three,
+        {"many": (2048, 10), "few": (128, 64)},
+        [(2, 1), (3, 5), (70, 5)],
+    ),
+    "total_correlation_stratified": Objective(
+        lambda *tensors: F.total_correlation(*tensors, 60000, "stratified", reduction="none"),
+        _three,
+        {},
+        [(2, 1), (70, 5)],
     ),
     "maximum_mean_discrepancy": Objective(
         F.maximum_mean_discrepancy,

@@ -63,6 +63,11 @@ PAIRWISE = {
         "mixture_log_prob.mixture_components_kernel",
     ),
     "importance_weighted_bound": ("importance_weighted.bound_kernel", "importance_weighted.bound_backward_kernel"),
+    "total_correlation": (
+        "decomposition.total_correlation_kernel",
+        "decomposition.total_correlation_rows_kernel",
+        "decomposition.total_correlation_posteriors_kernel",
+    ),
     "maximum_mean_discrepancy": (
         "mean_discrepancy.discrepancy_kernel",
         "mean_discrepancy.discrepancy_gradients_kernel",
