@@ -119,7 +119,7 @@ class Operation:
                 drawn = {name: values.flatten()[:count].view(spec.shape) for name, values in drawn.items()}
         tensors = []
         for name in self.arguments:
-            if name == "moments":
+            if name in ("moments", "prior"):
                 halves = [_draw(half, spec.shape, generator) for half in ("mu", "logvar")]
                 tensor = spec.layout(torch.cat(halves, 1).to(spec.device, spec.dtype))
             elif name == "kl":
@@ -206,7 +206,7 @@ def _one_of_each(kind: str, values: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     normal = torch.randn(shape, generator=generator)
-    return 0.7 * normal - 0.5 if name == "logvar" else normal
+    return 0.7 * normal - 0.5 if name.endswith("logvar") else normal
 
 
 def flattened(result: Any) -> tuple[Tensor, ...]:
@@ -299,9 +299,29 @@ def _of_posterior() -> list[Operation]:
         gradients=packed,
         computes="both, from [mu \\| logvar] along any dimension, without a copy",
     )
+    general = {
+        "forward": ("general_posterior.general_forward_kernel",),
+        "backward": ("general_posterior.general_backward_kernel",),
+    }
+    prior_halves = ("prior_mu", "prior_logvar")
+    of_prior = {"prior_mu_grad": 18, "prior_logvar_grad": 22}
+    to_prior = replace(
+        divergence,
+        name="gaussian_kl_prior",
+        arguments=(*halves, *prior_halves),
+        gradients=(*halves, *prior_halves),
+        forward="mu + logvar + prior_mu + prior_logvar ->",
+        backward="mu + logvar + prior_mu + prior_logvar -> mu_grad + logvar_grad + prior_mu_grad + prior_logvar_grad",
+        kernels=general,
+        roundings={**sample.roundings, **of_prior, "kl": 20, "mu_grad": 18, "logvar_grad": 12},
+        call=lambda function, mu, logvar, *prior, **options: function(mu, logvar, prior=prior, **options),
+        computes="KL(N(mu, exp(logvar)) ‖ N(prior_mu, exp(prior_logvar)))",
+        measured=False,
+    )
     return [
         sample,
         divergence,
+        to_prior,
         replace(
             divergence,
             name="gaussian_kl_free_bits",
@@ -331,6 +351,42 @@ def _of_posterior() -> list[Operation]:
             options={"reduction": "per_dimension", "free_bits": 0.5},
             reductions=("per_dimension", "batchmean"),
             computes="the batch mean of each dimension, and at least `free_bits` of each",
+            measured=False,
+        ),
+        replace(
+            of_packed,
+            name="gaussian_sample_kl_packed_prior",
+            arguments=("moments", "prior"),
+            gradients=("moments", "prior"),
+            forward="mu + logvar + prior_mu + prior_logvar -> z",
+            backward="mu + logvar + prior_mu + prior_logvar + z_grad "
+            "-> mu_grad + logvar_grad + prior_mu_grad + prior_logvar_grad",
+            kernels=general,
+            roundings=to_prior.roundings,
+            call=lambda function, moments, prior, **options: function(moments, prior=prior, **options),
+            computes="both, with a packed prior: a block of a hierarchical VAE",
+            measured=False,
+        ),
+        replace(
+            both,
+            name="gaussian_sample_kl_softplus",
+            kernels=general,
+            roundings={"z": 16, "kl": 26, "mu_grad": 4, "logvar_grad": 30},
+            options={"scale": "softplus", "scale_eps": 1e-4, "reduction": "batchmean"},
+            computes="both, with std = log(1 + exp(logvar)) + `scale_eps`; as `scale` says",
+            measured=False,
+        ),
+        replace(
+            sample,
+            name="gaussian_sample_samples",
+            outputs=("z", "log_q"),
+            roots=2,
+            forward="mu + logvar -> z + z + z",
+            backward="logvar + z_grad + z_grad + z_grad -> mu_grad + logvar_grad",
+            kernels=general,
+            roundings={**sample.roundings, "mu_grad": 6, "logvar_grad": 14, "log_q": 4},
+            options={"samples": 3, "log_prob": True},
+            computes="three draws of each posterior, and their log-densities",
             measured=False,
         ),
     ]
@@ -507,6 +563,7 @@ def _row(operation: Operation) -> list[str]:
         assert operation.likelihood is not None
         given.append(in_short(operation.likelihood))
     elif operation.name != operation.function:
+        given = _with_prior(given)
         given += [f"{name}={value!r}".replace("'", '"') for name, value in operation.options.items()]
     return [
         f"`{operation.function}({', '.join(given)})`",
@@ -514,3 +571,10 @@ def _row(operation: Operation) -> list[str]:
         both_directions(operation.launches.__getitem__),
         moved,
     ]
+
+
+def _with_prior(given: list[str]) -> list[str]:
+    """The arguments with the prior as it is given."""
+    moments = [name for name in given if not name.startswith("prior")]
+    halves = ", ".join(given[len(moments) :])
+    return [*moments, f"prior=({halves})" if "," in halves else f"prior={halves}"] if halves else moments

@@ -75,7 +75,9 @@ def noise(operation: Operation, spec: Spec) -> dict[str, Tensor]:
     if not operation.draws_noise:
         return {}
     generator = torch.Generator().manual_seed(spec.seed + 1)
-    return {"eps": torch.randn(spec.shape, generator=generator).to(spec.device)}
+    samples = operation.options.get("samples")
+    shape = spec.shape if samples is None else (samples, *spec.shape)
+    return {"eps": torch.randn(shape, generator=generator).to(spec.device)}
 
 
 def upstream_of(name: str, output: Tensor) -> Tensor:

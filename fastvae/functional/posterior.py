@@ -19,7 +19,9 @@ from fastvae.functional.checks import (
     check_integer,
     check_noise,
     check_number,
+    takes_triton,
 )
+from fastvae.reference.gaussian import General
 
 if TYPE_CHECKING:
     Scale = Literal["logvar", "log_std", "std", "softplus"]
@@ -157,7 +159,17 @@ def general(
     free_bits = check_divergence(reduction, free_bits)
     scale, scale_eps, scale_clamp = check_scale(scale, scale_eps, scale_clamp)
     check_log_prob(log_prob)
-    priors = (None, None) if prior is None else check_prior(prior, half, name, mu, dim)
+    priors: tuple[Tensor | None, Tensor | None] = (None, None)
+    if prior is not None:
+        priors = check_prior(prior, half, name, mu, dim)
+    if takes_triton(mu, eps, *priors):
+        from fastvae.autograd import general as fused
+
+        low, high = scale_clamp or (-math.inf, math.inf)
+        posterior = General(
+            draws, diverges, dim, reduction, free_bits, scale, scale_eps, low, high, scale, samples or 0, bool(log_prob)
+        )
+        return fused.general(posterior, mu, second, *priors, eps, generator, batch_offset, log_prob == "detached")
     reading: dict[str, Any] = {"scale": scale, "scale_eps": scale_eps, "scale_clamp": scale_clamp}
     noise: dict[str, Any] = {"eps": eps, "generator": generator, "batch_offset": batch_offset, "samples": samples}
     prior_mu, prior_second = priors

@@ -161,8 +161,13 @@ def gaussian_sample(
         # What is added is 0, with the gradient of (z - mu) / std in z.
         eps = in_float32(eps) + (in_float32(z) - in_float32(z).detach()) / std.detach()
         logvar = logvar.detach()
-    terms = in_float32(eps).square() + log_variance(logvar, **scale) + math.log(2 * math.pi)
-    return z, -0.5 * terms.flatten(1 - mu.ndim).sum(-1)
+    return z, log_densities(in_float32(eps), log_variance(logvar, **scale))
+
+
+def log_densities(eps: Tensor, logvar: Tensor) -> Tensor:
+    """-sum_event (eps^2 + logvar + log 2 pi) / 2, of eps [B, ...] or [samples, B, ...] and logvar [B, ...]."""
+    terms = eps.square() + logvar + math.log(2 * math.pi)
+    return -0.5 * terms.flatten(1 - logvar.ndim).sum(-1)
 
 
 def gaussian_kl(
@@ -183,14 +188,20 @@ def gaussian_kl(
     "per_dimension": the batch mean of each dimension. With free_bits a dimension counts at least so much, and has no
     gradient there (Kingma et al., "Improved Variational Inference with Inverse Autoregressive Flow", 2016, appendix C).
     """
-    wide_mu, wide_logvar = in_float32(mu), log_variance(logvar, **scale)
-    if prior is None:
-        distance, difference = wide_mu.square(), wide_logvar
-    else:
+    wide_prior = None
+    if prior is not None:
         prior_mu, prior_second = prior_halves(prior, mu.ndim, dim)
-        prior_logvar = log_variance(prior_second, **scale)
-        distance = squared_distance(wide_mu, in_float32(prior_mu), prior_logvar)
-        difference = wide_logvar - prior_logvar
+        wide_prior = in_float32(prior_mu), log_variance(prior_second, **scale)
+    return divergence(in_float32(mu), log_variance(logvar, **scale), wide_prior, reduction, free_bits)
+
+
+def divergence(mu: Tensor, logvar: Tensor, prior: Halves | None, reduction: str, free_bits: float) -> Tensor:
+    """gaussian_kl of log-variances."""
+    if prior is None:
+        distance, difference = mu.square(), logvar
+    else:
+        prior_mu, prior_logvar = prior
+        distance, difference = squared_distance(mu, prior_mu, prior_logvar), logvar - prior_logvar
     # expm1 keeps what exp(difference) - 1 would lose for a small difference.
     terms = 0.5 * (distance + (torch.expm1(difference) - difference))
     if reduction != "per_dimension" and not free_bits:
