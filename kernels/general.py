@@ -61,6 +61,16 @@ def read_scale(
 
 
 @triton.jit
+def log_variance(
+    a, scale_eps, log_eps, low, high,
+    SCALE: tl.constexpr, HAS_EPS: tl.constexpr, CLAMP: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """(logvar, d logvar / da) of `read_scale`."""
+    logvar, _, slope, _ = read_scale(a, scale_eps, log_eps, low, high, SCALE, HAS_EPS, CLAMP, FAST)
+    return logvar, slope
+
+
+@triton.jit
 def squared_distance(mu, prior_mu, prior_logvar, FAST: tl.constexpr):
     """((mu - prior_mu)^2 / exp(prior_logvar), (mu - prior_mu) / exp(prior_logvar)).
 
@@ -148,7 +158,7 @@ def general_forward_kernel(
     if SECOND_SHARED:
         prior_second = tl.load(prior_second_ptr + prior_base + prior_offsets, mask=inside_column, other=1.0)
         prior_second = to_float32(prior_second, FAST)
-        prior_logvar, _, _, _ = read_scale(
+        prior_logvar, _prior_slope = log_variance(
             prior_second[None, :], scale_eps, log_eps, low, high, PRIOR_SCALE, HAS_EPS, CLAMP, FAST
         )  # fmt: skip
 
@@ -160,7 +170,7 @@ def general_forward_kernel(
         at = base + (first_row + row)[:, None] * row_stride + offsets[None, :]
         mu = to_float32(tl.load(mu_ptr + at, mask=inside, other=0.0), FAST)
         second = to_float32(tl.load(second_ptr + at, mask=inside, other=1.0), FAST)
-        logvar, std, _, _ = read_scale(second, scale_eps, log_eps, low, high, SCALE, HAS_EPS, CLAMP, FAST)
+        logvar, std, _slope, _std_slope = read_scale(second, scale_eps, log_eps, low, high, SCALE, HAS_EPS, CLAMP, FAST)
         if z_ptr is not None:
             position = first_row * columns + first_column
             sums = first_row if log_q_partial_ptr is None else first_row * chunks + chunk
@@ -192,10 +202,10 @@ def general_forward_kernel(
                 if not SECOND_SHARED:
                     here = prior_at + (first_row + row)[:, None] * prior_second_stride
                     prior_second = to_float32(tl.load(prior_second_ptr + here, mask=inside, other=1.0), FAST)
-                    prior_logvar, _, _, _ = read_scale(
+                    prior_logvar, _prior_slope = log_variance(
                         prior_second, scale_eps, log_eps, low, high, PRIOR_SCALE, HAS_EPS, CLAMP, FAST
                     )  # fmt: skip
-                squared, _ = squared_distance(mu, prior_mu, prior_logvar, FAST)
+                squared, _by_distance = squared_distance(mu, prior_mu, prior_logvar, FAST)
                 difference = logvar - prior_logvar
                 terms = squared + expm1_minus(difference, exp(difference, FAST))
             # Outside of the tensor the term is not 0 for every scale.
@@ -287,13 +297,14 @@ def general_backward_kernel(
         if SECOND_SHARED:
             prior_second = tl.load(prior_second_ptr + prior_base + prior_offsets, mask=inside_column, other=1.0)
             prior_second = to_float32(prior_second, FAST)[None, :]
-            prior_logvar, _, prior_slope, _ = read_scale(
+            prior_logvar, prior_slope = log_variance(
                 prior_second, scale_eps, log_eps, low, high, PRIOR_SCALE, HAS_EPS, CLAMP, FAST
             )  # fmt: skip
         if WEIGHT == "column":
             weight = (tl.load(kl_grad_ptr + column, mask=inside_column, other=0.0) * kl_scale)[None, :]
         elif WEIGHT == "one":
-            weight = tl.zeros([1, COLUMNS], tl.float32) + tl.load(kl_grad_ptr) * kl_scale
+            kl_grad = tl.load(kl_grad_ptr) * kl_scale
+            weight = tl.zeros([1, COLUMNS], tl.float32) + kl_grad
         if kl_ptr is not None:
             kl = tl.load(kl_ptr + column, mask=inside_column, other=0.0)
             weight = tl.where((kl <= free_bits)[None, :], 0.0, weight)
@@ -310,7 +321,7 @@ def general_backward_kernel(
         by_std = tl.zeros([ROWS, COLUMNS], tl.float32)
         by_logvar = tl.zeros([ROWS, COLUMNS], tl.float32)
         second = to_float32(tl.load(second_ptr + at, mask=inside, other=1.0), FAST)
-        logvar, _, slope, std_slope = read_scale(second, scale_eps, log_eps, low, high, SCALE, HAS_EPS, CLAMP, FAST)
+        logvar, _std, slope, std_slope = read_scale(second, scale_eps, log_eps, low, high, SCALE, HAS_EPS, CLAMP, FAST)
 
         if log_q_grad_ptr is not None:
             at_sum = log_q_grad_ptr + (first_row + row) * log_q_grad_stride
@@ -356,7 +367,7 @@ def general_backward_kernel(
                 if not SECOND_SHARED:
                     here = prior_at + (first_row + row)[:, None] * prior_second_stride
                     prior_second = to_float32(tl.load(prior_second_ptr + here, mask=inside, other=1.0), FAST)
-                    prior_logvar, _, prior_slope, _ = read_scale(
+                    prior_logvar, prior_slope = log_variance(
                         prior_second, scale_eps, log_eps, low, high, PRIOR_SCALE, HAS_EPS, CLAMP, FAST
                     )  # fmt: skip
                 squared, by_distance = squared_distance(mu, prior_mu, prior_logvar, FAST)
@@ -485,7 +496,7 @@ def score_kernel(
     base, offsets = moments_tile(first_column, INNER, COLUMNS)
     at = base + (first_row + row)[:, None] * row_stride + offsets[None, :]
     second = to_float32(tl.load(second_ptr + at, mask=inside, other=1.0), FAST)
-    logvar, _, _, _ = read_scale(second, scale_eps, log_eps, low, high, SCALE, HAS_EPS, CLAMP, FAST)
+    logvar, _slope = log_variance(second, scale_eps, log_eps, low, high, SCALE, HAS_EPS, CLAMP, FAST)
     narrowness = -exp_half(-logvar, FAST)
     position = first_row * columns + first_column
     at_sum = log_q_grad_ptr + (first_row + row) * log_q_grad_stride

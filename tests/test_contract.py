@@ -177,8 +177,9 @@ EXTREMES = {
     "mu": (0.0, -1.5, 1e30, *INFINITIES),
     "logvar": (0.0, -0.0, 0.5, -80.0, 80.0, 1e4, -1e4, *INFINITIES),
     "prior_mu": (0.0, -1.5, math.inf, math.nan),
-    # exp(-logvar / 4) is held below infinity: from -352 on, and from -2836 on in float64.
-    "prior_logvar": (0.0, 80.0, -1e3, 1e4, *INFINITIES),
+    # Held to a finite exp(-logvar / 4): from -352 on in float32, and from -2836 on in float64, where the specification
+    # loses the part of the gradient that is infinite.
+    "prior_logvar": (0.0, 80.0, -1e3, 1e4, math.inf, math.nan),
     "target": (0.0, 1.0, *INFINITIES),
     "kl": (1.0, *INFINITIES),
 }
