@@ -304,7 +304,7 @@ def _of_posterior() -> list[Operation]:
         "backward": ("general_posterior.general_backward_kernel",),
     }
     prior_halves = ("prior_mu", "prior_logvar")
-    of_prior = {"prior_mu_grad": 18, "prior_logvar_grad": 22}
+    of_prior = {"kl": 26, "mu_grad": 26, "logvar_grad": 13, "prior_mu_grad": 26, "prior_logvar_grad": 28}
     to_prior = replace(
         divergence,
         name="gaussian_kl_prior",
@@ -313,7 +313,7 @@ def _of_posterior() -> list[Operation]:
         forward="mu + logvar + prior_mu + prior_logvar ->",
         backward="mu + logvar + prior_mu + prior_logvar -> mu_grad + logvar_grad + prior_mu_grad + prior_logvar_grad",
         kernels=general,
-        roundings={**sample.roundings, **of_prior, "kl": 20, "mu_grad": 18, "logvar_grad": 12},
+        roundings={**sample.roundings, **of_prior},
         call=lambda function, mu, logvar, *prior, **options: function(mu, logvar, prior=prior, **options),
         computes="KL(N(mu, exp(logvar)) ‖ N(prior_mu, exp(prior_logvar)))",
         measured=False,
@@ -371,7 +371,7 @@ def _of_posterior() -> list[Operation]:
             both,
             name="gaussian_sample_kl_softplus",
             kernels=general,
-            roundings={"z": 16, "kl": 26, "mu_grad": 4, "logvar_grad": 30},
+            roundings={"z": 14, "kl": 26, "mu_grad": 4, "logvar_grad": 26},
             options={"scale": "softplus", "scale_eps": 1e-4, "reduction": "batchmean"},
             computes="both, with std = log(1 + exp(logvar)) + `scale_eps`; as `scale` says",
             measured=False,
@@ -384,7 +384,7 @@ def _of_posterior() -> list[Operation]:
             forward="mu + logvar -> z + z + z",
             backward="logvar + z_grad + z_grad + z_grad -> mu_grad + logvar_grad",
             kernels=general,
-            roundings={**sample.roundings, "mu_grad": 6, "logvar_grad": 14, "log_q": 4},
+            roundings={"z": 6, "log_q": 4, "mu_grad": 7, "logvar_grad": 16},  # one for each sample more, and its factor
             options={"samples": 3, "log_prob": True},
             computes="three draws of each posterior, and their log-densities",
             measured=False,

@@ -25,8 +25,8 @@ def read_scale(
     `fastvae.reference.gaussian.log_variance`; log_eps is the logarithm of scale_eps. What a caller does not use is not
     computed. Outside of a tensor a is 1, of which every scale is a number.
 
-    Roundings of logvar, in units of |logvar| + |a d logvar / da| + 1 (with scale_eps + |log_eps|): 0 as it is, 8 at
-    most, and as many of its slope.
+    Roundings: of logvar none where it is a; else 16 of |logvar| + |a| (1 + |slope|) + |log_eps| + 1; of std 8 and of
+    the slopes 10, relative.
     """
     if CLAMP:
         # NaN fails both comparisons and stays.
@@ -140,10 +140,10 @@ def general_forward_kernel(
     the columns of one of `chunks` tiles and every blocks-th tile of rows. Where no program owns a whole sum, ticket is
     int32 [1], zero, kl_partial is float32 [rows, chunks], [blocks, columns] or [programs], and log_q_partial float32
     [samples, rows, chunks].
-    Bytes per float32 element: reads 8 (16 with a prior), writes 4 (0 without z); for each further sample 4 more are
-    written, 4 more of each with eps; 8 more for each partial sum.
-    Launches: 1. Roundings: z 6, a term of kl 16, a term of log_q 4, of a scale other than logvar 8, 16 and 8 more; and
-    one per level of a sum.
+    Bytes per float32 element: reads 8 (16 with a prior), writes 4 (0 without z, 12 of three samples); eps is 4 more
+    for each sample. A prior that is shared is read once for each tile. 8 more for each partial sum.
+    Launches: 1. Roundings: z 6; a term of kl 10 (26 with a prior); a term of log_q 4; of a scale other than logvar z 8
+    more, sums 16 more; and one per level of a sum.
     Deterministic: no floating-point atomics, sums are added in the order of their elements.
     """
     block, chunk = tile_of_program(chunks, FLAT)
@@ -277,11 +277,12 @@ def general_backward_kernel(
     at distances of its own; kl_grad float32 [rows] if WEIGHT is "row", [columns] if "column", else []; kl, what forward
     wrote, [columns] (None: without free bits). Partial sums of a shared prior's gradients are float32 [blocks,
     columns]. A missing upstream gradient is None and counts as 0; a gradient nobody needs is None and is not computed.
-    Bytes per float32 element: reads 12 (20 with a prior, 8 without z_grad), writes 8 (16 with a prior); 4 more read for
-    each further sample, and with eps for each sample.
+    Bytes per float32 element: reads 12 (8 without z_grad, 20 with a prior, 16 with a prior and without z_grad, 16 of
+    three samples and without kl_grad), writes 8 (16 with a prior); eps is 4 more for each sample. A prior that is
+    shared is read once for each tile, and leaves 8 for each column and block, which are read again.
     Launches: 1. Deterministic: no floating-point atomics, sums are added in the order of their rows.
-    Roundings: mu_grad 10, second_grad 18, the prior's 10 and 18; of a scale other than logvar 16 more; one for each
-    sample, and one per level of a sum.
+    Roundings: mu_grad 3, second_grad 10 (25 and 12 with a prior), the prior's 25 and 27; of a scale other than logvar
+    those of a second tensor 16 more; two for each sample, and one per level of a sum.
     """
     block, chunk = tile_of_program(chunks, FLAT)
     first_column = chunk * COLUMNS
@@ -484,9 +485,8 @@ def score_kernel(
 ):  # fmt: skip
     """z_grad = -log_q_grad * eps / std: the gradient of log N(z; mu, std^2) in z, where z = mu + std * eps.
 
-    Shapes: as in `general_backward_kernel`. Bytes per float32 element: reads 4 (8 with eps), writes 4; for each further
-    sample 4 more are written, 4 more of each with eps. Launches: 1. Roundings: 10, of a scale other than logvar 8 more.
-    Deterministic.
+    Shapes: as in `general_backward_kernel`. Bytes per float32 element: reads 4, and writes 4 for each sample, for which
+    eps is 4 more. Launches: 1. Deterministic. Roundings: 10, of a scale other than logvar 16 more.
     """
     block, chunk = tile_of_program(chunks, FLAT)
     first_row, first_column = block * ROWS, chunk * COLUMNS

@@ -192,8 +192,10 @@ def _of_posterior(
     second = _second(a, options)
     prior_mu, prior = torch.zeros_like(mu), None
     if "prior" in given or "prior_mu" in given:
-        halves = given["prior"].chunk(2, dim) if "prior" in given else (given["prior_mu"], given["prior_logvar"])
-        prior_mu, prior = halves[0], _second(halves[1], options)
+        packed = given.get("prior", (given.get("prior_mu"), given.get("prior_logvar")))
+        prior_mu, prior_logvar = gaussian.prior_halves(packed, mu.ndim, dim)
+        prior_shapes = prior_mu.shape, prior_logvar.shape
+        prior = _second(prior_logvar, options)
     several = options.get("samples") is not None
     eps = given.get("eps", options.get("eps", torch.zeros(mu.shape, dtype=torch.float64)))
 
@@ -250,19 +252,20 @@ def _of_posterior(
             prior_mu_scale += (weight * by_distance).abs()
             prior_logvar_scale += 0.5 * weight * (slope + squared) * prior.slope.abs() * (1 + prior.size)
     second_scale = std_scale + logvar_scale * second.slope.abs() * (1 + second.size)
-    for names, each in (
-        (("mu", "logvar", "moments"), (mu_scale, second_scale)),
-        (("prior_mu", "prior_logvar", "prior"), (prior_mu_scale, prior_logvar_scale)),
-    ):
-        first, other, packed = (f"{name}_grad" for name in names)
-        if first in k:
-            shapes = [given[name].shape if name in given else mu.shape for name in names[:2]]
-            each = [scale.sum_to_size(shape) for scale, shape in zip(each, shapes, strict=True)]
-            summed = [levels(len(mu)) if scale.shape != mu.shape else 0 for scale in each]
-            scales[first] = each[0], k[first] + summed[0]
-            scales[other] = each[1], k[other] + summed[1]
-            roundings = [torch.full_like(each[0], k[name]) for name in (first, other)]
-            scales[packed] = torch.cat(each, dim), torch.cat(roundings, dim)
+    roundings = [torch.full_like(mu, k[name]) for name in ("mu_grad", "logvar_grad")]
+    scales["mu_grad"], scales["logvar_grad"] = (mu_scale, k["mu_grad"]), (second_scale, k["logvar_grad"])
+    scales["moments_grad"] = torch.cat((mu_scale, second_scale), dim), torch.cat(roundings, dim)
+    if prior is not None:
+        for name, scale, shape in zip(
+            ("prior_mu_grad", "prior_logvar_grad"), (prior_mu_scale, prior_logvar_scale), prior_shapes, strict=True
+        ):
+            # That of a prior of all samples is a sum.
+            summed = levels(len(mu)) if shape != mu.shape else 0
+            scales[name] = scale.sum_to_size(shape), torch.full(shape, float(k[name] + summed))
+        along = dim - (mu.ndim - prior_mu.ndim) if dim > 0 else dim
+        each = zip(scales["prior_mu_grad"], scales["prior_logvar_grad"], strict=True)
+        if prior_mu.shape == prior_logvar.shape:
+            scales["prior_grad"] = tuple(torch.cat(halves, along) for halves in each)
     return scales
 
 
