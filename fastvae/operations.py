@@ -321,7 +321,6 @@ def _of_posterior() -> list[Operation]:
     return [
         sample,
         divergence,
-        to_prior,
         replace(
             divergence,
             name="gaussian_kl_free_bits",
@@ -331,6 +330,7 @@ def _of_posterior() -> list[Operation]:
             reductions=("batchmean", "per_dimension"),
             computes="the same, where each dimension counts as at least `free_bits`",
         ),
+        to_prior,
         both,
         of_packed,
         replace(

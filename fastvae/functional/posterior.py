@@ -152,8 +152,8 @@ def general(
     prior_scale: str | None = None,
 ) -> Any:
     """What is asked for beyond samples and divergences from N(0, I) of one posterior read as logvar. With second None,
-    mu holds both, and `half` is the shape of each. prior_scale: how the prior's second tensor is read, if not as that of
-    the posterior.
+    mu holds both, and `half` is the shape of each. prior_scale: how the prior's second tensor is read, if not as the
+    posterior's.
     """
     name, half = ("mu", mu.shape) if half is None else ("moments", half)
     samples = check_samples(samples, batch_offset)
