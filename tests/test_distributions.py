@@ -283,8 +283,6 @@ def test_a_divergence_from_another_and_several_samples_are_one_launch(event, dev
             with Operations() as made:
                 kl = ask()
             assert kl.shape == (4,) and not made.computed() and triton_backend.count == before + 1
-    kl = kl_divergence(normal, q)
-    assert kl.shape == (1,) or triton_backend.count == before + 2
     eps = torch.randn(5, 2, 4, *event, device=device)
     for ask in (lambda: q.rsample((5, 2), eps=eps), lambda: q.expand((2, 4)).rsample((5,), eps=eps)):
         before = triton_backend.count
