@@ -149,6 +149,11 @@ class Operation:
         grouped = self.likelihood is not None and self.likelihood.grouped
         return (shape[0], *shape[2:]) if grouped and len(shape) == 4 else shape
 
+    def shape_of_z(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """And so of the noise, given the shape of a `Spec`."""
+        samples = self.options.get("samples")
+        return shape if samples is None else (samples, *shape)
+
     @property
     def target_kind(self) -> str | None:
         return self.likelihood.target if self.likelihood else None

@@ -82,8 +82,12 @@ def of_posterior(operation: Operation, dtype: torch.dtype) -> Iterator[Given]:
         if (logvar is None) != ("moments" in operation.arguments):
             continue
         z = mu.clone() if logvar is not None else mu.narrow(dim, 0, mu.shape[dim] // 2).clone()
+        prior = mu.clone()
         tensors = {"mu": mu, "logvar": logvar, "moments": mu, "eps": z}
-        noises = (*DRAWN, {"eps": z}) if operation.draws_noise else ({},)
+        tensors |= {"prior": prior, "prior_mu": prior, "prior_logvar": prior}
+        eps = z.new_empty(operation.shape_of_z(z.shape))
+        drawn = DRAWN if "samples" not in operation.options else ({},)  # which has no batch_offset
+        noises = (*drawn, {"eps": eps}) if operation.draws_noise else ({},)
         for noise, reduction in product(noises, operation.reductions or (None,)):
             options = {} if reduction is None else {"reduction": reduction}
             if logvar is None:

@@ -21,7 +21,7 @@ from conftest import plan_anew
 from contract import EVERY, check, launching_nothing
 from fastvae import kernels
 from fastvae.kernels import posterior as planning
-from fastvae.operations import named
+from fastvae.operations import Operation, named
 from layouts import same_bits
 from test_contract import use_small_tiles
 from test_prior_and_scale import each_scale
@@ -57,15 +57,20 @@ def noise(*shape: int) -> dict[str, Tensor]:
     return {"eps": torch.randn(shape)}
 
 
+def check_on(device: torch.device, operation: Operation, tensors: tuple[Tensor, ...], **options: object) -> None:
+    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in options.items()}
+    check(operation, tuple(tensor.to(device) for tensor in tensors), **moved)
+
+
 # ------------------------------------------------------------------------------------------------ values and gradients
 
 
 @each_scale
 @pytest.mark.parametrize("prior_shape", [(5, 7), (1, 7), (7,)], ids=str)
 def test_every_scale(prior_shape, settings, device, triton_backend) -> None:
-    tensors = tuple(t.to(device) for t in tensors_of((5, 7), prior_shape, **settings))
-    check(EVERYTHING, tensors, **noise(2, 5, 7), **settings)
-    check(EVERYTHING, tensors, **noise(2, 5, 7), **settings, reduction="per_dimension")
+    tensors = tensors_of((5, 7), prior_shape, **settings)
+    check_on(device, EVERYTHING, tensors, **noise(2, 5, 7), **settings)
+    check_on(device, EVERYTHING, tensors, **noise(2, 5, 7), **settings, reduction="per_dimension")
 
 
 @pytest.mark.parametrize("tile", [(1, 8), (2, 64)], ids=str)
@@ -73,7 +78,7 @@ def test_sums_over_several_programs(tile, device, triton_backend, monkeypatch) -
     """Those of rows of kl and of log_q, and those of columns of a shared prior's gradients."""
     use_small_tiles(monkeypatch, *tile)
     for prior_shape, reduction in (((2, 26), "none"), ((2, 26), "batchmean"), ((26,), "none")):
-        check(EVERYTHING, tensors_of((2, 26), prior_shape), **noise(2, 2, 26), reduction=reduction)
+        check_on(device, EVERYTHING, tensors_of((2, 26), prior_shape), **noise(2, 2, 26), reduction=reduction)
 
 
 @pytest.mark.parametrize("most", [32, 64, 10**9])
@@ -84,8 +89,8 @@ def test_sums_over_the_batch_in_several_blocks(most, device, triton_backend, mon
     for shapes in (((70, 20), (20,)), ((70, 20), (70, 20))):
         tensors = tensors_of(*shapes)
         options = {**noise(2, 70, 20), "reduction": "per_dimension", "free_bits": 0.5}
-        check(EVERYTHING, tensors, **options)
-    leaves = [t.requires_grad_() for t in tensors_of((70, 20), (20,))]
+        check_on(device, EVERYTHING, tensors, **options)
+    leaves = [t.to(device).requires_grad_() for t in tensors_of((70, 20), (20,))]
     kl = F.gaussian_kl(*leaves[:2], prior=tuple(leaves[2:]))
     first, second = (torch.autograd.grad(kl, leaves, retain_graph=True) for _ in range(2))
     assert all(map(same_bits, first, second))
@@ -94,7 +99,7 @@ def test_sums_over_the_batch_in_several_blocks(most, device, triton_backend, mon
 def test_a_prior_of_which_one_half_is_shared(device, triton_backend) -> None:
     mu, logvar, prior_mu, prior_logvar = tensors_of((5, 4, 3), (5, 4, 3))
     for priors in ((prior_mu, prior_logvar[0]), (prior_mu[:1], prior_logvar)):
-        check(EVERYTHING, (mu, logvar, *priors), **noise(2, 5, 4, 3))
+        check_on(device, EVERYTHING, (mu, logvar, *priors), **noise(2, 5, 4, 3))
 
 
 @pytest.mark.parametrize("prior_dtype", [torch.float32, torch.bfloat16])
@@ -103,7 +108,7 @@ def test_a_prior_of_another_dtype(dtype, prior_dtype, device, triton_backend) ->
     for prior_shape in ((5, 8), (8,)):
         tensors = tensors_of((5, 8), prior_shape)
         each = (*(t.to(dtype) for t in tensors[:2]), *(t.to(prior_dtype) for t in tensors[2:]))
-        check(EVERYTHING, each, **noise(2, 5, 8))
+        check_on(device, EVERYTHING, each, **noise(2, 5, 8))
 
 
 CHANNELS_LAST = {"memory_format": torch.channels_last}
@@ -122,12 +127,13 @@ def test_layouts_of_posterior_and_prior(layout, prior_layout, dim, device, trito
     """Also of one prior for all samples, and of halves beside a packed posterior."""
     shape = [3, 4, 2, 5]
     shape[dim] *= 2
-    moments, prior = torch.randn(2, *shape)
+    moments, prior = torch.randn(2, *shape, device=device)
     moments, prior = LAYOUTS[layout](moments), LAYOUTS[prior_layout](prior)
     eps = noise(3, 4, 2, 5) if dim == 1 else noise(*[n // 2 if d == dim else n for d, n in enumerate(shape)])
     for each in (prior, prior[:1], prior[0]):
-        check(PACKED, (moments, each), dim=dim, **eps)
-    check(
+        check_on(device, PACKED, (moments, each), dim=dim, **eps)
+    check_on(
+        device,
         replace(EVERYTHING, options={"log_prob": True, "reduction": "none"}),
         (*moments.chunk(2, dim), *prior.chunk(2, dim)),
         **eps,
@@ -138,7 +144,7 @@ def test_layouts_of_posterior_and_prior(layout, prior_layout, dim, device, trito
 @pytest.mark.parametrize("log_prob", [True, "detached"])
 def test_empty(shape, log_prob, device) -> None:
     """A shared prior has a gradient also of nothing: 0."""
-    mu, logvar, prior_mu, prior_logvar = (t.requires_grad_() for t in tensors_of(shape, shape[1:]))
+    mu, logvar, prior_mu, prior_logvar = (t.to(device).requires_grad_() for t in tensors_of(shape, shape[1:]))
     with launching_nothing():
         z, kl, log_q = F.gaussian_sample_kl(mu, logvar, prior=(prior_mu, prior_logvar), samples=2, log_prob=log_prob)
         gradients = torch.autograd.grad(z.sum() + kl.sum() + log_q.sum(), (mu, logvar, prior_mu, prior_logvar))
@@ -162,7 +168,7 @@ def test_samples_are_those_of_a_larger_batch(shape, device, triton_backend) -> N
 
 
 def test_an_offset_in_the_batch_with_a_prior(device, triton_backend) -> None:
-    tensors, generator = torch.randn(3, 4, 6), torch.Generator(device)
+    tensors, generator = torch.randn(3, 4, 6, device=device), torch.Generator(device)
     plain = F.gaussian_sample_kl(*tensors[:2], generator=generator.manual_seed(1), batch_offset=5)
     other = F.gaussian_sample_kl(
         *tensors[:2], prior=(tensors[2], tensors[2]), generator=generator.manual_seed(1), batch_offset=5
@@ -172,7 +178,7 @@ def test_an_offset_in_the_batch_with_a_prior(device, triton_backend) -> None:
 
 def test_the_present_calls_and_the_general_ones_agree(device, triton_backend) -> None:
     """A clamp that holds nothing gives the same numbers, by the other kernels."""
-    mu, logvar, eps = torch.randn(3, 4, 6)
+    mu, logvar, eps = torch.randn(3, 4, 6, device=device)
     plain = F.gaussian_sample_kl(mu, logvar, eps=eps)
     general = F.gaussian_sample_kl(mu, logvar, eps=eps, scale_clamp=(-30, 20))
     assert same_bits(plain[0], general[0])
@@ -252,7 +258,8 @@ def test_the_registered_score_is_what_it_says(device, triton_backend) -> None:
 
     mu, logvar = torch.randn(2, 3, 5, device=device)
     posterior = General(True, False, 1, "none", 0.0, "logvar", 0.0, -math.inf, math.inf, "logvar", 2, True)
-    arguments = mu, logvar, mu.stride(), torch.randn(2, 3), torch.randn(2, 3, 5), None, None, 0, 0, 0
+    gradients, eps = torch.randn(2, 3, device=device), torch.randn(2, 3, 5, device=device)
+    arguments = mu, logvar, mu.stride(), gradients, eps, None, None, 0, 0, 0
     operation = torch.ops.fastvae.general_score.default
     torch.library.opcheck(operation, (*posterior, *arguments), test_utils=("test_schema", "test_faketensor"))
 
