@@ -389,7 +389,8 @@ def _of_posterior() -> list[Operation]:
             forward="mu + logvar -> z + z + z",
             backward="logvar + z_grad + z_grad + z_grad -> mu_grad + logvar_grad",
             kernels=general,
-            roundings={"z": 6, "log_q": 4, "mu_grad": 7, "logvar_grad": 16},  # one for each sample more, and its factor
+            # Two for each sample: its factor, and the sum.
+            roundings={**sample.roundings, "log_q": 4, "mu_grad": 9, "logvar_grad": 16},
             options={"samples": 3, "log_prob": True},
             computes="three draws of each posterior, and their log-densities",
             measured=False,
