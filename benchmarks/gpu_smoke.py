@@ -78,7 +78,7 @@ def compare(operation: Operation, spec: Spec, **options: Any) -> str:
     """Results and gradients of the fused operation against those of the reference in float64."""
     tensors = operation.inputs(spec)
     if operation.draws_noise:
-        options["eps"] = torch.randn(spec.shape, device=spec.device)
+        options["eps"] = torch.randn(operation.shape_of_z(spec.shape), device=spec.device)
     generator = torch.Generator(spec.device).manual_seed(7)
     upstream: list[Tensor] = []
 

@@ -30,6 +30,8 @@ from torch.distributions import Distribution, Independent, Normal, constraints, 
 
 import fastvae.functional as F
 from fastvae.functional.checks import check_halves, check_packed
+from fastvae.functional.posterior import general
+from fastvae.reference.gaussian import kl_terms, log_variance, squared_distance
 from fastvae.reference.precision import in_float32
 
 
@@ -142,7 +144,7 @@ class DiagonalGaussian(Distribution):
     ) -> Tensor:
         """z = mu + exp(logvar / 2) * eps, of shape sample_shape + batch_shape + event_shape.
 
-        One launch; with a sample_shape, or after `expand`, mu and logvar are first copied to z's shape.
+        One launch, with a sample_shape and after `expand` too: mu and logvar are read once, where they lie.
 
         Args:
             eps: the noise, of z's shape; drawn if None.
@@ -157,11 +159,12 @@ class DiagonalGaussian(Distribution):
             return F.gaussian_sample(mu, logvar, eps=eps, generator=generator)
         if eps is not None and eps.shape != shape:
             raise ValueError(f"eps must have the shape of z, {list(shape)}, got {list(eps.shape)}")
-        # The operations know one dimension of the batch.
-        rows = [math.prod(shape[: len(shape) - len(self._event_shape)]), *self._event_shape]
-        mu, logvar = mu.expand(shape).reshape(rows), logvar.expand(shape).reshape(rows)
-        eps = None if eps is None else eps.reshape(rows)
-        return F.gaussian_sample(mu, logvar, eps=eps, generator=generator).view(shape)
+        # How often each row of mu is drawn from.
+        samples = math.prod(shape[: len(shape) - len(self._event_shape)]) // max(1, mu.shape[0])
+        if samples == 0 or mu.shape[0] == 0:
+            return mu.expand(shape) + logvar.expand(shape)  # nothing, with their gradient
+        eps = None if eps is None else eps.reshape(samples, *mu.shape)
+        return F.gaussian_sample(mu, logvar, eps=eps, generator=generator, samples=samples).reshape(shape)
 
     def sample(self, sample_shape: Sequence[int] = torch.Size(), *, generator: torch.Generator | None = None) -> Tensor:
         """`rsample` without a gradient."""
@@ -192,10 +195,12 @@ class DiagonalGaussian(Distribution):
         """KL(self || other) in nats, summed over the event, of shape batch_shape; of N(0, I) without ``other``.
 
         KL(self || N(0, I)) = sum (mu^2 + exp(logvar) - 1 - logvar) / 2, one launch. With ``other`` it is
-        `torch.distributions.kl_divergence`, for a DiagonalGaussian or an Independent Normal of the same event_shape,
-        in plain PyTorch:
+        `torch.distributions.kl_divergence`, for a DiagonalGaussian or an Independent Normal of the same event_shape:
 
             sum ((mu - mu')^2 / exp(logvar') + exp(logvar - logvar') - 1 - (logvar - logvar')) / 2
+
+        One launch where ``other`` has one distribution for each of these, or one for all of them; plain PyTorch where
+        the two have to be broadcast in another way.
 
         Raises:
             ValueError: another event_shape.
@@ -215,7 +220,7 @@ class DiagonalGaussian(Distribution):
         if self._validate_args:
             self._validate_sample(value)
         mu, logvar = map(in_float32, self._halves())
-        terms = _squared_distance(in_float32(value), mu, logvar) + logvar + math.log(2 * math.pi)
+        terms = squared_distance(in_float32(value), mu, logvar) + logvar + math.log(2 * math.pi)
         log_prob = -0.5 * self._sum_event(terms)
         return _broadcast(log_prob, torch.broadcast_shapes(log_prob.shape, self._batch_shape))
 
@@ -239,36 +244,26 @@ def _broadcast(values: Tensor, shape: torch.Size) -> Tensor:
     return values if values.shape == shape else values.expand(shape).contiguous()
 
 
-def _squared_distance(value: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-    """(value - mu)^2 / exp(logvar), infinite only where that is beyond the dtype's largest number.
-
-    1 / std is applied as two factors that stay finite: where it overflows, a difference of 0 would make NaN. Before the
-    exponential, because after it the gradient would be 0 times infinity.
-    """
-    largest = math.floor(math.log(torch.finfo(logvar.dtype).max))
-    root = torch.exp((-0.25 * logvar).clamp(max=largest))
-    return ((value - mu) * root * root).square()
-
-
 @register_kl(DiagonalGaussian, DiagonalGaussian)
 def _kl_between(p: DiagonalGaussian, q: DiagonalGaussian) -> Tensor:
-    return _kl_of_halves(p, p._halves(), q, q._halves())
+    return _kl_of_halves(p, p._halves(), "logvar", q, q._halves(), "logvar")
 
 
 @register_kl(DiagonalGaussian, Independent)
 def _kl_to_independent(p: DiagonalGaussian, q: Independent[Normal]) -> Tensor:
-    return _kl_of_halves(p, p._halves(), q, _halves_of_normal(q))
+    return _kl_of_halves(p, p._halves(), "logvar", q, _halves_of_normal(q), "std")
 
 
 @register_kl(Independent, DiagonalGaussian)
 def _kl_from_independent(p: Independent[Normal], q: DiagonalGaussian) -> Tensor:
-    return _kl_of_halves(p, _halves_of_normal(p), q, q._halves())
+    return _kl_of_halves(p, _halves_of_normal(p), "std", q, q._halves(), "logvar")
 
 
 @register_kl(DiagonalGaussian, Normal)
 def _kl_to_normal(p: DiagonalGaussian, q: Normal) -> Tensor:
     # Code around Normal sums each element's divergence itself, code around Independent does not: neither reading of
-    # this pair is safe, because the other differs by the size of the event or of the batch and fails nowhere.
+    # this pair is safe, because the other differs by the size of the event or of the batch and fails nowhere. torch
+    # itself has no divergence between an Independent Normal and a Normal either.
     raise NotImplementedError(
         "KL(DiagonalGaussian || Normal): a Normal has no event, so it is open whether the divergences of its elements "
         "are summed; use q.kl() for N(0, I), or Independent(Normal(...), k) with k dimensions"
@@ -282,19 +277,29 @@ def _halves_of_normal(distribution: Independent[Normal]) -> tuple[Tensor, Tensor
             f"a DiagonalGaussian has a divergence to and from an Independent Normal, got Independent "
             f"{type(normal).__name__}"
         )
-    return normal.loc, 2 * in_float32(normal.scale).log()
+    return in_float32(normal.loc), in_float32(normal.scale)
 
 
 def _kl_of_halves(
-    p: Distribution, p_halves: tuple[Tensor, Tensor], q: Distribution, q_halves: tuple[Tensor, Tensor]
+    p: Distribution,
+    p_halves: tuple[Tensor, Tensor],
+    p_scale: str,
+    q: Distribution,
+    q_halves: tuple[Tensor, Tensor],
+    q_scale: str,
 ) -> Tensor:
+    """The scales say what each second half is."""
     if p.event_shape != q.event_shape:
         raise ValueError(
             f"both distributions must have one event_shape, got {list(p.event_shape)} and {list(q.event_shape)}"
         )
-    (p_mu, p_logvar), (q_mu, q_logvar) = map(in_float32, p_halves), map(in_float32, q_halves)
-    difference = p_logvar - q_logvar
-    # expm1 keeps what exp(difference) - 1 would lose for a small difference.
-    terms = _squared_distance(p_mu, q_mu, q_logvar) + (torch.expm1(difference) - difference)
-    kl = 0.5 * terms.sum(tuple(range(-len(p.event_shape), 0)))
+    (p_mu, p_second), (q_mu, q_second) = p_halves, q_halves
+    event, batch = len(p.event_shape), p_mu.shape[: p_mu.ndim - len(p.event_shape)]
+    of_each_or_of_all = len(batch) == 1 and q_mu.shape[: q_mu.ndim - event] in (batch, (1,), ())
+    if of_each_or_of_all and p_mu.dtype is p_second.dtype:
+        kl: Tensor = general(p_mu, p_second, False, True, prior=q_halves, scale=p_scale, prior_scale=q_scale)
+    else:
+        p_logvar, q_logvar = log_variance(p_second, p_scale), log_variance(q_second, q_scale)
+        terms = kl_terms(in_float32(p_mu), p_logvar, in_float32(q_mu), q_logvar)
+        kl = terms.sum(tuple(range(-event, 0)))
     return _broadcast(kl, torch.broadcast_shapes(kl.shape, p.batch_shape, q.batch_shape))

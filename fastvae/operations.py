@@ -137,7 +137,7 @@ class Operation:
                 drawn = {name: values.flatten()[:count].view(spec.shape) for name, values in drawn.items()}
         tensors = []
         for name in self.arguments:
-            if name == "moments":
+            if name in ("moments", "prior"):
                 halves = [_draw(half, spec.shape, generator) for half in ("mu", "logvar")]
                 tensor = spec.layout(torch.cat(halves, 1).to(spec.device, spec.dtype))
             elif name == "kl":
@@ -166,6 +166,11 @@ class Operation:
             return (-(-prod(shape) // self.likelihood.draw((1,))[0].numel()),)  # whose numbers fill those rows
         grouped = self.likelihood is not None and self.likelihood.grouped
         return (shape[0], *shape[2:]) if grouped and len(shape) == 4 else shape
+
+    def shape_of_z(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """And so of the noise, given the shape of a `Spec`."""
+        samples = self.options.get("samples")
+        return shape if samples is None else (samples, *shape)
 
     @property
     def target_kind(self) -> str | None:
@@ -224,7 +229,7 @@ def _one_of_each(kind: str, values: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     normal = torch.randn(shape, generator=generator)
-    return 0.7 * normal - 0.5 if name == "logvar" else normal
+    return 0.7 * normal - 0.5 if name.endswith("logvar") else normal
 
 
 def flattened(result: Any) -> tuple[Tensor, ...]:
@@ -322,6 +327,25 @@ def _of_posterior() -> list[Operation]:
         gradients=packed,
         computes="z and its divergence, from [mu \\| logvar] along any dimension, without a copy",
     )
+    general = {
+        "forward": ("general_posterior.general_forward_kernel",),
+        "backward": ("general_posterior.general_backward_kernel",),
+    }
+    prior_halves = ("prior_mu", "prior_logvar")
+    of_prior = {"kl": 26, "mu_grad": 26, "logvar_grad": 13, "prior_mu_grad": 26, "prior_logvar_grad": 28}
+    to_prior = replace(
+        divergence,
+        name="gaussian_kl_prior",
+        arguments=(*halves, *prior_halves),
+        gradients=(*halves, *prior_halves),
+        forward="mu + logvar + prior_mu + prior_logvar ->",
+        backward="mu + logvar + prior_mu + prior_logvar -> mu_grad + logvar_grad + prior_mu_grad + prior_logvar_grad",
+        kernels=general,
+        roundings={**sample.roundings, **of_prior},
+        call=lambda function, mu, logvar, *prior, **options: function(mu, logvar, prior=prior, **options),
+        computes="KL(N(mu, exp(logvar)) ‖ N(prior_mu, exp(prior_logvar)))",
+        measured=False,
+    )
     return [
         sample,
         divergence,
@@ -334,6 +358,7 @@ def _of_posterior() -> list[Operation]:
             reductions=("batchmean", "per_dimension"),
             computes="the same; each dimension counts as at least `free_bits`",
         ),
+        to_prior,
         both,
         of_packed,
         replace(
@@ -354,6 +379,43 @@ def _of_posterior() -> list[Operation]:
             options={"reduction": "per_dimension", "free_bits": 0.5},
             reductions=("per_dimension", "batchmean"),
             computes="z, and the batch mean of each dimension's divergence, at least `free_bits`",
+            measured=False,
+        ),
+        replace(
+            of_packed,
+            name="gaussian_sample_kl_packed_prior",
+            arguments=("moments", "prior"),
+            gradients=("moments", "prior"),
+            forward="mu + logvar + prior_mu + prior_logvar -> z",
+            backward="mu + logvar + prior_mu + prior_logvar + z_grad "
+            "-> mu_grad + logvar_grad + prior_mu_grad + prior_logvar_grad",
+            kernels=general,
+            roundings=to_prior.roundings,
+            call=lambda function, moments, prior, **options: function(moments, prior=prior, **options),
+            computes="z and its divergence from a packed prior: a block of a hierarchical VAE",
+            measured=False,
+        ),
+        replace(
+            both,
+            name="gaussian_sample_kl_softplus",
+            kernels=general,
+            roundings={"z": 14, "kl": 26, "mu_grad": 4, "logvar_grad": 26},
+            options={"scale": "softplus", "scale_eps": 1e-4, "reduction": "batchmean"},
+            computes="z and its divergence, with std = log(1 + exp(logvar)) + `scale_eps`",
+            measured=False,
+        ),
+        replace(
+            sample,
+            name="gaussian_sample_samples",
+            outputs=("z", "log_q"),
+            roots=2,
+            forward="mu + logvar -> z + z + z",
+            backward="logvar + z_grad + z_grad + z_grad -> mu_grad + logvar_grad",
+            kernels=general,
+            # Two for each sample: its factor, and the sum.
+            roundings={**sample.roundings, "log_q": 4, "mu_grad": 9, "logvar_grad": 16},
+            options={"samples": 3, "log_prob": True},
+            computes="three samples of each posterior, and their log-densities",
             measured=False,
         ),
     ]
@@ -532,6 +594,7 @@ def _row(operation: Operation) -> list[str]:
         assert operation.likelihood is not None
         given.append(in_short(operation.likelihood))
     elif operation.name != operation.function:
+        given = _with_prior(given)
         given += [f"{name}={value!r}".replace("'", '"') for name, value in operation.options.items()]
     return [
         f"`{operation.function}({', '.join(given)})`",
@@ -539,3 +602,10 @@ def _row(operation: Operation) -> list[str]:
         both_directions(operation.launches.__getitem__),
         moved,
     ]
+
+
+def _with_prior(given: list[str]) -> list[str]:
+    """The arguments with the prior as it is given."""
+    moments = [name for name in given if not name.startswith("prior")]
+    halves = ", ".join(given[len(moments) :])
+    return [*moments, f"prior=({halves})" if "," in halves else f"prior={halves}"] if halves else moments

@@ -61,11 +61,12 @@ def dense_strides(tensor: Tensor) -> Strides:
     """The strides of a dense tensor with the batch outermost and the other dimensions in the order of `tensor`'s
     strides.
     """
-    return _dense_strides(tensor.shape, tensor.stride(), tensor.is_contiguous())
+    return dense_strides_of(tensor.shape, tensor.stride(), tensor.is_contiguous())
 
 
 @remembered
-def _dense_strides(shape: torch.Size, strides: Strides, contiguous: bool) -> Strides:
+def dense_strides_of(shape: torch.Size, strides: Strides, contiguous: bool = False) -> Strides:
+    """`dense_strides` of a tensor of this shape, in the order of these strides."""
     if contiguous:
         # Not stride(0), which says nothing where the batch is 1.
         return (prod(shape[1:]), *strides[1:]) if shape else ()
@@ -119,9 +120,7 @@ def in_order_of(tensor: Tensor, strides: Strides) -> Tensor:
 
     A saved tensor may have other strides after its hooks than before, and noise is computed in memory order.
     """
-    return (
-        tensor if has_strides(tensor, strides) else with_strides(tensor, _dense_strides(tensor.shape, strides, False))
-    )
+    return tensor if has_strides(tensor, strides) else with_strides(tensor, dense_strides_of(tensor.shape, strides))
 
 
 def gradient_strides(tensor: Tensor) -> Strides:

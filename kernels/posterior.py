@@ -69,7 +69,7 @@ def read_moments(mu: Tensor, logvar: Tensor | None, dim: int) -> Moments:
     mu = with_dense_rows(mu)
     dense = dense_strides(mu)
     if logvar is None:
-        layout = _packed_layout(mu.shape, mu.stride(), dense, dim)
+        layout = packed_layout(mu.shape, mu.stride(), dense, dim)
         return Moments(mu, second_half(mu, layout.shape, dim), layout)
     if not has_strides(logvar, mu.stride()) or logvar.is_neg():
         mu, logvar = with_strides(mu, dense), with_strides(logvar, dense)
@@ -88,7 +88,7 @@ def _layout(shape: torch.Size, strides: Strides, dense: Strides) -> Layout:
 
 
 @remembered
-def _packed_layout(shape: torch.Size, strides: Strides, dense: Strides, dim: int) -> Layout:
+def packed_layout(shape: torch.Size, strides: Strides, dense: Strides, dim: int) -> Layout:
     half = shape[dim] // 2
     # Splitting dim halves the distance along every dimension outside of it.
     split = tuple(stride // 2 if stride > strides[dim] else stride for stride in dense)

@@ -84,8 +84,12 @@ def of_posterior(operation: Operation, dtype: torch.dtype) -> Iterator[Given]:
         if (logvar is None) != ("moments" in operation.arguments):
             continue
         z = mu.clone() if logvar is not None else mu.narrow(dim, 0, mu.shape[dim] // 2).clone()
+        prior = mu.clone()
         tensors = {"mu": mu, "logvar": logvar, "moments": mu, "eps": z}
-        noises = (*DRAWN, {"eps": z}) if operation.draws_noise else ({},)
+        tensors |= {"prior": prior, "prior_mu": prior, "prior_logvar": prior}
+        eps = z.new_empty(operation.shape_of_z(z.shape))
+        drawn = DRAWN if "samples" not in operation.options else ({},)  # which has no batch_offset
+        noises = (*drawn, {"eps": eps}) if operation.draws_noise else ({},)
         for noise, reduction in product(noises, operation.reductions or (None,)):
             options = {} if reduction is None else {"reduction": reduction}
             if logvar is None:
@@ -175,7 +179,20 @@ def calls() -> Iterator[Callable[[], Any]]:
             if target_dtype.is_floating_point or takes_bytes(operation):
                 yield from operation_calls(operation, of_likelihood(operation, dtype, target_dtype))
     yield from batch_calls()
+    yield from density_calls()
     yield from pairwise_calls()
+
+
+def density_calls() -> Iterator[Callable[[], Any]]:
+    """The density of a sample as a function of the sample, whose gradient is a kernel of its own."""
+
+    def run(dtype: torch.dtype, shape: tuple[int, ...], samples: int | None) -> None:
+        mu, logvar = (torch.empty(shape, dtype=dtype, requires_grad=True) for _ in range(2))
+        z, log_q = F.gaussian_sample(mu, logvar, samples=samples, log_prob="detached")
+        torch.autograd.grad((z, log_q), (mu, logvar), (torch.ones_like(z), torch.ones_like(log_q)))
+
+    for case in product((torch.float32, torch.bfloat16), SHAPES, (None, 3)):
+        yield partial(run, *case)
 
 
 def pairwise_calls() -> Iterator[Callable[[], Any]]:

@@ -75,7 +75,7 @@ def noise(operation: Operation, spec: Spec) -> dict[str, Tensor]:
     if not operation.draws_noise:
         return {}
     generator = torch.Generator().manual_seed(spec.seed + 1)
-    return {"eps": torch.randn(spec.shape, generator=generator).to(spec.device)}
+    return {"eps": torch.randn(operation.shape_of_z(spec.shape), generator=generator).to(spec.device)}
 
 
 def upstream_of(name: str, output: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import fastvae.functional as F
 from bounds import assert_within
 from fastvae.likelihoods import Likelihood, checking
 from fastvae.operations import Operation
+from fastvae.reference import gaussian
 from fastvae.reference.precision import reduce_event
 
 
@@ -151,23 +152,72 @@ def _weight_of_terms(like: Tensor, reduction: str, upstream: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------ posterior
 
 
+class _Second(NamedTuple):
+    """What a second tensor says: the log-variance and its slope, the standard deviation's slope; and the scales of
+    their relative errors, where an exponential counts 1 + |argument| times.
+    """
+
+    logvar: Tensor
+    slope: Tensor
+    std: Tensor
+    std_slope: Tensor
+    error: Tensor | float  # absolute, of the log-variance: 0 where it is the tensor itself
+    size: Tensor | float  # relative, of the slopes
+
+
+def _second(a: Tensor, options: dict[str, Any]) -> _Second:
+    reading = {name: options[name] for name in ("scale", "scale_eps", "scale_clamp") if name in options}
+    a = a.detach().requires_grad_()
+    logvar, std = gaussian.log_variance(a, **reading), gaussian.standard_deviation(a, **reading)
+    slope, std_slope = (torch.autograd.grad(it.sum(), a, retain_graph=True)[0] for it in (logvar, std))
+    logvar, std, a = logvar.detach(), std.detach(), a.detach()
+    # Beyond 1e3 an exponential is 0 or infinite in every dtype, and 0 times an infinite condition would be NaN.
+    size, error = logvar.abs().clamp(max=1e3), 0.0
+    if reading and (reading.get("scale", "logvar") != "logvar" or reading.get("scale_eps")):
+        eps = reading.get("scale_eps", 0.0)
+        argument = a.abs().clamp(max=1e3) + (abs(math.log(eps)) if eps else 0.0)
+        error = size + argument * (1 + slope.abs()) + 1
+        size = size + argument
+    else:
+        argument = 0.0
+    return _Second(logvar, slope, std * (1 + (size + error) / 2), std_slope.abs() * (1 + size / 2), error, argument)
+
+
 def _of_posterior(
     operation: Operation, given: dict[str, Tensor], grads: dict[str, Tensor], options: dict[str, Any]
 ) -> dict[str, tuple[Tensor, float | Tensor]]:
     """The scale is the sum of the absolute terms of what is computed; an exponential counts 1 + |argument| times."""
     dim, k = options.get("dim", 1), operation.roundings
-    mu, x = given["moments"].chunk(2, dim) if "moments" in given else (given["mu"], given["logvar"])
+    mu, a = given["moments"].chunk(2, dim) if "moments" in given else (given["mu"], given["logvar"])
+    second = _second(a, options)
+    prior_mu, prior = torch.zeros_like(mu), None
+    if "prior" in given or "prior_mu" in given:
+        packed = given.get("prior", (given.get("prior_mu"), given.get("prior_logvar")))
+        prior_mu, prior_logvar = gaussian.prior_halves(packed, mu.ndim, dim)
+        prior_shapes = prior_mu.shape, prior_logvar.shape
+        prior = _second(prior_logvar, options)
+    several = options.get("samples") is not None
     eps = given.get("eps", options.get("eps", torch.zeros(mu.shape, dtype=torch.float64)))
-    # Beyond 1e3 an exponential is 0 or infinite in every dtype, and 0 times an infinite condition would be NaN.
-    size = x.abs().clamp(max=1e3)
-    std, exponential = torch.exp(x / 2) * (1 + size / 2), torch.exp(x) * (1 + size)
+
+    x, distance, root, narrowness = second.logvar, mu, 1.0, 1.0
+    error = second.error
+    if prior is not None:
+        x, error = second.logvar - prior.logvar, second.error + prior.error
+        narrowness = 1 + prior.logvar.abs().clamp(max=1e3) + prior.error
+        root = torch.exp((-prior.logvar / 4).clamp(max=700))
+        distance = (mu - prior_mu) * root * root
+    squared, by_distance = distance.square() * narrowness, (distance * root * root).abs() * narrowness
+    size = x.abs().clamp(max=1e3) + error
+    exponential = torch.exp(x) * (1 + size)
     # The kernels' series below 1/2 does not cancel; the differences beyond it do.
     series, small = torch.expm1(x) - x, x.abs() < 0.5
-    divergence = 0.5 * (mu.square() + torch.where(small, series, exponential + 1 + x.abs()))
-    slope = torch.where(small, x.abs() + series, exponential + 1)
+    # An error of x moves h(x) by its slope.
+    of_series = series + error * torch.expm1(x).abs() + 2.0**-20 * torch.as_tensor(error).square()
+    divergence = 0.5 * (squared + torch.where(small, of_series, exponential + 1 + x.abs() + error))
+    slope = torch.where(small, x.abs() + series + error, exponential + 1)
 
     reduction, free_bits = options.get("reduction", "batchmean"), options.get("free_bits", 0.0)
-    scales: dict[str, tuple[Tensor, float | Tensor]] = {"z": (mu.abs() + std * eps.abs(), k["z"])}
+    scales: dict[str, tuple[Tensor, float | Tensor]] = {"z": (mu.abs() + second.std * eps.abs(), k["z"])}
     if free_bits or reduction == "per_dimension":
         of_sum = 0 if reduction == "per_dimension" else levels(mu[:1].numel())
         means = divergence.mean(0)
@@ -175,22 +225,47 @@ def _of_posterior(
     else:
         summed = mu.numel() // (max(1, len(mu)) if reduction == "none" else 1)
         scales["kl"] = reduce_event(divergence, reduction), k["kl"] + levels(summed)
+    if "log_q" in k:
+        terms = 0.5 * (eps.square() + second.logvar.abs() + second.error + math.log(2 * math.pi))
+        scales["log_q"] = terms.flatten(1 - mu.ndim).sum(-1), k["log_q"] + levels(mu[:1].numel())
 
-    mu_scale, logvar_scale = torch.zeros_like(mu), torch.zeros_like(mu)
+    def of_samples(values: Tensor) -> Tensor:
+        return values.sum(0) if several else values
+
+    mu_scale, logvar_scale, std_scale = (torch.zeros_like(mu) for _ in range(3))
+    prior_mu_scale, prior_logvar_scale = torch.zeros_like(mu), torch.zeros_like(mu)
     if "z" in grads:
-        mu_scale += grads["z"].abs()
-        logvar_scale += 0.5 * grads["z"].abs() * std * eps.abs()
+        mu_scale += of_samples(grads["z"].abs())
+        std_scale += second.std_slope * of_samples((grads["z"] * eps).abs())
+    if "log_q" in grads:
+        upstream = of_samples(grads["log_q"].abs())
+        logvar_scale += 0.5 * upstream.view(-1, *[1] * (mu.ndim - 1))
     if "kl" in grads:
         upstream = grads["kl"].abs()
         if free_bits:
-            means = (0.5 * (mu.square() + torch.expm1(x) - x)).mean(0)
+            means = (0.5 * (distance.square() + torch.expm1(x) - x)).mean(0)
             upstream = torch.where(means <= free_bits, 0.0, upstream)
         weight = _weight_of_terms(mu, "per_dimension" if free_bits else reduction, upstream)
-        mu_scale += (weight * mu).abs()
+        mu_scale += (weight * by_distance).abs()
         logvar_scale += 0.5 * weight * slope
-    scales["mu_grad"], scales["logvar_grad"] = (mu_scale, k["mu_grad"]), (logvar_scale, k["logvar_grad"])
+        if prior is not None:
+            prior_mu_scale += (weight * by_distance).abs()
+            prior_logvar_scale += 0.5 * weight * (slope + squared) * prior.slope.abs() * (1 + prior.size)
+    second_scale = std_scale + logvar_scale * second.slope.abs() * (1 + second.size)
     roundings = [torch.full_like(mu, k[name]) for name in ("mu_grad", "logvar_grad")]
-    scales["moments_grad"] = torch.cat((mu_scale, logvar_scale), dim), torch.cat(roundings, dim)
+    scales["mu_grad"], scales["logvar_grad"] = (mu_scale, k["mu_grad"]), (second_scale, k["logvar_grad"])
+    scales["moments_grad"] = torch.cat((mu_scale, second_scale), dim), torch.cat(roundings, dim)
+    if prior is not None:
+        for name, scale, shape in zip(
+            ("prior_mu_grad", "prior_logvar_grad"), (prior_mu_scale, prior_logvar_scale), prior_shapes, strict=True
+        ):
+            # That of a prior of all samples is a sum.
+            summed = levels(len(mu)) if shape != mu.shape else 0
+            scales[name] = scale.sum_to_size(shape), torch.full(shape, float(k[name] + summed))
+        along = dim - (mu.ndim - prior_mu.ndim) if dim > 0 else dim
+        each = zip(scales["prior_mu_grad"], scales["prior_logvar_grad"], strict=True)
+        if prior_mu.shape == prior_logvar.shape:
+            scales["prior_grad"] = tuple(torch.cat(halves, along) for halves in each)
     return scales
 
 

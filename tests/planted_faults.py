@@ -48,6 +48,7 @@ COUNTS = "test_counts.py"
 GROUPED = "test_grouped_likelihoods.py"
 DISCREPANCY = "test_discrepancy.py"
 DECOMPOSITION = "test_total_correlation.py"
+GENERAL = "test_general_posterior.py"
 FAULTS = (
     # Likelihoods
     Fault(
@@ -297,6 +298,29 @@ FAULTS = (
     Fault(
         "sums are not brought to a new maximum", "kernels/total_correlation.py", "s * e + 1.0, s + e", "s + 1.0, s + e",
         "test_any_number_of_tiles", DECOMPOSITION,
+    Fault(
+        "the prior's variance is that of the posterior", "kernels/general.py",
+        "                difference = logvar - prior_logvar\n                terms",
+        "                difference = logvar - logvar\n                terms",
+        "test_values_and_gradients and gaussian_kl_prior and float32",
+    ),
+    Fault(
+        "a second sample has the noise of the first", "kernels/general.py",
+        "                    position += tl.cast(rows, tl.int64) * columns\n                    sums",
+        "                    sums",
+        "test_values_and_gradients and gaussian_sample_samples and float32",
+    ),
+    Fault(
+        "the gradient of a shared prior is that of one block", "kernels/general.py",
+        "                        second_total += tl.where(inside, gradient, 0.0)\n",
+        "                        second_total = tl.where(inside, gradient, 0.0)\n",
+        "test_sums_over_the_batch", GENERAL,
+    ),
+    Fault(
+        "a density that z does not see", "fastvae/autograd/general.py",
+        "        return None, z_grad, None, None, None, *_NO_GRADIENT\n",
+        "        return None, None, None, None, None, *_NO_GRADIENT\n",
+        "test_drawn_noise_gives", GENERAL,
     ),
     # What they share
     Fault(

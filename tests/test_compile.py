@@ -58,7 +58,8 @@ def of_list(operation):
 
 def arguments(operation, device, batch=6, scalar=0.3):
     shape = (batch, 4) if operation.likelihood is None else (batch, 1, 5, 5)
-    return operation.inputs(Spec(shape, device=device)), scalar, torch.randn(shape, device=device)
+    eps = torch.randn(operation.shape_of_z(shape), device=device)
+    return operation.inputs(Spec(shape, device=device)), scalar, eps
 
 
 def value_and_gradients(function, arguments):

@@ -14,7 +14,7 @@ from compiled_forms import covering
 from conftest import compiling
 from fastvae.operations import all_kernel_names
 
-KERNELS = {name.split(".")[1] for name in all_kernel_names()} | {"gather_batch_kernel"}
+KERNELS = {name.split(".")[1] for name in all_kernel_names()} | {"score_kernel", "gather_batch_kernel"}
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,8 @@ from layouts import memory, same_bits
 from oracle import check_results, in_float64, oracle
 
 DIFFERENTIABLE = [it for it in EVERY if it.backward]
-DRAWING = [it for it in EVERY if it.draws_noise]
+# Of mu = logvar = 0, z is the noise itself, if logvar is one.
+DRAWING = [it for it in EVERY if it.draws_noise and "scale" not in it.options]
 
 
 def leaves_of(operation: Operation, spec: Spec) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -416,8 +417,26 @@ def wrong_eps(name: str, first: str, tensor: Tensor) -> list[Wrong]:
     ]
 
 
+def wrong_prior(name: str, first: str, tensor: Tensor) -> list[Wrong]:
+    """Of two halves the first or the second, or both in one tensor."""
+    called = {"prior_mu": "prior[0]", "prior_logvar": "prior[1]"}.get(name, name)
+    shape, device = list(tensor.shape), tensor.device
+    expected = (
+        f"{called} must have shape {shape}, or {[1, *shape[1:]]} or {shape[1:]} for one prior of all samples, got"
+    )
+    dtypes = f"{called} must be float16, bfloat16, float32 or float64, got"
+    return [
+        *([] if called == name else [(None, TypeError, f"{called} must be a torch.Tensor, got NoneType")]),
+        (tensor.int(), TypeError, f"{dtypes} torch.int32"),
+        (tensor[:, 2:], ValueError, f"{expected} {[shape[0], shape[1] - 2, *shape[2:]]}"),
+        (tensor.to_sparse(), TypeError, f"{called} must be a dense tensor, got layout torch.sparse_coo"),
+        (tensor.to("meta"), ValueError, f"{called} must be on the device of {first}, {device}, got meta"),
+    ]
+
+
 WRONG: dict[str, Callable[[str, str, Tensor], list[Wrong]]] = {
     "logvar": wrong_logvar, "target": wrong_target, "kl": wrong_kl, "eps": wrong_eps,
+    "prior_mu": wrong_prior, "prior_logvar": wrong_prior, "prior": wrong_prior,
 }  # fmt: skip
 
 

@@ -182,6 +182,37 @@ def test_modules(training, device, triton_backend) -> None:
     assert repr(module(nn.GaussianSamplingKL)) == text
 
 
+def test_modules_with_settings(device, triton_backend) -> None:
+    """They hand them on, and are refused with those that are wrong when they are made."""
+    mu, logvar, prior_mu, prior_logvar = torch.randn(4, 3, 5, device=device)
+    scale = {"scale": "softplus", "scale_eps": 1e-3, "scale_clamp": (-2.0, 2.0)}
+    prior = prior_mu, prior_logvar
+    packed, packed_prior = torch.cat((mu, logvar), -1), torch.cat(prior, -1)
+
+    def seeded(function, *arguments, **options):
+        torch.manual_seed(4)
+        return function(*arguments, **options)
+
+    sampling = nn.GaussianSampling(samples=2, log_prob="detached", **scale)
+    wanted = seeded(F.gaussian_sample, mu, logvar, samples=2, log_prob="detached", **scale)
+    assert all(map(torch.equal, seeded(sampling, mu, logvar), wanted))
+    assert torch.equal(nn.GaussianKL(**scale)(mu, logvar, prior), F.gaussian_kl(mu, logvar, prior=prior, **scale))
+    module = nn.GaussianSamplingKL(dim=-1, samples=2, log_prob=True, **scale)
+    wanted = seeded(F.gaussian_sample_kl, mu, logvar, prior=prior, samples=2, log_prob=True, **scale)
+    for arguments, given in (((mu, logvar), prior), ((packed,), packed_prior), ((packed,), prior)):
+        assert all(map(torch.equal, seeded(module, *arguments, prior=given), wanted))
+    settings = "scale='softplus', scale_eps=0.001, scale_clamp=(-2.0, 2.0)"
+    assert repr(module).endswith(f"deterministic=False, samples=2, log_prob=True, {settings})")
+    for each in (packed_prior, packed_prior[0], prior):
+        z, kl = nn.GaussianSamplingKL(dim=-1, deterministic=True)(packed, prior=each)
+        expected = tuple(h[0] for h in prior) if each is not prior and each.ndim == 1 else prior
+        assert torch.equal(z, mu) and torch.equal(kl, F.gaussian_kl(mu, logvar, prior=expected, reduction="none"))
+    with pytest.raises(ValueError, match="deterministic must be False with samples or log_prob"):
+        nn.GaussianSampling(deterministic=True, samples=1)
+    with pytest.raises(ValueError, match="scale must be one of"):
+        nn.GaussianKL(scale="variance")
+
+
 def test_modules_with_free_bits(device, triton_backend) -> None:
     mu, logvar = torch.randn(2, 9, 4, device=device)
     expected = F.gaussian_kl(mu, logvar, free_bits=0.5)
@@ -253,7 +284,12 @@ DIM_ERRORS = {
     "dim too large": (lambda f, x: f(x, dim=2), ValueError, "dim must name .* 1 to 1, got 2"),
     "dim too small": (lambda f, x: f(x, dim=-3), ValueError, "dim must name .* 1 to 1, got -3"),
     "dim is no integer": (lambda f, x: f(x, dim=1.5), TypeError, "dim must be an integer, got float"),
-    "a second tensor": (lambda f, x: nn.GaussianSamplingKL()(x, x), TypeError, "one tensor, got two tensors"),
+    "three tensors": (
+        lambda f, x: nn.GaussianSamplingKL()(x, x, x),
+        TypeError,
+        "or mu and logvar, got Tensor, Tensor, T",
+    ),
+    "an offset as a tensor": (lambda f, x: nn.GaussianSamplingKL()(x, 3), TypeError, "mu and logvar, got Tensor, int"),
 }
 
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import fastvae.functional as F
 from fastvae import kernels
 from fastvae.kernels.elementwise import gradient_kernel
-from fastvae.operations import kernel_names, named, of_each_kind, operations
+from fastvae.operations import all_kernel_names, named, of_each_kind, operations
 from traffic import Traffic, documented_bytes, measure, metered, takes_bytes
 
 pytestmark = pytest.mark.skipif(not kernels.INTERPRETED, reason="bytes are counted on Triton's interpreter")
@@ -32,6 +32,10 @@ CONDITIONS = {
     "without kl_grad": lambda names: "kl_grad" not in names,
     "with both gradients": lambda names: "target_grad" in names,
     "with gradients": lambda names: any(name.endswith("_grad") for name in names),
+    "with a prior": lambda names: "prior_mu" in names,
+    "with a prior and without z_grad": lambda names: "prior_mu" in names and "z_grad" not in names,
+    "of three samples": lambda names: names.count("z") == 3,
+    "of three samples and without kl_grad": lambda names: names.count("z_grad") > 3,  # and as the upstream gradient
 }
 
 
@@ -45,7 +49,7 @@ def kernels_of(operation, direction):
 def conditions(operation, direction, target_dtype, docstring):
     read, written = operation.tensors_moved(direction)
     upstream = [f"{name}_grad" for name in operation.outputs] if direction == "backward" else []
-    applying = [words for words, apply in CONDITIONS.items() if apply({*read, *written, *upstream})]
+    applying = [words for words, apply in CONDITIONS.items() if apply([*read, *written, *upstream])]
     if target_dtype is torch.uint8:
         applying.append("with a uint8 target")
     return [words for words in applying if re.search(rf"\d {words}[,)]", docstring)]
@@ -101,11 +105,9 @@ def test_every_kernel_is_of_an_operation_in_the_list():
         for name in vars(importlib.import_module(f"fastvae.kernels.{module}"))
         if name.endswith("_kernel")
     }
-    listed = {name.split(".")[1] for name in kernel_names(OPERATIONS.values())}
-    # Those of pairs and of several samples: test_mixture.py, test_total_correlation.py, test_importance.py.
-    of_pairs = {"mixture_kernel", "mixture_rows_kernel", "mixture_components_kernel"}
-    of_pairs |= {f"total_correlation_{part}kernel" for part in ("", "rows_", "posteriors_")}
-    assert every == listed | of_pairs | {"bound_kernel", "bound_backward_kernel", "gather_batch_kernel"}
+    listed = {name.split(".")[1] for name in all_kernel_names()}
+    # score_kernel is of a density as a function of z: test_general_posterior.py.
+    assert every == listed | {"score_kernel", "gather_batch_kernel"}
 
 
 def test_only_active_lanes_are_counted(triton_backend):

@@ -123,8 +123,10 @@ def of_two(operation, **options):
     def function(a, b):
         given = {
             "moments": lambda: torch.cat((a, b), 1),
+            "prior": lambda: torch.cat((b, a), 1),
             "eps": lambda: EPS,
             "logvar": lambda: b,
+            "prior_mu": lambda: b,
             "target": lambda: b,
             "kl": lambda: b.sum(1),
         }
@@ -134,7 +136,9 @@ def of_two(operation, **options):
 
 
 LIST = [it for it in of_each_kind(operations()) if it.backward and (it.likelihood is None or "target" in it.gradients)]
-DETERMINISTIC = {it.name: of_two(it, **({"eps": EPS} if it.draws_noise else {})) for it in LIST}
+DETERMINISTIC = {
+    it.name: of_two(it, **({"eps": EPS.expand(it.shape_of_z(EPS.shape))} if it.draws_noise else {})) for it in LIST
+}
 OPERATIONS = {**DETERMINISTIC, "gaussian_sample drawn": of_two(named(LIST)["gaussian_sample"])}
 
 

@@ -19,7 +19,9 @@ from fastvae.functional.checks import (
     check_integer,
     check_noise,
     check_number,
+    takes_triton,
 )
+from fastvae.reference.gaussian import General
 
 if TYPE_CHECKING:
     Scale = Literal["logvar", "log_std", "std", "softplus"]
@@ -147,9 +149,11 @@ def general(
     scale: str = "logvar",
     scale_eps: float = 0.0,
     scale_clamp: tuple[float, float] | None = None,
+    prior_scale: str | None = None,
 ) -> Any:
     """What is asked for beyond samples and divergences from N(0, I) of one posterior read as logvar. With second None,
-    mu holds both, and `half` is the shape of each.
+    mu holds both, and `half` is the shape of each. prior_scale: how the prior's second tensor is read, if not as the
+    posterior's.
     """
     name, half = ("mu", mu.shape) if half is None else ("moments", half)
     samples = check_samples(samples, batch_offset)
@@ -157,7 +161,28 @@ def general(
     free_bits = check_divergence(reduction, free_bits)
     scale, scale_eps, scale_clamp = check_scale(scale, scale_eps, scale_clamp)
     check_log_prob(log_prob)
-    priors = (None, None) if prior is None else check_prior(prior, half, name, mu, dim)
+    priors: tuple[Tensor | None, Tensor | None] = (None, None)
+    if prior is not None:
+        priors = check_prior(prior, half, name, mu, dim)
+    if takes_triton(mu, eps, *priors):
+        from fastvae.autograd import general as fused
+
+        low, high = scale_clamp or (-math.inf, math.inf)
+        posterior = General(
+            draws,
+            diverges,
+            dim,
+            reduction,
+            free_bits,
+            scale,
+            scale_eps,
+            low,
+            high,
+            prior_scale or scale,
+            samples or 0,
+            bool(log_prob),
+        )
+        return fused.general(posterior, mu, second, *priors, eps, generator, batch_offset, log_prob == "detached")
     reading: dict[str, Any] = {"scale": scale, "scale_eps": scale_eps, "scale_clamp": scale_clamp}
     noise: dict[str, Any] = {"eps": eps, "generator": generator, "batch_offset": batch_offset, "samples": samples}
     prior_mu, prior_second = priors
@@ -169,5 +194,5 @@ def general(
     if not diverges:
         return reference.gaussian.gaussian_sample(first, other, **noise, log_prob=log_prob, **reading)
     if not draws:
-        return reference.gaussian.gaussian_kl(first, other, **divergence, **reading)
+        return reference.gaussian.gaussian_kl(first, other, prior_scale=prior_scale, **divergence, **reading)
     return reference.gaussian.gaussian_sample_kl(first, other, **noise, log_prob=log_prob, **divergence, **reading)

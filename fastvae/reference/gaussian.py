@@ -161,8 +161,13 @@ def gaussian_sample(
         # What is added is 0, with the gradient of (z - mu) / std in z.
         eps = in_float32(eps) + (in_float32(z) - in_float32(z).detach()) / std.detach()
         logvar = logvar.detach()
-    terms = in_float32(eps).square() + log_variance(logvar, **scale) + math.log(2 * math.pi)
-    return z, -0.5 * terms.flatten(1 - mu.ndim).sum(-1)
+    return z, log_densities(in_float32(eps), log_variance(logvar, **scale))
+
+
+def log_densities(eps: Tensor, logvar: Tensor) -> Tensor:
+    """-sum_event (eps^2 + logvar + log 2 pi) / 2, of eps [B, ...] or [samples, B, ...] and logvar [B, ...]."""
+    terms = eps.square() + logvar + math.log(2 * math.pi)
+    return -0.5 * terms.flatten(1 - logvar.ndim).sum(-1)
 
 
 def gaussian_kl(
@@ -173,32 +178,45 @@ def gaussian_kl(
     dim: int = 1,
     reduction: str = "batchmean",
     free_bits: float = 0.0,
+    prior_scale: str | None = None,
     **scale: Any,
 ) -> Tensor:
     """KL(N(mu, exp(logvar)) || N(0, 1)) = (mu^2 + exp(logvar) - 1 - logvar) / 2 per element, in nats.
 
     To a prior (mu', logvar'), or packed along dim, it is (h(logvar - logvar') + (mu - mu')^2 / exp(logvar')) / 2 with
-    h(x) = exp(x) - 1 - x. scale: those of `log_variance`, by which both second tensors are read.
+    h(x) = exp(x) - 1 - x. scale: those of `log_variance`, by which both second tensors are read, unless the prior's has
+    a prior_scale of its own.
 
     "per_dimension": the batch mean of each dimension. With free_bits a dimension counts at least so much, and has no
     gradient there (Kingma et al., "Improved Variational Inference with Inverse Autoregressive Flow", 2016, appendix C).
     """
-    wide_mu, wide_logvar = in_float32(mu), log_variance(logvar, **scale)
-    if prior is None:
-        distance, difference = wide_mu.square(), wide_logvar
-    else:
+    wide_prior = None
+    if prior is not None:
         prior_mu, prior_second = prior_halves(prior, mu.ndim, dim)
-        prior_logvar = log_variance(prior_second, **scale)
-        distance = squared_distance(wide_mu, in_float32(prior_mu), prior_logvar)
-        difference = wide_logvar - prior_logvar
-    # expm1 keeps what exp(difference) - 1 would lose for a small difference.
-    terms = 0.5 * (distance + (torch.expm1(difference) - difference))
+        reading = scale if prior_scale is None else {**scale, "scale": prior_scale}
+        wide_prior = in_float32(prior_mu), log_variance(prior_second, **reading)
+    return divergence(in_float32(mu), log_variance(logvar, **scale), wide_prior, reduction, free_bits)
+
+
+def divergence(mu: Tensor, logvar: Tensor, prior: Halves | None, reduction: str, free_bits: float) -> Tensor:
+    """gaussian_kl of log-variances."""
+    terms = kl_terms(mu, logvar, *(prior or (None, None)))
     if reduction != "per_dimension" and not free_bits:
         return reduce_event(terms, reduction)
     dimensions = terms.mean(0)
     if free_bits:
         dimensions = torch.where(dimensions <= free_bits, free_bits, dimensions)
     return dimensions if reduction == "per_dimension" else dimensions.sum()
+
+
+def kl_terms(mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None) -> Tensor:
+    """The divergence of each element."""
+    if prior_mu is None or prior_logvar is None:
+        distance, difference = mu.square(), logvar
+    else:
+        distance, difference = squared_distance(mu, prior_mu, prior_logvar), logvar - prior_logvar
+    # expm1 keeps what exp(difference) - 1 would lose for a small difference.
+    return 0.5 * (distance + (torch.expm1(difference) - difference))
 
 
 def gaussian_sample_kl(
