@@ -32,7 +32,8 @@ DEVICE_TESTS = (
     "contract", "contract_autograd", "noise", "posterior", "elbo", "sigmoid_mse", "copies", "likelihoods", "counts",
     "grouped_likelihoods", "smaller", "launches", "layout", "steps", "training", "together", "batch_offset",
     "distributions", "compile", "latents", "likelihood", "continuous_likelihoods", "vae", "backend",
-    "parity_training", "transforms", "mixture", "importance", "training_data", "general_posterior",
+    "parity_training", "transforms", "mixture", "importance", "total_correlation", "discrepancy", "training_data",
+    "general_posterior",
 )  # fmt: skip
 COUNTED_ELEMENTS = 1 << 26  # 256 MiB per float32 tensor, several times the cache
 CASES = "(packed or value_and_grad) and not bfloat16 and not channels_last"  # six that tell launches and bandwidth

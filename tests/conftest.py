@@ -185,6 +185,15 @@ def device() -> torch.device:
 
 
 @pytest.fixture
+def on_the_device(device: torch.device) -> Iterator[None]:
+    """What a test draws lies on the GPU, if there is one."""
+    if device.type == "cuda":
+        torch.set_default_device(device)
+    yield
+    torch.set_default_device(None)
+
+
+@pytest.fixture
 def triton_backend() -> Iterator[type[Launches]]:
     """The fused path, on the GPU or on the interpreter; fails a test in which nothing was launched."""
     before = Launches.count

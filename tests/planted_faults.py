@@ -298,6 +298,7 @@ FAULTS = (
     Fault(
         "sums are not brought to a new maximum", "kernels/total_correlation.py", "s * e + 1.0, s + e", "s + 1.0, s + e",
         "test_any_number_of_tiles", DECOMPOSITION,
+    ),
     Fault(
         "the prior's variance is that of the posterior", "kernels/general.py",
         "                difference = logvar - prior_logvar\n                terms",

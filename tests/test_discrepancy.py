@@ -20,6 +20,8 @@ from pairs import pair_kernels
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from traffic import metered
 
+pytestmark = pytest.mark.usefixtures("on_the_device")
+
 SIDE = 16
 
 

@@ -14,6 +14,8 @@ from bounds import assert_within
 from fastvae.kernels import importance_weighted as kernels
 from pairs import levels
 
+pytestmark = pytest.mark.usefixtures("on_the_device")
+
 
 @pytest.fixture(params=["triton", "reference"])
 def backend(request):

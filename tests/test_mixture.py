@@ -22,6 +22,8 @@ from pairs import levels, pair_terms
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from traffic import metered
 
+pytestmark = pytest.mark.usefixtures("on_the_device")
+
 NAMES = ("z", "mu", "logvar", "log_weights")
 
 

@@ -24,17 +24,10 @@ from test_mixture import peak_memory
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from traffic import metered
 
+pytestmark = pytest.mark.usefixtures("on_the_device")
+
 NAMES = ("z", "mu", "logvar")
 WEIGHTINGS = ("minibatch", "stratified")
-
-
-@pytest.fixture(autouse=True)
-def on_the_device(device):
-    """What is drawn lies on the GPU, where there is one."""
-    if device.type == "cuda":
-        torch.set_default_device(device)
-    yield
-    torch.set_default_device(None)
 
 
 @pytest.fixture(params=["triton", "reference"])
