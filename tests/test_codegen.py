@@ -28,11 +28,10 @@ from pairwise import OBJECTIVES
 GROUPED = {it.name for it in operations() if it.numbers_of_an_element}
 # By the names of the table. How their accesses and parts lie follows from how the compiler spreads pairs over threads.
 OF_PAIRS = {
-    f"{name} {kernel.split('.')[1].removesuffix('_kernel')} {size} {dtype}"
+    f"{name} {kernel.split('.')[1].removesuffix('_kernel')} {size} float32"
     for name, kernels in PAIRWISE.items()
     for kernel in kernels
     for size in OBJECTIVES[name].table
-    for dtype in ("float32", "bfloat16")
 }
 
 
