@@ -59,6 +59,8 @@ def lying(shape: torch.Size, strides: Strides, axis: int | None) -> Lying | None
     """The strides of a tensor if all its dimensions except the batch and the axis are merged into one, or None if they
     cannot be merged. The stride of a dimension of size 1 is 0.
     """
+    if 0 in shape:
+        return Lying(0, 0, 0)  # nothing lies anywhere
     element, expected = 0, None
     for d in range(len(shape) - 1, 0, -1):
         if d == axis or shape[d] == 1:

@@ -567,9 +567,9 @@ def finds(fault: Fault, folder: Path) -> str | None:
     return None if status == pytest.ExitCode.TESTS_FAILED else f"exit status {status}:\n{output}"
 
 
-def main(*words: str) -> None:
+def main(*words: str, every: int = 1) -> None:
     torch.set_num_threads(1)
-    faults = [fault for fault in FAULTS if not words or any(word in fault.name for word in words)]
+    faults = [fault for fault in FAULTS if not words or any(word in fault.name for word in words)][::every]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for name in FOLDERS:
@@ -580,4 +580,7 @@ def main(*words: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if sys.argv[1:2] == ["--every"]:
+        main(every=int(sys.argv[2]))
+    else:
+        main(*sys.argv[1:])

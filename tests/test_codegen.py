@@ -49,8 +49,8 @@ def bulk_sizes() -> dict[str, list[int]]:
     return found
 
 
-# One target of each backend. All four take twice as long, five minutes of a core: `benchmarks/codegen.py --check`.
-COMPILED = ("sm_90", "gfx942")
+# All four targets take four times as long: `benchmarks/codegen.py --check`.
+COMPILED = ("sm_90",)
 
 
 @pytest.fixture(scope="module")
@@ -286,15 +286,3 @@ def test_the_width_of_accesses_on_amd():
         buffer_store_short v1, v2, s[4:7], 0 offen
     """
     assert list(disassembly.gcn_accesses(text)) == [("load", 128), ("store", 16)]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="it calls functions of torch 2.13")
-def test_the_compilers_kernels_are_compared_with_ours():
-    program = Path(codegen.__file__).with_name("compiler_code.py")
-    title, _, row = compiling("-W", "ignore", program, "Gaussian()").decode().splitlines()
-    assert title.count("|") == row.count("|") == 8
-    name, *instructions, compiler, own, at_once = row.strip("| ").split(" | ")
-    # The sum over programs is a launch of its own there.
-    assert (name, compiler, own, at_once) == ("`Gaussian()`", "3", "2", "1")
-    assert all(5 < int(count) < 500 for count in instructions)

@@ -182,6 +182,7 @@ def test_against_the_formulas_of_scvi(likelihood, triton_backend, device):
         assert ((fused[k].cpu().double() - exact_value).abs() <= likelihood.roundings[k] * UNIT * scale).all(), k
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("likelihood", BOTH, ids=str)
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_probabilities_sum_to_1(likelihood, backend, device):

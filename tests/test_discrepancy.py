@@ -399,12 +399,12 @@ def test_bytes_that_the_kernels_move(triton_backend):
     assert traffic.stored == 4 * 8 + 4 + tickets + 4
     with metered() as traffic:
         torch.autograd.grad(value, z)
-    # One tile and two others, in two parts, which are written, read, and written as one.
-    pairs_of_tiles = 2 * 4 * dims * (2 * rows + rows + prior_rows)
-    sums, tickets, upstream = 4 * rows * dims, 2 * 4, 2 * 4
+    # Two tiles of 16 and 4 rows, each with all three, in three parts, which are written, read, and written as one.
+    pairs_of_tiles = 2 * 4 * dims * (3 * rows + 2 * (rows + prior_rows))
+    sums, tickets, upstream = 4 * rows * dims, 6 * 4, 6 * 4
     assert traffic.launches == 1
-    assert traffic.loaded == pairs_of_tiles + 2 * sums + tickets + upstream
-    assert traffic.stored == 3 * sums + tickets + 4
+    assert traffic.loaded == pairs_of_tiles + 3 * sums + tickets + upstream
+    assert traffic.stored == 4 * sums + tickets + 4
 
 
 # --------------------------------------------------------------------------------------------------------------- errors

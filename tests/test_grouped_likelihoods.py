@@ -83,6 +83,7 @@ def test_the_formula_is_vdvaes() -> None:
     assert (gradient[..., 6:9] == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 13, 65])
 def test_mixture_layouts(size, triton_backend, device) -> None:
     """Of channels first, channels last in memory, and channels last in the shape; of 3 colours and of one."""
@@ -349,3 +350,9 @@ def test_both_dimensions_may_hold_a_mixture() -> None:
     with pytest.raises(ValueError, match="dim must be given"):
         MIXTURE.mean(mixture)
     assert DiscretizedLogisticMixture(3, dim=-1).mean(mixture).shape == (2, 9, 1)
+
+
+def test_events_without_elements_lie_in_any_order(device, triton_backend):
+    logits = torch.empty(1, 5, 0, 0, device=device).contiguous(memory_format=torch.channels_last)
+    assert F.negative_log_likelihood(logits, logits, Multinomial()) == 0
+    assert F.elbo_loss(logits, logits, torch.ones(1, device=device), likelihood=Multinomial()).loss == 1

@@ -66,6 +66,7 @@ def test_every_shape_that_broadcasts(shape, small, layout, device, triton_backen
     try_all(inputs(shape, small, LAYOUTS[layout], device))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "small"), [((130, 70), (70,)), ((40, 2, 3, 24), (2, 1, 1)), ((130, 70), ())], ids=str
 )

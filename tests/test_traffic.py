@@ -15,8 +15,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import fastvae.functional as F
+from contract import ONE_OF_EACH_SHAPE
 from fastvae import kernels
 from fastvae.kernels.elementwise import gradient_kernel
+from fastvae.likelihoods import SigmoidMSE
 from fastvae.operations import all_kernel_names, named, of_each_kind, operations
 from traffic import Traffic, documented_bytes, measure, metered, takes_bytes
 
@@ -64,11 +66,14 @@ def assert_moves(traffic, elements, reads, writes, launches=1, further=0.0):
 
 
 def cases():
+    """Those of a few likelihoods always, the others with --slow. A dtype changes sizes alone, so one has bfloat16."""
     for operation in OPERATIONS.values():
-        yield operation, torch.float32, None
-        yield operation, torch.bfloat16, None
+        marks = () if operation.likelihood in ONE_OF_EACH_SHAPE else pytest.mark.slow
+        yield pytest.param(operation, torch.float32, None, marks=marks)
+        if operation.likelihood in (None, SigmoidMSE()):
+            yield operation, torch.bfloat16, None
         if takes_bytes(operation):
-            yield operation, torch.float32, torch.uint8
+            yield pytest.param(operation, torch.float32, torch.uint8, marks=marks)
 
 
 @pytest.mark.parametrize(
