@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastvae
 import fastvae.functional as F
+from contract import ONE_OF_EACH_SHAPE
 from fastvae import nn
 from fastvae.autograd import registration
 from fastvae.operations import PAIRWISE, Spec, flattened, named, of_each_kind, operations
@@ -42,6 +43,11 @@ def inputs(device, batch=6):
 
 # Without those of long rows, which differ in the kernels that are launched.
 OPERATIONS = named(it for it in of_each_kind(operations()) if not it.long_rows)
+# Those of a likelihood of each shape always, the others with --slow.
+NAMES = [
+    pytest.param(name, marks=() if it.likelihood in ONE_OF_EACH_SHAPE else pytest.mark.slow)
+    for name, it in OPERATIONS.items()
+]
 
 
 def of_list(operation):
@@ -71,7 +77,7 @@ def value_and_gradients(function, arguments):
     return [*outputs, *gradients]
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_operation_compiles_whole_and_is_the_same(name, backend, device):
     function, given = of_list(OPERATIONS[name]), arguments(OPERATIONS[name], device)
     expected = value_and_gradients(function, given)
@@ -306,7 +312,7 @@ def registered_calls(operation, device):
     return registered.calls
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", NAMES)
 def test_opcheck(name, device, triton_backend):
     calls = registered_calls(OPERATIONS[name], device)
     assert len(calls) >= len(OPERATIONS[name].directions)

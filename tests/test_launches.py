@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import fastvae.functional as F
+from contract import ONE_OF_EACH_SHAPE
 from eager_cost import FREE
 from fastvae.operations import Spec, of_each_kind, operations
 
@@ -73,7 +74,14 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("operation", of_each_kind(operations()), ids=lambda operation: operation.name)
+@pytest.mark.parametrize(
+    "operation",
+    [
+        pytest.param(it, marks=() if it.likelihood in ONE_OF_EACH_SHAPE else pytest.mark.slow)
+        for it in of_each_kind(operations())
+    ],
+    ids=lambda operation: operation.name,
+)
 def test_launches_of_every_operation(operation, layout, device, triton_backend):
     def dense(tensor):
         return tensor.contiguous(memory_format=LAYOUTS[layout]) if tensor.ndim == 4 else tensor

@@ -61,6 +61,7 @@ EACH_LAYOUT = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "small", "layout"), EACH_LAYOUT, ids=str)
 def test_every_shape_that_broadcasts(shape, small, layout, device, triton_backend) -> None:
     try_all(inputs(shape, small, LAYOUTS[layout], device))
