@@ -81,8 +81,9 @@ IMAGE_DTYPES = (
 def of_posterior(operation: Operation, dtype: torch.dtype) -> Iterator[Given]:
     """The tensors, and the options of a call."""
     given = list(moments(dtype))
-    if dtype is not torch.float32 and "general_posterior" in operation.kernels["forward"][0]:
-        given = given[::3]  # it has many forms, of which those of float32 differ in all but loads and stores
+    if "general_posterior" in operation.kernels["forward"][0]:
+        # It has many forms. Those of a dtype differ in loads and stores only.
+        given = given[::2] if dtype is torch.float32 else given[::4]
     for mu, logvar, dim in given:
         if (logvar is None) != ("moments" in operation.arguments):
             continue
