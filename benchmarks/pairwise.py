@@ -51,7 +51,7 @@ OBJECTIVES = {
         [(3, 2, 1), (40, 3, 5), (3, 70, 5), (20000, 3, 5), (600, 600, 2)],
     ),
     "gaussian_mixture_log_prob_equal_weights": Objective(
-        lambda *tensors: F.gaussian_mixture_log_prob(*tensors),
+        F.gaussian_mixture_log_prob,
         lambda sizes, dtype: _mixture(sizes, dtype)[:3],
         {},
         [(3, 2, 1), (600, 600, 2)],

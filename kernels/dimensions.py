@@ -70,6 +70,22 @@ def dimensions_forward_kernel(
 
 
 @triton.jit
+def sum_blocks_in_order(partial_ptr, column, columns, blocks, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """The sums of some columns over partial sums [blocks, columns], added in an order that depends on `blocks` only."""
+    total = tl.zeros([BLOCK, COLUMNS], tl.float32)
+    start = 0
+    while start < blocks:
+        index = start + tl.arange(0, BLOCK)
+        inside = (index < blocks)[:, None] & (column < columns)[None, :]
+        # .cg as in `tiles.sum_in_order`
+        total += tl.load(
+            partial_ptr + index[:, None] * columns + column[None, :], mask=inside, other=0.0, cache_modifier=".cg"
+        )
+        start += BLOCK
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
 def finish(
     partial_ptr, kl_ptr, columns, blocks, kl_scale, free_bits, COLUMNS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -79,17 +95,8 @@ def finish(
     first = 0
     while first < columns:
         column = first + tl.arange(0, COLUMNS)
-        total = tl.zeros([BLOCK, COLUMNS], tl.float32)
-        start = 0
-        while start < blocks:
-            index = start + tl.arange(0, BLOCK)
-            inside = (index < blocks)[:, None] & (column < columns)[None, :]
-            # .cg as in `tiles.sum_in_order`
-            total += tl.load(
-                partial_ptr + index[:, None] * columns + column[None, :], mask=inside, other=0.0, cache_modifier=".cg"
-            )
-            start += BLOCK
-        kl = at_least(tl.sum(total, axis=0) * kl_scale, free_bits)
+        sums = sum_blocks_in_order(partial_ptr, column, columns, blocks, COLUMNS, BLOCK)
+        kl = at_least(sums * kl_scale, free_bits)
         tl.store(kl_ptr + column, kl, mask=column < columns)
         first += COLUMNS
 

@@ -5,7 +5,7 @@ these, `gaussian` and `dimensions` have the kernels.
 import triton
 import triton.language as tl
 
-from .dimensions import at_least, finish
+from .dimensions import at_least, finish, sum_blocks_in_order
 from .moments import moments_tile
 from .noise import noise_tile
 from .numerics import exp, exp_half, expm1, expm1_minus, log, reciprocal, to_float32
@@ -457,19 +457,9 @@ def finish_gradient(
     first = tl.zeros([], tl.int64)
     while first < columns:
         column = first + tl.arange(0, COLUMNS)
-        total = tl.zeros([BLOCK, COLUMNS], tl.float32)
-        start = 0
-        while start < blocks:
-            index = start + tl.arange(0, BLOCK)
-            inside = (index < blocks)[:, None] & (column < columns)[None, :]
-            # .cg as in `tiles.sum_in_order`
-            total += tl.load(
-                partial_ptr + index[:, None] * columns + column[None, :], mask=inside, other=0.0, cache_modifier=".cg"
-            )
-            start += BLOCK
+        sums = sum_blocks_in_order(partial_ptr, column, columns, blocks, COLUMNS, BLOCK)
         base, offsets = moments_tile(first, INNER, COLUMNS)
-        sums = tl.sum(total, axis=0).to(gradient_ptr.dtype.element_ty)
-        tl.store(gradient_ptr + base + offsets, sums, mask=column < columns)
+        tl.store(gradient_ptr + base + offsets, sums.to(gradient_ptr.dtype.element_ty), mask=column < columns)
         first += COLUMNS
 
 
