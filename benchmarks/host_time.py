@@ -22,6 +22,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
@@ -35,11 +36,15 @@ from fastvae.files import replacing
 from fastvae.operations import of_each_kind
 from stand_in import stand_in
 
+# fastvae's bytecode goes to the folder of the first argument, as pip writes it when it installs a package, because an
+# environment may write none (PYTHONDONTWRITEBYTECODE), and compilation takes longer than the import.
 IMPORTS = """
+import sys
 from time import perf_counter
 start = perf_counter()
 import torch
 middle = perf_counter()
+sys.dont_write_bytecode, sys.pycache_prefix = False, sys.argv[1]
 import fastvae.functional, fastvae.nn
 print(middle - start, perf_counter() - middle)
 """
@@ -49,12 +54,11 @@ IMPORT_ROUNDS = 3  # each starts a process; torch's CUDA build alone takes secon
 
 
 def import_milliseconds(rounds: int) -> dict[str, float]:
-    """How long torch took to import, and fastvae after it, in new processes."""
-    seconds = [
-        tuple(map(float, subprocess.check_output([sys.executable, "-c", IMPORTS], text=True).split()))
-        for _ in range(rounds)
-    ]
-    torch_seconds, fastvae_seconds = zip(*seconds, strict=True)
+    """How long torch took to import, and fastvae after it, in new processes. One more before them writes bytecode."""
+    with tempfile.TemporaryDirectory() as bytecode:
+        command = [sys.executable, "-c", IMPORTS, bytecode]
+        seconds = [tuple(map(float, subprocess.check_output(command, text=True).split())) for _ in range(rounds + 1)]
+    torch_seconds, fastvae_seconds = zip(*seconds[1:], strict=True)
     return {
         "torch": round(1e3 * statistics.median(torch_seconds), 1),
         "fastvae": round(1e3 * statistics.median(fastvae_seconds), 1),

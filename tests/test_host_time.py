@@ -48,7 +48,7 @@ def measurements(tmp_path_factory) -> Callable[[], Iterator[dict]]:
 
 @pytest.mark.slow
 def test_importing_fastvae_takes_under_50_ms_more_than_torch():
-    assert any(host_time.import_milliseconds(1)["fastvae_least"] < 50 for _ in range(10))
+    assert any(host_time.import_milliseconds(3)["fastvae_least"] < 50 for _ in range(3))
 
 
 @pytest.mark.slow
