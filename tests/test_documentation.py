@@ -45,14 +45,24 @@ PAGES = {
 }
 LANGUAGES = {"python", "bash", "text"}
 
-# What the README leaves to its reader: a batch of images, an encoder, a decoder, and the logits of its second block.
-README_SETUP = """
+# What a page leaves to its reader: images, an encoder, a decoder, and the logits of the README's second block.
+MODEL = """
 import torch
 x = torch.rand(8, 1, 28, 28)
 encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 32))
 decoder = torch.nn.Sequential(torch.nn.Linear(16, 784), torch.nn.Unflatten(1, (1, 28, 28)))
 logits = decoder(torch.randn(8, 16))
 """
+SETUP = {
+    "README.md": MODEL,
+    "docs/kernel-hub.md": MODEL
+    + f"""
+import subprocess, sys
+subprocess.run([sys.executable, {str(ROOT / "packaging" / "hub_kernel.py")!r}, "hub"], check=True, capture_output=True)
+""",
+}
+# The pages whose Python needs another package.
+OF_PACKAGES = {"docs/kernel-hub.md": "kernels"}
 
 
 class Block(NamedTuple):
@@ -128,8 +138,15 @@ def execute(page: Path, namespace: dict[str, object]) -> None:
             assert flat(printed.getvalue()) == flat(expected), f"{page.name}, line {block.line}"
 
 
-@pytest.mark.parametrize("name", [name for name, page in PAGES.items() if python_with_output(page)])
+def pages_with_python() -> list[object]:
+    names = [name for name, page in PAGES.items() if python_with_output(page)]
+    return [pytest.param(name, marks=pytest.mark.integrations) if name in OF_PACKAGES else name for name in names]
+
+
+@pytest.mark.parametrize("name", pages_with_python())
 def test_the_python_of_a_page_runs_and_prints_what_it_shows(name, monkeypatch, tmp_path):
+    if package := OF_PACKAGES.get(name):
+        pytest.importorskip(package, reason=f"needs {package}: pip install {package}")
     monkeypatch.chdir(tmp_path)  # where what a page writes goes
     # What torchrun would set for one process.
     for variable, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
@@ -139,8 +156,7 @@ def test_the_python_of_a_page_runs_and_prints_what_it_shows(name, monkeypatch, t
     monkeypatch.setattr(torch, "compile", partitioned)
     module = types.ModuleType("__page__")
     monkeypatch.setitem(sys.modules, "__page__", module)  # where dataclasses and keys of likelihoods look for it
-    if name == "README.md":
-        exec(README_SETUP, vars(module))
+    exec(SETUP.get(name, ""), vars(module))
     before = Launches.count
     execute(PAGES[name], vars(module))
     if name == "docs/likelihood-of-your-own.md":

@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvae.autograd.registration import apply, is_differentiated, is_traced, refuse_vmap, register
+from fastvae.autograd.registration import apply, is_differentiated, is_traced, operations, refuse_vmap, register
 from fastvae.kernels import mean_discrepancy as kernels
 from fastvae.reference.discrepancy import differentiable_gradients, rates_of
-
-_operations = torch.ops.fastvae
 
 _SETTINGS = "str kernel, float[] rates, bool unbiased"
 
@@ -37,7 +35,7 @@ class MaximumMeanDiscrepancy(torch.autograd.Function):
     @staticmethod
     def forward(z: Tensor, prior_z: Tensor, kernel: str, rates: tuple[float, ...], unbiased: bool) -> Tensor:
         if is_traced(z, prior_z):
-            return _operations.maximum_mean_discrepancy(z, prior_z, kernel, rates, unbiased)
+            return operations.maximum_mean_discrepancy(z, prior_z, kernel, rates, unbiased)
         return kernels.mean_discrepancy(z, prior_z, kernel, rates, unbiased)
 
     @staticmethod
@@ -57,7 +55,7 @@ class MaximumMeanDiscrepancy(torch.autograd.Function):
             found = differentiable_gradients((z, prior_z), needed, value_grad, *ctx.settings)
             return (*found, None, None, None)
         if is_traced(z, prior_z, value_grad):
-            gradients = _operations.maximum_mean_discrepancy_backward(z, prior_z, value_grad, *ctx.settings, needed)
+            gradients = operations.maximum_mean_discrepancy_backward(z, prior_z, value_grad, *ctx.settings, needed)
         else:
             gradients = kernels.mean_discrepancy_backward(z, prior_z, value_grad, *ctx.settings, needed)
         each = iter(gradients)

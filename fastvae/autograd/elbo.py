@@ -10,13 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvae.autograd.registration import apply, is_differentiated, is_traced, refuse_vmap, register
+from fastvae.autograd.registration import apply, is_differentiated, is_traced, operations, refuse_vmap, register
 from fastvae.kernels import elbo as kernels
 from fastvae.kernels.layout import empty_gradients
 from fastvae.likelihoods.likelihood import Likelihood, from_key
 from fastvae.reference.likelihood import differentiable_gradients
-
-_operations = torch.ops.fastvae
 
 Scalar = float | Tensor
 
@@ -72,7 +70,7 @@ class ELBOLoss(torch.autograd.Function):
         if not is_traced(kl, beta, reconstruction_weight, *tensors):
             return kernels.elbo_loss(likelihood, tensors, kl, beta, reconstruction_weight)
         scalars = as_tensors(tensors[0], beta, reconstruction_weight)
-        return _operations.elbo_loss(likelihood.key, tensors, kl, *scalars)
+        return operations.elbo_loss(likelihood.key, tensors, kl, *scalars)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -109,7 +107,7 @@ class ELBOLoss(torch.autograd.Function):
         elif needs_kl or any(needed):
             if is_traced(kl, *tensors, *weights, *value_grads):
                 scalars = as_tensors(tensors[0], beta, weight)
-                found = _operations.elbo_backward(
+                found = operations.elbo_backward(
                     ctx.likelihood.key, tensors, kl, *value_grads, *scalars, needed, needs_kl
                 )
             else:
@@ -155,7 +153,7 @@ def elbo_value_and_grad(
     if is_traced(kl, beta, reconstruction_weight, grad_scale, *tensors):
         with torch.no_grad():  # a launcher's results have no graph anyway
             weights = as_tensors(tensors[0], beta, reconstruction_weight, grad_scale)
-            results = _operations.elbo_value_and_grad(likelihood.key, tensors, kl, *weights)
+            results = operations.elbo_value_and_grad(likelihood.key, tensors, kl, *weights)
     else:
         results = kernels.elbo_value_and_grad(likelihood, tensors, kl, beta, reconstruction_weight, grad_scale)
     loss, reconstruction, mean_kl, kl_grad, *gradients = results

@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 
 from fastvae import random
-from fastvae.autograd.registration import apply, is_differentiated, is_traced, refuse_vmap, register
+from fastvae.autograd.registration import apply, is_differentiated, is_traced, operations, refuse_vmap, register
 from fastvae.kernels import posterior as kernels
 from fastvae.kernels.layout import empty_gradients, in_order_of
 from fastvae.reference.gaussian import Posterior
 from fastvae.reference.precision import in_float32
-
-_operations = torch.ops.fastvae
 
 # A registered operation takes the fields of a Posterior one by one.
 _POSTERIOR = "bool draws, bool diverges, int dim, str reduction, float free_bits"
@@ -75,7 +73,7 @@ def _differentiable_gradients(
             # mu = logvar = 0 makes z the noise itself. Through the registered operation, because the tensors may be
             # those of a torch.func transform, also of one that has ended.
             zero = wide_mu.new_empty_strided(layout.shape, layout.strides).zero_()
-            (eps,) = _operations.gaussian(*Posterior(True, False), zero, zero, None, *rng)
+            (eps,) = operations.gaussian(*Posterior(True, False), zero, zero, None, *rng)
         wide_grad = in_float32(z_grad)
         mu_grad = mu_grad + wide_grad
         logvar_grad = logvar_grad + 0.5 * wide_grad * torch.exp(0.5 * wide_logvar) * in_float32(eps)
@@ -112,7 +110,7 @@ class Gaussian(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         others = mu, logvar, eps, seed_tensor, offset_tensor, seed, offset, batch_offset
         if is_traced(mu, logvar, eps, seed_tensor, offset_tensor):
-            return tuple(_operations.gaussian(*posterior, *others))
+            return tuple(operations.gaussian(*posterior, *others))
         return tuple(kernels.gaussian(posterior, *others))
 
     @staticmethod
@@ -141,7 +139,7 @@ class Gaussian(torch.autograd.Function):
         else:
             others = mu, logvar, ctx.strides, needed, z_grad, kl_grad, kl, *noise
             if is_traced(*tensors):
-                found = _operations.gaussian_backward(*posterior, *others)
+                found = operations.gaussian_backward(*posterior, *others)
             else:
                 found = kernels.gaussian_backward(posterior, *others)
             mu_grad = found[0] if needed[0] else None

@@ -16,14 +16,12 @@ import torch
 from torch import Tensor
 
 from fastvae import random
-from fastvae.autograd.registration import apply, is_differentiated, is_traced, refuse_vmap, register
+from fastvae.autograd.registration import apply, is_differentiated, is_traced, operations, refuse_vmap, register
 from fastvae.kernels import general_posterior as kernels
 from fastvae.kernels.layout import empty_gradients, in_order_of
 from fastvae.kernels.posterior import read_moments
 from fastvae.reference.gaussian import General, divergence, log_densities, log_variance, standard_deviation
 from fastvae.reference.precision import in_float32
-
-_operations = torch.ops.fastvae
 
 # A registered operation takes the fields of a General one by one.
 _POSTERIOR = (
@@ -95,7 +93,7 @@ def _noise_of(posterior: General, mu: Tensor, second: Tensor | None, eps: Tensor
         diverges=False, reduction="none", free_bits=0.0, scale="logvar", scale_eps=0.0,
         low=-float("inf"), high=float("inf"), log_prob=False,
     )  # fmt: skip
-    (noise,) = _operations.general(*plain, zero, zero, None, None, None, *rng)
+    (noise,) = operations.general(*plain, zero, zero, None, None, None, *rng)
     return noise
 
 
@@ -178,7 +176,7 @@ class GeneralGaussian(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         others = mu, second, prior_mu, prior_second, eps, seed_tensor, offset_tensor, seed, offset, batch_offset
         if is_traced(mu, second, prior_mu, prior_second, eps, seed_tensor, offset_tensor):
-            return tuple(_operations.general(*posterior, *others))
+            return tuple(operations.general(*posterior, *others))
         return tuple(kernels.general(posterior, *others))
 
     @staticmethod
@@ -212,7 +210,7 @@ class GeneralGaussian(torch.autograd.Function):
             return None, *[grad if need else None for grad, need in zip(found, needed, strict=True)], *_NO_GRADIENT
         others = *tensors, ctx.strides, needed, *upstream, kl, eps, *rng
         if is_traced(*every):
-            found = _operations.general_backward(*posterior, *others)
+            found = operations.general_backward(*posterior, *others)
         else:
             found = kernels.general_backward(posterior, *others)
         each = iter(found)
@@ -263,7 +261,7 @@ class Score(torch.autograd.Function):
             score = -(log_q_grad.view(*log_q_grad.shape, *[1] * (std.ndim - 1)) * noise) / std
             z_grad = score.to(z.dtype)
         elif is_traced(z, mu, second, log_q_grad, eps, seed_tensor, offset_tensor):
-            z_grad = _operations.general_score(*posterior, mu, second, ctx.strides, log_q_grad, eps, *rng)
+            z_grad = operations.general_score(*posterior, mu, second, ctx.strides, log_q_grad, eps, *rng)
         else:
             z_grad = kernels.score(posterior, mu, second, ctx.strides, log_q_grad, eps, *rng)
         return None, z_grad, None, None, None, *_NO_GRADIENT

@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvae.autograd.registration import apply, is_differentiated, is_traced, refuse_vmap, register
+from fastvae.autograd.registration import apply, is_differentiated, is_traced, operations, refuse_vmap, register
 from fastvae.kernels import importance_weighted as kernels
 from fastvae.kernels.mixture_log_prob import allocate_gradients
 from fastvae.reference import importance as reference
-
-_operations = torch.ops.fastvae
 
 _TENSORS = "Tensor log_p_x_given_z, Tensor log_p_z, Tensor log_q_z"
 
@@ -38,7 +36,7 @@ class ImportanceWeightedBound(torch.autograd.Function):
     @staticmethod
     def forward(likelihood: Tensor, prior: Tensor, posterior: Tensor) -> Tensor:
         if is_traced(likelihood, prior, posterior):
-            return _operations.importance_weighted_bound(likelihood, prior, posterior)
+            return operations.importance_weighted_bound(likelihood, prior, posterior)
         return kernels.importance_weighted_bound(likelihood, prior, posterior)
 
     @staticmethod
@@ -57,7 +55,7 @@ class ImportanceWeightedBound(torch.autograd.Function):
             found = (gradient, gradient, -gradient)
             return tuple([g.to(x.dtype) if need else None for g, x, need in zip(found, tensors, needed, strict=True)])
         if is_traced(*tensors, value, value_grad):
-            gradients = _operations.importance_weighted_bound_backward(*tensors, value, value_grad, needed)
+            gradients = operations.importance_weighted_bound_backward(*tensors, value, value_grad, needed)
         else:
             gradients = kernels.importance_weighted_bound_backward(*tensors, value, value_grad, needed)
         each = iter(gradients)

@@ -11,14 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvae.autograd.registration import apply, is_differentiated, is_traced, refuse_vmap, register
+from fastvae.autograd.registration import apply, is_differentiated, is_traced, operations, refuse_vmap, register
 from fastvae.kernels import likelihood as kernels
 from fastvae.kernels.groups import terms_of_a_sample
 from fastvae.kernels.layout import empty_gradients
 from fastvae.likelihoods.likelihood import Likelihood, from_key
 from fastvae.reference.likelihood import differentiable_gradients
-
-_operations = torch.ops.fastvae
 
 
 def _fake_backward(
@@ -47,7 +45,7 @@ class NegativeLogLikelihood(torch.autograd.Function):
     def forward(likelihood: Likelihood, reduction: str, *tensors: Tensor) -> Tensor:
         if not is_traced(*tensors):
             return kernels.negative_log_likelihood(likelihood, tensors, reduction)
-        return _operations.negative_log_likelihood(likelihood.key, tensors, reduction)
+        return operations.negative_log_likelihood(likelihood.key, tensors, reduction)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -69,7 +67,7 @@ class NegativeLogLikelihood(torch.autograd.Function):
                 loss_grad = loss_grad.view(-1, *[1] * (first.ndim - 1))
             return None, None, *differentiable_gradients(ctx.likelihood, tensors, needed, scale * loss_grad)
         if is_traced(*tensors, loss_grad):
-            gradients = _operations.negative_log_likelihood_backward(
+            gradients = operations.negative_log_likelihood_backward(
                 ctx.likelihood.key, tensors, loss_grad, ctx.reduction, needed
             )
         else:

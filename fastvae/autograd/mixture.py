@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvae.autograd.registration import apply, is_differentiated, is_traced, refuse_vmap, register
+from fastvae.autograd.registration import apply, is_differentiated, is_traced, operations, refuse_vmap, register
 from fastvae.kernels import mixture_log_prob as kernels
 from fastvae.reference.mixture import differentiable_gradients
-
-_operations = torch.ops.fastvae
 
 _TENSORS = "Tensor z, Tensor mu, Tensor logvar, Tensor? log_weights"
 
@@ -37,7 +35,7 @@ class GaussianMixtureLogProb(torch.autograd.Function):
     @staticmethod
     def forward(z: Tensor, mu: Tensor, logvar: Tensor, log_weights: Tensor | None) -> Tensor:
         if is_traced(z, mu, logvar, log_weights):
-            return _operations.gaussian_mixture_log_prob(z, mu, logvar, log_weights)
+            return operations.gaussian_mixture_log_prob(z, mu, logvar, log_weights)
         return kernels.mixture_log_prob(z, mu, logvar, log_weights)
 
     @staticmethod
@@ -54,7 +52,7 @@ class GaussianMixtureLogProb(torch.autograd.Function):
         if is_differentiated(*tensors, value, value_grad):
             return tuple(differentiable_gradients(tensors, needed, value_grad))
         if is_traced(*tensors, value, value_grad):
-            gradients = _operations.gaussian_mixture_log_prob_backward(*tensors, value, value_grad, needed)
+            gradients = operations.gaussian_mixture_log_prob_backward(*tensors, value, value_grad, needed)
         else:
             gradients = kernels.mixture_log_prob_backward(*tensors, value, value_grad, needed)
         each = iter(gradients)

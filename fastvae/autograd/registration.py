@@ -1,4 +1,4 @@
-"""Registering the launchers as `torch.ops.fastvae` operations."""
+"""Registering the launchers as operations of PyTorch, `torch.ops.fastvae`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from fastvae.kernels.launch import fresh_tickets
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 
-_library = torch.library.Library("fastvae", "FRAGMENT")
+# The package's own name, so that two versions of fastvae in one process, each under a name of its own, are apart.
+_NAMESPACE = __name__.partition(".")[0]
+_library = torch.library.Library(_NAMESPACE, "FRAGMENT")
+
+operations = getattr(torch.ops, _NAMESPACE)
+"""The registered operations, as attributes."""
 
 
 def register(schema: str, launcher: Callable[..., Any], allocate: Callable[..., Any]) -> None:
@@ -31,14 +36,14 @@ def register(schema: str, launcher: Callable[..., Any], allocate: Callable[..., 
 
     def refuse(ctx: Any, *gradients: Any) -> Any:
         raise RuntimeError(
-            f"torch.ops.fastvae.{name} was differentiated without its autograd.Function: call the operation by "
+            f"torch.ops.{_NAMESPACE}.{name} was differentiated without its autograd.Function: call the operation by "
             'fastvae.functional. Inside a transform of your own, call it in fastvae.use_backend("reference").'
         )
 
     _library.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastvae::{name}", allocate, lib=_library)
+    torch.library.register_fake(f"{_NAMESPACE}::{name}", allocate, lib=_library)
     # Without a formula the gradient would silently be zero.
-    torch.library.register_autograd(f"fastvae::{name}", refuse, lib=_library)
+    torch.library.register_autograd(f"{_NAMESPACE}::{name}", refuse, lib=_library)
 
 
 # Of these a kernel can read the memory, or needs none.

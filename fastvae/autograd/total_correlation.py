@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvae.autograd.registration import apply, is_differentiated, is_traced, refuse_vmap, register
+from fastvae.autograd.registration import apply, is_differentiated, is_traced, operations, refuse_vmap, register
 from fastvae.kernels import decomposition as kernels
 from fastvae.reference.total_correlation import differentiable_gradients, log_weights
-
-_operations = torch.ops.fastvae
 
 _TENSORS, _SETTINGS = "Tensor z, Tensor mu, Tensor logvar", "SymInt dataset_size, str weighting"
 
@@ -64,7 +62,7 @@ class TotalCorrelation(torch.autograd.Function):
         z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int, weighting: str, reduced: bool
     ) -> tuple[Tensor, ...]:
         if is_traced(z, mu, logvar):
-            return _operations.total_correlation(z, mu, logvar, dataset_size, weighting, reduced)
+            return operations.total_correlation(z, mu, logvar, dataset_size, weighting, reduced)
         return _forward(z, mu, logvar, dataset_size, weighting, reduced)
 
     @staticmethod
@@ -91,7 +89,7 @@ class TotalCorrelation(torch.autograd.Function):
             return *differentiable_gradients(tensors, weights, needed, grads), None, None, None
         arguments = (*tensors, joint, marginals, value_grads, ctx.dataset_size, ctx.weighting, needed)
         if is_traced(*tensors, joint, marginals, *value_grads):
-            gradients = _operations.total_correlation_backward(*arguments)
+            gradients = operations.total_correlation_backward(*arguments)
         else:
             gradients = _backward(*arguments)
         each = iter(gradients)

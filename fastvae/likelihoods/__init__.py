@@ -64,5 +64,5 @@ if not TYPE_CHECKING:  # else a name that does not exist would have a type
     def __getattr__(name):
         if name not in _LATER:
             raise AttributeError(f"module 'fastvae.likelihoods' has no attribute {name!r}")
-        globals()[name] = getattr(importlib.import_module(f"fastvae.likelihoods.{_LATER[name]}"), name)
+        globals()[name] = getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
         return globals()[name]
