@@ -265,11 +265,16 @@ def commands() -> list[str]:
 OF_OTHERS = {"examples/accelerate_loop.py": "accelerate", "examples/lightning_loop.py": "lightning"}
 
 
-@pytest.mark.parametrize("line", commands())
+def package_of(line: str) -> str | None:
+    return next((package for program, package in OF_OTHERS.items() if program in line), None)
+
+
+@pytest.mark.parametrize(
+    "line", [pytest.param(it, marks=[pytest.mark.integrations] if package_of(it) else []) for it in commands()]
+)
 def test_a_command_names_files_and_arguments_that_exist(line, monkeypatch):
-    for program, package in OF_OTHERS.items():
-        if program in line:
-            pytest.importorskip(package, reason=f"needs {package}: pip install {package}")
+    if package := package_of(line):
+        pytest.importorskip(package, reason=f"needs {package}: pip install {package}")
     tokens = shlex.split(line)
     while "&&" in tokens:
         assert_accepted(tokens[: tokens.index("&&")], monkeypatch)

@@ -13,6 +13,7 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
+@pytest.mark.integrations
 @pytest.mark.parametrize("package", ["accelerate", "lightning"])
 def test_a_loop_of_another_library_trains(package, monkeypatch, tmp_path, capsys):
     pytest.importorskip(package, reason=f"needs {package}: pip install {package}")
