@@ -33,6 +33,15 @@ ONE_OF_EACH_SHAPE = (None, SigmoidMSE(), LearnedGaussian(), Multinomial())
 ALWAYS_OR_SLOW = (*ONE_OF_EACH_SHAPE, Bernoulli(), *OWN)
 
 
+# Their kernels are also those of a packed prior and of several samples.
+LIKE_ANOTHER = ("gaussian_kl_prior", "gaussian_sample_kl_softplus")
+
+
+def runs_always(operation: Operation) -> bool:
+    """Whether tests of what several operations share run for this one without --slow too."""
+    return operation.likelihood in ONE_OF_EACH_SHAPE and operation.name not in LIKE_ANOTHER
+
+
 def each(operations: Sequence[Operation] = EVERY, *, shared: bool = False, long_rows: bool = False) -> Any:
     """A test of each operation. With `shared` it is one of kernels, launchers and Functions, which are the same for
     all likelihoods: those of one likelihood of each shape run always, a few more, and those of smaller parameters
@@ -41,7 +50,7 @@ def each(operations: Sequence[Operation] = EVERY, *, shared: bool = False, long_
     """
 
     def is_slow(operation: Operation) -> bool:
-        return shared and (operation.likelihood not in ONE_OF_EACH_SHAPE or operation.long_rows)
+        return shared and (not runs_always(operation) or operation.long_rows)
 
     if shared:
         operations = [it for it in operations if it.smaller or it.likelihood in ALWAYS_OR_SLOW]

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastvae
 import fastvae.functional as F
-from contract import ONE_OF_EACH_SHAPE
+from contract import runs_always
 from fastvae import nn
 from fastvae.autograd import registration
 from fastvae.operations import PAIRWISE, Spec, flattened, named, of_each_kind, operations
@@ -44,10 +44,8 @@ def inputs(device, batch=6):
 # Without those of long rows, which differ in the kernels that are launched.
 OPERATIONS = named(it for it in of_each_kind(operations()) if not it.long_rows)
 # Those of a likelihood of each shape always, the others with --slow.
-NAMES = [
-    pytest.param(name, marks=() if it.likelihood in ONE_OF_EACH_SHAPE else pytest.mark.slow)
-    for name, it in OPERATIONS.items()
-]
+NAMES = [pytest.param(name, marks=() if runs_always(it) else pytest.mark.slow) for name, it in OPERATIONS.items()]
+COMPUTING = [it for it in NAMES if OPERATIONS[it.values[0]].computes]
 
 
 def of_list(operation):
@@ -209,7 +207,7 @@ def check_gradient(function, moments):
     torch.testing.assert_close(gradient, torch.cat((slope, 0.5 * slope * z), 1))
 
 
-@pytest.mark.parametrize("name", [it.name for it in OPERATIONS.values() if it.computes])
+@pytest.mark.parametrize("name", COMPUTING)
 def test_batch_size_and_scalars_recompile_once_each(name, backend, device):
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(of_list(OPERATIONS[name]), fullgraph=True, backend=counter)
