@@ -57,11 +57,11 @@ class Cost(TorchDispatchMode):
         if function.overloadpacket.__name__ not in FREE:
             self.launches += 1
             tensors = {id(it): it for it in tree_leaves((args, kwargs, result)) if isinstance(it, Tensor)}
-            self.bytes += sum(_size(tensor) for tensor in tensors.values())
+            self.bytes += sum(size_in_memory(tensor) for tensor in tensors.values())
         return result
 
 
-def _size(tensor: Tensor) -> int:
+def size_in_memory(tensor: Tensor) -> int:
     """In memory: what is expanded counts once."""
     numbers = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
