@@ -329,7 +329,7 @@ def _of_posterior() -> list[Operation]:
     )
     general = {
         "forward": ("general_posterior.general_forward_kernel",),
-        "backward": ("general_posterior.general_backward_kernel",),
+        "backward": ("general_gradients.general_backward_kernel",),
     }
     prior_halves = ("prior_mu", "prior_logvar")
     of_prior = {"kl": 26, "mu_grad": 26, "logvar_grad": 13, "prior_mu_grad": 26, "prior_logvar_grad": 28}
