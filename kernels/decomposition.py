@@ -11,11 +11,8 @@ from .launch import Plan, launch, make_plan, ticket
 from .layout import remembered
 from .mixture_log_prob import allocate_gradients
 from .tiles import power_of_2
-from .total_correlation import (
-    total_correlation_kernel,
-    total_correlation_posteriors_kernel,
-    total_correlation_rows_kernel,
-)
+from .total_correlation import total_correlation_kernel
+from .total_correlation_gradients import total_correlation_posteriors_kernel, total_correlation_rows_kernel
 
 # Tiles [rows, posteriors, dimensions]: of values, and of the gradients of z and of the posteriors. A thread of 4 warps
 # has 8 elements of each. With 4, an element takes more instructions, because fewer share reductions and addresses, and

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,90 +11,16 @@ from torch import Tensor
 from .dimensions import dimensions_backward_kernel, dimensions_forward_kernel
 from .gaussian import gaussian_backward_kernel, gaussian_forward_kernel
 from .launch import Plan, launch, make_plan, ticket
-from .layout import (
-    Strides,
-    dense_strides,
-    has_strides,
-    in_format_of,
-    in_order_of,
-    remembered,
-    with_dense_rows,
-    with_strides,
-)
+from .layout import dense_strides, in_format_of, in_order_of, remembered, with_strides
+from .moments import Layout, Moments, read_moments, second_half
 from .noise import NO_RNG, noise_arguments, run_length, starts_on_quad
-from .tiles import Tiling, cut, empty_sum, power_of_2, reduction_scale, sum_blocks
+from .tiles import Tiling, empty_sum, power_of_2, reduction_scale, sum_blocks
 
 if TYPE_CHECKING:
     from fastvae.reference.gaussian import Posterior
 
 # What the last program adds up alone: 128 numbers per thread. Not measured on a GPU.
 _MOST_PARTIAL_SUMS = 16384
-
-
-class Layout(NamedTuple):
-    """The layout of mu and logvar: rows at distance row_stride, with `inner` elements of mu and of logvar in turn (0:
-    not interleaved).
-    """
-
-    shape: torch.Size  # of each of the two
-    strides: Strides  # of z: dense, in the order of mu
-    row_stride: int
-    inner: int
-    batch: int
-    event: int
-
-    def tiles(self, per_row: bool, itemsize: int) -> Tiling:
-        """Rows are needed if each has its own sum, or if there are gaps between them."""
-        without_gaps = self.row_stride == (2 * self.event if self.inner else self.event)
-        if self.batch == 1 or (without_gaps and not per_row):
-            return cut(1, self.batch * self.event, itemsize)
-        return cut(self.batch, self.event, itemsize)
-
-
-class Moments(NamedTuple):
-    """mu and logvar as the kernels take them. If both are packed in one tensor, `mu` is that tensor, which begins with
-    mu.
-    """
-
-    mu: Tensor
-    logvar: Tensor
-    layout: Layout
-
-
-def read_moments(mu: Tensor, logvar: Tensor | None, dim: int) -> Moments:
-    """Read the two forms of input: mu and logvar (dim is not used), or with logvar None both packed in `mu`, as halves
-    along `dim`.
-    """
-    mu = with_dense_rows(mu)
-    dense = dense_strides(mu)
-    if logvar is None:
-        layout = packed_layout(mu.shape, mu.stride(), dense, dim)
-        return Moments(mu, second_half(mu, layout.shape, dim), layout)
-    if not has_strides(logvar, mu.stride()) or logvar.is_neg():
-        mu, logvar = with_strides(mu, dense), with_strides(logvar, dense)
-    return Moments(mu, logvar, _layout(mu.shape, mu.stride(), dense))
-
-
-def second_half(packed: Tensor, shape: torch.Size, dim: int) -> Tensor:
-    """The second half of a tensor along dim, of the given shape. (It takes half the time of `Tensor.narrow`.)"""
-    strides = packed.stride()
-    return packed.as_strided(shape, strides, packed.storage_offset() + shape[dim] * strides[dim])
-
-
-@remembered
-def _layout(shape: torch.Size, strides: Strides, dense: Strides) -> Layout:
-    return Layout(shape, dense, strides[0], 0, shape[0], prod(shape[1:]))
-
-
-@remembered
-def packed_layout(shape: torch.Size, strides: Strides, dense: Strides, dim: int) -> Layout:
-    half = shape[dim] // 2
-    # Splitting dim halves the distance along every dimension outside of it.
-    split = tuple(stride // 2 if stride > strides[dim] else stride for stride in dense)
-    inner = half * strides[dim]
-    half_shape = torch.Size((*shape[:dim], half, *shape[dim + 1 :]))
-    # All of mu comes before all of logvar: not interleaved.
-    return Layout(half_shape, split, strides[0], 0 if inner == split[0] else inner, shape[0], prod(half_shape[1:]))
 
 
 def allocate(posterior: Posterior, moments: Moments) -> list[Tensor]:

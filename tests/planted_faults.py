@@ -287,7 +287,7 @@ FAULTS = (
         "test_values_and_gradients and stratified and triton", DECOMPOSITION,
     ),
     Fault(
-        "no gradient through the density of a row's own posterior", "kernels/total_correlation.py",
+        "no gradient through the density of a row's own posterior", "kernels/total_correlation_gradients.py",
         "of_own[:, None], 0.0)", "0.0, 0.0)", "test_the_parts_sum and triton", DECOMPOSITION,
     ),
     Fault(
@@ -300,19 +300,19 @@ FAULTS = (
         "test_any_number_of_tiles", DECOMPOSITION,
     ),
     Fault(
-        "the prior's variance is that of the posterior", "kernels/general.py",
+        "the prior's variance is that of the posterior", "kernels/general_forward.py",
         "                difference = logvar - prior_logvar\n                terms",
         "                difference = logvar - logvar\n                terms",
         "test_values_and_gradients and gaussian_kl_prior and float32",
     ),
     Fault(
-        "a second sample has the noise of the first", "kernels/general.py",
+        "a second sample has the noise of the first", "kernels/general_forward.py",
         "                    position += tl.cast(rows, tl.int64) * columns\n                    sums",
         "                    sums",
         "test_values_and_gradients and gaussian_sample_samples and float32",
     ),
     Fault(
-        "the gradient of a shared prior is that of one block", "kernels/general.py",
+        "the gradient of a shared prior is that of one block", "kernels/general_backward.py",
         "                        second_total += tl.where(inside, gradient, 0.0)\n",
         "                        second_total = tl.where(inside, gradient, 0.0)\n",
         "test_sums_over_the_batch", GENERAL,
@@ -426,11 +426,11 @@ FAULTS = (
         "test_any_tile and gaussian_sample-",
     ),
     Fault(
-        "packed moments are taken to begin their memory", "kernels/posterior.py", "packed.storage_offset() + ", "",
+        "packed moments are taken to begin their memory", "kernels/moments.py", "packed.storage_offset() + ", "",
         "test_layouts and gaussian_sample_kl_packed- and sliced_batch",
     ),
     Fault(
-        "the order of packed moments is that of the whole", "kernels/posterior.py",
+        "the order of packed moments is that of the whole", "kernels/moments.py",
         "stride // 2 if stride > strides[dim] else stride", "stride",
         "test_layouts and gaussian_sample_kl_packed- and channels_last",
     ),

@@ -21,7 +21,7 @@ import fastvae.functional as F
 from bounds import ulp
 from conftest import plan_anew
 from fastvae import random
-from fastvae.kernels import INTERPRETED, posterior
+from fastvae.kernels import INTERPRETED, moments
 from fastvae.kernels.launch import FAST
 from fastvae.kernels.noise import box_muller, normals_of_elements, normals_of_quads, philox_words
 from fastvae.kernels.tiles import Tiling
@@ -333,7 +333,7 @@ def test_samples_of_every_tile(shape, device, triton_backend, monkeypatch) -> No
     mu, logvar = torch.randn(2, *shape).to(device)
     plan_anew(monkeypatch)
     for columns in (4, 16, 32):
-        monkeypatch.setattr(posterior, "cut", lambda rows, length, itemsize, c=columns: Tiling(rows, length, 1, c, 4))
+        monkeypatch.setattr(moments, "cut", lambda rows, length, itemsize, c=columns: Tiling(rows, length, 1, c, 4))
         check_sample(F.gaussian_sample_kl(mu, logvar)[0], mu, logvar, seed, offset)
 
 

@@ -9,92 +9,22 @@ hooks of z.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastvae import random
-from fastvae.autograd.registration import apply, is_differentiated, is_traced, operations, refuse_vmap, register
+from fastvae.autograd.general_operations import noise_of
+from fastvae.autograd.registration import apply, is_differentiated, is_traced, operations, refuse_vmap
+from fastvae.kernels import general_gradients as gradients
 from fastvae.kernels import general_posterior as kernels
-from fastvae.kernels.layout import empty_gradients, in_order_of
-from fastvae.kernels.posterior import read_moments
+from fastvae.kernels.layout import in_order_of
 from fastvae.reference.gaussian import General, divergence, log_densities, log_variance, standard_deviation
 from fastvae.reference.precision import in_float32
 
-# A registered operation takes the fields of a General one by one.
-_POSTERIOR = (
-    "bool draws, bool diverges, int dim, str reduction, float free_bits, str scale, float scale_eps, float low, "
-    "float high, str prior_scale, int samples, bool log_prob"
-)
-_MOMENTS = "Tensor mu, Tensor? second"
-_PRIOR = "Tensor? prior_mu, Tensor? prior_second"
-_NOISE = "Tensor? eps, Tensor? seed_tensor, Tensor? offset_tensor, int seed, int offset, SymInt batch_offset"
-_FIELDS = len(General._fields)
 _NO_GRADIENT = (None,) * 6  # of the noise
-
-
-def _with_fields(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function of a General and others, as one of the fields and others."""
-    return lambda *arguments: function(General(*arguments[:_FIELDS]), *arguments[_FIELDS:])
-
-
-def _fake(posterior: General, mu: Tensor, second: Tensor | None, *others: Any) -> list[Tensor]:
-    moments = read_moments(mu, second, posterior.dim)
-    return kernels.allocate(posterior, moments.mu, moments.layout)
-
-
-def _fake_backward(
-    posterior: General,
-    mu: Tensor,
-    second: Tensor | None,
-    prior_mu: Tensor | None,
-    prior_second: Tensor | None,
-    strides: Sequence[int],
-    needed: Sequence[bool],
-    *_: Any,
-) -> list[Tensor]:
-    return empty_gradients(*kernels.needed_of(mu, second, prior_mu, prior_second, needed))
-
-
-def _fake_score(posterior: General, mu: Tensor, second: Tensor | None, *others: Any) -> Tensor:
-    layout = read_moments(mu, second, posterior.dim).layout
-    return mu.new_empty_strided(*kernels.strides_of_z(posterior, layout))
-
-
-register(
-    f"general({_POSTERIOR}, {_MOMENTS}, {_PRIOR}, {_NOISE}) -> Tensor[]",
-    _with_fields(kernels.general),
-    _with_fields(_fake),
-)
-register(
-    f"general_backward({_POSTERIOR}, {_MOMENTS}, {_PRIOR}, SymInt[] strides, bool[] needed, Tensor? z_grad, "
-    f"Tensor? kl_grad, Tensor? log_q_grad, Tensor? kl, {_NOISE}) -> Tensor[]",
-    _with_fields(kernels.general_backward),
-    _with_fields(_fake_backward),
-)
-register(
-    f"general_score({_POSTERIOR}, {_MOMENTS}, SymInt[] strides, Tensor log_q_grad, {_NOISE}) -> Tensor",
-    _with_fields(kernels.score),
-    _with_fields(_fake_score),
-)
-
-
-def _noise_of(posterior: General, mu: Tensor, second: Tensor | None, eps: Tensor | None, rng: Sequence[Any]) -> Tensor:
-    """The noise of a call whose mu had in forward the order of memory that it has here."""
-    if eps is not None:
-        return in_float32(eps)
-    layout = read_moments(mu, second, posterior.dim).layout
-    # mu = logvar = 0 makes z the noise itself. Through the registered operation, because the tensors may be those of a
-    # torch.func transform, also of one that has ended.
-    zero = in_float32(mu).new_empty_strided(layout.shape, layout.strides).zero_()
-    plain = posterior._replace(
-        diverges=False, reduction="none", free_bits=0.0, scale="logvar", scale_eps=0.0,
-        low=-float("inf"), high=float("inf"), log_prob=False,
-    )  # fmt: skip
-    (noise,) = operations.general(*plain, zero, zero, None, None, None, *rng)
-    return noise
 
 
 def _halves(posterior: General, first: Any, second: Tensor | None) -> Sequence[Tensor]:
@@ -115,7 +45,7 @@ def _differentiable_gradients(
     assert mu is not None
     given = [tensor for tensor in tensors if tensor is not None]
     z_grad, kl_grad, log_q_grad = grads
-    noise = None if z_grad is None else _noise_of(posterior, mu, second, eps, rng)
+    noise = None if z_grad is None else noise_of(posterior, mu, second, eps, rng)
     reading = _reading(posterior)
 
     def formula(*each: Any) -> list[Tensor]:
@@ -212,7 +142,7 @@ class GeneralGaussian(torch.autograd.Function):
         if is_traced(*every):
             found = operations.general_backward(*posterior, *others)
         else:
-            found = kernels.general_backward(posterior, *others)
+            found = gradients.general_backward(posterior, *others)
         each = iter(found)
         return None, *[next(each) if need else None for need in needed], *_NO_GRADIENT
 
@@ -257,13 +187,13 @@ class Score(torch.autograd.Function):
             mu = in_order_of(mu, ctx.strides)
             std = standard_deviation(_halves(posterior, mu, second)[1].detach(), *_reading(posterior))
             # What is added to the noise is 0, with the gradient of (z - mu) / std in z.
-            noise = _noise_of(posterior, mu, second, eps, rng) + (in_float32(z) - in_float32(z).detach()) / std
+            noise = noise_of(posterior, mu, second, eps, rng) + (in_float32(z) - in_float32(z).detach()) / std
             score = -(log_q_grad.view(*log_q_grad.shape, *[1] * (std.ndim - 1)) * noise) / std
             z_grad = score.to(z.dtype)
         elif is_traced(z, mu, second, log_q_grad, eps, seed_tensor, offset_tensor):
             z_grad = operations.general_score(*posterior, mu, second, ctx.strides, log_q_grad, eps, *rng)
         else:
-            z_grad = kernels.score(posterior, mu, second, ctx.strides, log_q_grad, eps, *rng)
+            z_grad = gradients.score(posterior, mu, second, ctx.strides, log_q_grad, eps, *rng)
         return None, z_grad, None, None, None, *_NO_GRADIENT
 
     vmap = refuse_vmap("gaussian_sample or gaussian_sample_kl")
