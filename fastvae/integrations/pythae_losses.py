@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy
 
 import fastvae.functional as F
-from fastvae.likelihoods import Bernoulli, Gaussian
+from fastvae.likelihoods import Bernoulli, Gaussian, Likelihood
 
 LOG_2PI = math.log(2 * math.pi)
 SQUARED_ERROR = Gaussian(std=1.0, constant=False)  # half of it, as pythae's "mse"
@@ -219,8 +219,8 @@ def _info_loss(
     kernel = "rbf" if model.kernel_choice == "rbf" else "imq"
     width = model.model_config.kernel_bandwidth**2
     scales = [width * scale for scale in (model.scales if kernel == "imq" else (1.0,))]
-    nan = torch.full_like(elbo.loss, math.nan)  # pythae's mean over no pairs
-    mmd = F.maximum_mean_discrepancy(z, z_prior, kernel, scales) if len(z) > 1 else nan
+    # Of one row pythae's is NaN, the mean over no pairs.
+    mmd = F.maximum_mean_discrepancy(z, z_prior, kernel, scales) if len(z) > 1 else elbo.loss * math.nan
     return elbo.loss + (model.alpha + model.lbd - 1) * mmd, elbo.reconstruction, elbo.kl, mmd
 
 
