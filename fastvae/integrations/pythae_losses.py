@@ -230,7 +230,8 @@ def _info_loss(
 def _importance_forward(settings: Settings, model: Any, inputs: Any, **kwargs: Any) -> ModelOutput:
     """pythae's dimensions are [B, samples], those of MIWAE [B, estimates, samples]; here the batch comes last."""
     x = inputs["data"]
-    shape = (*[model.gradient_n_estimates] * (settings.host is MIWAE), model.n_samples)
+    estimates = (model.gradient_n_estimates,) if settings.host is MIWAE else ()
+    shape = (*estimates, model.n_samples)
     mu, log_var = _moments(model, x)
     z, log_q = F.gaussian_sample(mu, log_var, samples=math.prod(shape), log_prob=True)
     recon_x, logits = _decode(settings, model, z.flatten(0, 1))
