@@ -20,7 +20,8 @@ from typing import Any
 from pythae.models import CIWAE, IWAE, MIWAE, VAE, VAMP, BetaTCVAE
 
 from fastvae.integrations.fusion import Report, class_name, exchange, restore
-from fastvae.integrations.pythae_losses import FAMILIES, Settings, ends_in_sigmoid, vamp_log_p_z
+from fastvae.integrations.pythae_losses import FAMILIES, Settings, vamp_log_p_z
+from fastvae.integrations.pythae_networks import ends_in_sigmoid
 
 
 def fuse(model: VAE, *, correct: bool = False) -> Report:
@@ -29,6 +30,9 @@ def fuse(model: VAE, *, correct: bool = False) -> Report:
     The values, the reductions and the fields of ModelOutput stay pythae's. A value that is not what pythae says it is
     stays too, and the report says so; with ``correct`` it is the right one. Settings of the model, such as ``beta``,
     are read at each call. Call `fuse` again after exchanging the decoder or changing ``use_mss``.
+
+    Where no kernel runs, as on a CPU, pythae's own code runs as long as it is quicker: for a loss without pairs of
+    samples, and for pairs of fewer than a million numbers.
 
     Args:
         model: an object of one of the classes above or of a subclass. A method that is the subclass's own, or that

@@ -14,80 +14,28 @@ from typing import Any, NamedTuple
 import torch
 from pythae.models import CIWAE, INFOVAE_MMD, IWAE, MIWAE, VAE, VAMP, BetaTCVAE, BetaVAE, DisentangledBetaVAE
 from pythae.models.base.base_utils import ModelOutput
-from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy, mse_loss
 
 import fastvae.functional as F
+from fastvae.functional.checks import takes_triton
+from fastvae.integrations.pythae_networks import decode, moments
 from fastvae.likelihoods import Bernoulli, Gaussian, Likelihood
 
 LOG_2PI = math.log(2 * math.pi)
 SQUARED_ERROR = Gaussian(std=1.0, constant=False)  # half of it, as pythae's "mse"
 BERNOULLI = Bernoulli()
+# On a CPU pythae's code is quicker for fewer numbers of all pairs than these, and always where there are no pairs.
+PAIRS = 1 << 20
 
 
 class Settings(NamedTuple):
     """What is decided when a model is fused."""
 
-    host: type  # pythae's class
+    host: Any  # pythae's class
     loss: bool  # forward computes the fused loss; otherwise it calls the object's loss_function
     logits: bool  # the cross-entropy is that of the logits
     correct: bool  # the right numbers, where pythae's are others
-
-
-# ------------------------------------------------------------------------------------------------- what all have
-
-
-def _moments(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """mu and the log-variance [B, latent_dim], of the dtype that pythae draws z in."""
-    output = model.encoder(x)
-    mu, log_var = output.embedding, output.log_covariance
-    if mu.ndim != 2:
-        raise ValueError(f"the encoder's embedding must have shape [B, latent_dim], got {list(mu.shape)}")
-    if mu.is_cuda and torch.is_autocast_enabled("cuda"):  # torch.exp returns float32 there
-        return mu.float(), log_var.float()
-    return mu, log_var
-
-
-def _decode(settings: Settings, model: Any, z: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The reconstruction, and the logits of which it is the sigmoid, where they are asked for and found."""
-    if not settings.logits:
-        return model.decoder(z)["reconstruction"], None
-    calls: list[tuple[Tensor, Tensor]] = []
-
-    def keep(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-        calls.append((arguments[0], output))
-
-    # For this call only: a decoder is saved and copied without them. First, because another hook may change the output.
-    sigmoids = [module for module in model.decoder.modules() if type(module) is nn.Sigmoid]
-    hooks = [module.register_forward_hook(keep, prepend=True) for module in sigmoids]
-    try:
-        recon_x = model.decoder(z)["reconstruction"]
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return recon_x, next((logits for logits, output in calls if _in_another_shape(output, recon_x)), None)
-
-
-def _in_another_shape(tensor: Tensor, view: Tensor) -> bool:
-    """Whether view has the tensor's memory, elements and order."""
-    if view.numel() != tensor.numel():
-        return False
-    same = tensor.reshape(view.shape)
-    return same.data_ptr() == view.data_ptr() and same.stride() == view.stride()
-
-
-def ends_in_sigmoid(model: Any) -> bool:
-    """Whether `_decode` finds logits: the decoder is tried on one latent, in eval mode."""
-    like = next(model.decoder.parameters(), torch.empty(0))
-    modes = [(module, module.training) for module in model.decoder.modules()]
-    model.decoder.eval()
-    try:
-        with torch.no_grad():
-            z = like.new_zeros(1, model.latent_dim)
-            return _decode(Settings(VAE, True, True, True), model, z)[1] is not None
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _target(x: Tensor, like: Tensor) -> Tensor:
@@ -95,22 +43,50 @@ def _target(x: Tensor, like: Tensor) -> Tensor:
     return x if x.is_floating_point() else x.to(like.dtype)
 
 
+def _fused_likelihood(
+    model: Any, recon_x: Tensor, logits: Tensor | None, x: Tensor
+) -> tuple[Tensor, Likelihood] | None:
+    """The parameter of a likelihood, and the likelihood. None of probabilities, and where no kernel runs of the squared
+    error, because torch has that in fewer passes.
+    """
+    if model.model_config.reconstruction_loss == "mse":
+        return (recon_x, SQUARED_ERROR) if takes_triton(recon_x, x, inductor_fuses=True) else None
+    return None if logits is None else (logits, BERNOULLI)
+
+
+def _reconstruction(model: Any, recon_x: Tensor, target: Tensor) -> Tensor:
+    """pythae's, of the last dimension."""
+    if model.model_config.reconstruction_loss == "mse":
+        return 0.5 * mse_loss(recon_x, target, reduction="none").sum(-1)
+    return binary_cross_entropy(recon_x, target, reduction="none").sum(-1)
+
+
 def _elbo(model: Any, recon_x: Tensor, logits: Tensor | None, x: Tensor, kl: Tensor, beta: float) -> F.ELBO:
     """mean(reconstruction + beta kl), mean(reconstruction) and mean(kl), of the kl of each sample."""
     target = _target(x, recon_x).reshape(len(x), -1)
-    if model.model_config.reconstruction_loss == "mse":
-        return F.elbo_loss(recon_x.reshape(target.shape), target, kl, likelihood=SQUARED_ERROR, beta=beta)
-    if logits is not None:
-        return F.elbo_loss(logits.reshape(target.shape), target, kl, likelihood=BERNOULLI, beta=beta)
-    reconstruction = binary_cross_entropy(recon_x.reshape(target.shape), target, reduction="none").sum(-1)
+    found = _fused_likelihood(model, recon_x, logits, x)
+    if found is not None:
+        parameter, likelihood = found
+        return F.elbo_loss(parameter.reshape(target.shape), target, kl, likelihood=likelihood, beta=beta)
+    reconstruction = _reconstruction(model, recon_x.reshape(target.shape), target)
     return F.ELBO((reconstruction + beta * kl).mean(0), reconstruction.mean(0), kl.mean(0))
+
+
+def _is_pythaes_quicker(settings: Settings, model: Any, x: Tensor) -> bool:
+    """Where no kernel runs, and pythae's code has the same numbers."""
+    if settings.logits or takes_triton(x, inductor_fuses=True):
+        return False
+    return not settings.loss or FAMILIES[settings.host].pairs(model, len(x)) < PAIRS
 
 
 def _forward(settings: Settings, model: Any, inputs: Any, **kwargs: Any) -> ModelOutput:
     x, family = inputs["data"], FAMILIES[settings.host]
-    mu, log_var = _moments(model, x)
+    if _is_pythaes_quicker(settings, model, x):
+        output: ModelOutput = settings.host.forward(model, inputs, **kwargs)
+        return output
+    mu, log_var = moments(model, x)
     z, drawn = family.draw(mu, log_var) if settings.loss else (F.gaussian_sample(mu, log_var), None)
-    recon_x, logits = _decode(settings, model, z)
+    recon_x, logits = decode(model, z, settings.logits)
     more = family.more(model, x, kwargs)
     if settings.loss:
         loss, recon_loss, kld = _loss(settings, model, recon_x, logits, x, mu, log_var, z, drawn, *more)
@@ -123,7 +99,11 @@ def _loss_function(
     settings: Settings, model: Any, recon_x: Tensor, x: Tensor, mu: Tensor, log_var: Tensor, z: Tensor, *more: Any,
     **named: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _loss(settings, model, recon_x, None, x, mu, log_var, z, None, *more, *named.values())
+    more = (*more, *named.values())
+    if _is_pythaes_quicker(settings, model, x):
+        losses: tuple[Tensor, Tensor, Tensor] = settings.host.loss_function(model, recon_x, x, mu, log_var, z, *more)
+        return losses
+    return _loss(settings, model, recon_x, None, x, mu, log_var, z, None, *more)
 
 
 def _loss(
@@ -184,6 +164,9 @@ def _vamp(model: Any, mu: Tensor, log_var: Tensor, z: Tensor, drawn: Tensor | No
 
 
 def vamp_log_p_z(model: Any, z: Tensor) -> Tensor:
+    if not takes_triton(z) and z.numel() * model.number_components < PAIRS:
+        log_p: Tensor = VAMP._log_p_z(model, z)
+        return log_p
     components = model.pseudo_inputs(model.idle_input.to(z.device))
     prior = model.encoder(components.reshape((model.number_components, *model.model_config.input_dim)))
     return F.gaussian_mixture_log_prob(z, prior.embedding, prior.log_covariance) + 0.5 * LOG_2PI * z.shape[1]
@@ -194,9 +177,12 @@ def vamp_log_p_z(model: Any, z: Tensor) -> Tensor:
 
 def _info_forward(settings: Settings, model: Any, inputs: Any, **kwargs: Any) -> ModelOutput:
     x = inputs["data"]
-    mu, log_var = _moments(model, x)
+    if _is_pythaes_quicker(settings, model, x):
+        output: ModelOutput = settings.host.forward(model, inputs, **kwargs)
+        return output
+    mu, log_var = moments(model, x)
     z, kl = F.gaussian_sample_kl(mu, log_var) if settings.loss else (F.gaussian_sample(mu, log_var), None)
-    recon_x, logits = _decode(settings, model, z)
+    recon_x, logits = decode(model, z, settings.logits)
     z_prior = torch.randn_like(z, device=x.device)
     if kl is not None:
         losses = _info_loss(model, recon_x, logits, x, z, z_prior, kl)
@@ -209,6 +195,9 @@ def _info_forward(settings: Settings, model: Any, inputs: Any, **kwargs: Any) ->
 def _info_loss_function(
     settings: Settings, model: Any, recon_x: Tensor, x: Tensor, z: Tensor, z_prior: Tensor, mu: Tensor, log_var: Tensor
 ) -> tuple[Tensor, ...]:
+    if _is_pythaes_quicker(settings, model, x):
+        losses: tuple[Tensor, ...] = settings.host.loss_function(model, recon_x, x, z, z_prior, mu, log_var)
+        return losses
     return _info_loss(model, recon_x, None, x, z, z_prior, F.gaussian_kl(mu, log_var, reduction="none"))
 
 
@@ -232,9 +221,9 @@ def _importance_forward(settings: Settings, model: Any, inputs: Any, **kwargs: A
     x = inputs["data"]
     estimates = (model.gradient_n_estimates,) if settings.host is MIWAE else ()
     shape = (*estimates, model.n_samples)
-    mu, log_var = _moments(model, x)
+    mu, log_var = moments(model, x)
     z, log_q = F.gaussian_sample(mu, log_var, samples=math.prod(shape), log_prob=True)
-    recon_x, logits = _decode(settings, model, z.flatten(0, 1))
+    recon_x, logits = decode(model, z.flatten(0, 1), settings.logits)
     recon_x = recon_x.reshape(*z.shape[:2], -1)
     reconstruction = _importance_reconstruction(model, recon_x, logits, x).view(*shape, len(x))
     log_p = -0.5 * (z.square().sum(-1) + LOG_2PI * z.shape[-1]).view(reconstruction.shape)
@@ -250,14 +239,12 @@ def _importance_forward(settings: Settings, model: Any, inputs: Any, **kwargs: A
 def _importance_reconstruction(model: Any, recon_x: Tensor, logits: Tensor | None, x: Tensor) -> Tensor:
     """Of each sample, [samples, B], of recon_x [samples, B, D]."""
     target = _target(x, recon_x).reshape(len(x), -1).expand(recon_x.shape)
-    likelihood: Likelihood = SQUARED_ERROR
-    if model.model_config.reconstruction_loss == "mse":
-        parameter = recon_x
-    elif logits is not None:
-        parameter, likelihood = logits.reshape(recon_x.shape), BERNOULLI
-    else:
-        return binary_cross_entropy(recon_x, target, reduction="none").sum(-1)
-    each = F.negative_log_likelihood(parameter.flatten(0, 1), target.flatten(0, 1), likelihood, reduction="none")
+    found = _fused_likelihood(model, recon_x, logits, x)
+    if found is None:
+        return _reconstruction(model, recon_x, target)
+    parameter, likelihood = found
+    parameter = parameter.reshape(-1, target.shape[-1])
+    each = F.negative_log_likelihood(parameter, target.flatten(0, 1), likelihood, reduction="none")
     return each.view(recon_x.shape[:2])
 
 
@@ -285,6 +272,7 @@ class Family(NamedTuple):
     draw: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]] = F.gaussian_sample_kl  # z, and what comes with it
     penalty: Callable[..., Penalty] = _vae
     more: Callable[..., tuple[Any, ...]] = lambda model, x, kwargs: ()  # the last arguments of loss_function
+    pairs: Callable[[Any, int], float] = lambda model, batch: 0  # numbers that pythae has of all pairs in a batch
 
 
 _closed_family = partial(Family, _forward, _loss_function, "gaussian_sample_kl, elbo_loss")
@@ -303,6 +291,7 @@ FAMILIES: dict[type, Family] = {
         lambda mu, log_var: (F.gaussian_sample(mu, log_var), None),
         _beta_tc,
         lambda model, x, kwargs: (kwargs.get("dataset_size", x.shape[0]),),
+        lambda model, batch: math.inf if model.use_mss else batch**2 * model.latent_dim,
     ),
     VAMP: Family(
         _forward,
@@ -317,6 +306,10 @@ FAMILIES: dict[type, Family] = {
         _info_loss_function,
         "gaussian_sample_kl, elbo_loss, maximum_mean_discrepancy",
         ("loss_function", "imq_kernel", "rbf_kernel"),
+        # Of each further scale pythae has all of them again.
+        pairs=lambda model, batch: (
+            math.inf if model.kernel_choice != "rbf" and len(model.scales) > 1 else batch**2 * model.latent_dim
+        ),
     ),
     IWAE: _importance_family(),
     CIWAE: _importance_family(),

@@ -25,6 +25,7 @@ from pythae.models.nn import BaseDecoder, BaseEncoder
 from pythae.trainers import BaseTrainer, BaseTrainerConfig
 from pythae.trainers.training_callbacks import TrainingCallback
 
+from fastvae.integrations import pythae_losses
 from fastvae.integrations.fusion import report_of
 from fastvae.integrations.pythae import fuse, unfuse
 from memory_meters import peak_memory
@@ -89,6 +90,12 @@ def doubled(model: Any) -> Any:
     if hasattr(model, "idle_input"):  # which is no buffer
         model.idle_input = model.idle_input.double()
     return model
+
+
+@pytest.fixture(autouse=True)
+def however_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is small is fused also on the CPU, where pythae's code is quicker."""
+    monkeypatch.setattr(pythae_losses, "PAIRS", 0)
 
 
 def pictures(count: int = 6, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -298,6 +305,16 @@ def test_loss_function_alone_is_that_of_pythae(case):
             # Sums of fewer than 2^8 terms that are not larger than the sum of squares, of 4 roundings each.
             bound = 2.0**-53 * 4 * 2**8 * max(1.0, float(wanted.detach().abs().max())) + constants_of(case, 2.0**-53)
             assert (value - wanted).abs().max() <= bound
+
+
+def test_the_warmup_of_the_penalty_is_one_of_training():
+    model, x = doubled(make("vamp-warmup")).eval(), pictures()
+    losses = []
+    for _ in range(2):
+        torch.manual_seed(4)
+        losses.append(model({"data": x}, epoch=2).loss)
+        fuse(model)
+    assert (losses[0] - losses[1]).abs() <= 2.0**-24 * math.log(5) + 2.0**-45
 
 
 # ------------------------------------------------------------------------------------------- pythae's own training
@@ -646,6 +663,19 @@ def test_latents_of_another_shape_are_refused():
     )
     with pytest.raises(ValueError, match=r"embedding must have shape \[B, latent_dim\], got \[2, 3, 1\]"):
         model({"data": pictures(2, torch.float32)})
+
+
+@pytest.mark.parametrize("case", ["vae", "disentangled", "tc", "tc-mss", "vamp", "mmd-rbf"])
+def test_of_few_pairs_a_cpu_runs_pythaes_code(case, monkeypatch):
+    monkeypatch.undo()
+    model, x, options = make(case), pictures(6, torch.float32), CASES[case][2]
+    outputs = []
+    for _ in range(2):
+        torch.manual_seed(4)
+        outputs.append(model({"data": x}, **options))
+        fuse(model)
+    assert all(torch.equal(value, outputs[1][name]) for name, value in outputs[0].items())
+    assert outputs[1].loss.grad_fn.name() == outputs[0].loss.grad_fn.name()
 
 
 def test_a_batch_of_one_has_no_discrepancy():
