@@ -387,7 +387,8 @@ def test_the_noise_of_the_kernels_trains_too(tmp_path, triton_backend):
 # ------------------------------------------------------------------------------------------ the right numbers
 
 
-def test_the_cross_entropy_of_logits_has_a_gradient_where_that_of_probabilities_has_none():
+def test_the_cross_entropy_of_logits_has_a_gradient_where_that_of_probabilities_has_none(monkeypatch):
+    monkeypatch.undo()  # of few numbers too
     model = make("vae-bce", DyadicEncoder(), RepeatingDecoder(sigmoid=True))
     with torch.no_grad():
         model.encoder.weight.zero_()
@@ -520,7 +521,9 @@ def test_the_right_loss_of_several_samples_is_the_bound(case):
     assert (run(model, x, {})[0].loss - expected).abs() > 0.01
 
 
-def test_the_right_weights_of_use_mss_are_on_the_diagonal():
+@pytest.mark.parametrize("pairs", [0, 1 << 20])
+def test_the_right_weights_of_use_mss_are_on_the_diagonal(pairs, monkeypatch):
+    monkeypatch.setattr(pythae_losses, "PAIRS", pairs)
     model, x, size = doubled(make("tc-mss")), pictures(), 40
     assert "correct=True" in fuse(model).kept["loss_function"]
     report = fuse(model, correct=True)
@@ -687,6 +690,7 @@ def test_latents_of_another_shape_are_refused():
 @pytest.mark.parametrize("case", ["vae", "disentangled", "tc", "tc-mss", "vamp", "mmd-rbf"])
 def test_of_few_pairs_a_cpu_runs_pythaes_code(case, monkeypatch):
     monkeypatch.undo()
+    monkeypatch.setattr(pythae_losses, "moments", None)  # which fused code begins with
     model, x, options = make(case), pictures(6, torch.float32), CASES[case][2]
     outputs = []
     for _ in range(2):
@@ -694,7 +698,6 @@ def test_of_few_pairs_a_cpu_runs_pythaes_code(case, monkeypatch):
         outputs.append(model({"data": x}, **options))
         fuse(model)
     assert all(torch.equal(value, outputs[1][name]) for name, value in outputs[0].items())
-    assert outputs[1].loss.grad_fn.name() == outputs[0].loss.grad_fn.name()
 
 
 def test_a_batch_of_one_has_no_discrepancy():
@@ -707,7 +710,7 @@ def test_a_batch_of_one_has_no_discrepancy():
         assert found[name].isnan().any() == expected[name].isnan().any(), name
 
 
-def test_bytes_are_numbers_as_pythae_reads_them():
+def test_bytes_are_numbers_as_pythae_reads_them(triton_backend):
     model = make("vae")
     x = torch.randint(0, 4, (4, *PICTURE), dtype=torch.uint8)
     recon_x, latents = torch.rand(4, *PICTURE), torch.zeros(4, LATENT)
