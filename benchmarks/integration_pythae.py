@@ -103,13 +103,15 @@ class Decoder(BaseDecoder):
         return ModelOutput(reconstruction=self.sigmoid(self.logits))
 
 
-class Pseudo(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x
+class Loss(NamedTuple):
+    forward: Callable[[], tuple[Tensor, Tensor]]  # the loss, and z
+    backward: Callable[[Tensor, Tensor], Any]  # gradients of the moments and of the logits, given those of loss and z
+
+    def __call__(self) -> None:
+        self.backward(*self.forward())
 
 
-def losses(subject: Subject, fused: bool) -> Callable[[], None]:
-    """Forward and backward of the loss. Its gradients go to the moments, to z and to the logits."""
+def loss_of(subject: Subject, fused: bool) -> Loss:
     torch.manual_seed(0)
     name, batch, pixels = subject.host, subject.batch, subject.pixels
     components = [subject.settings["number_components"]] if name == "VAMP" else []
@@ -119,47 +121,63 @@ def losses(subject: Subject, fused: bool) -> Callable[[], None]:
     shape = {"input_dim": (pixels,), "latent_dim": subject.latent}
     model = getattr(hosts, name)(config(**shape, **subject.settings), encoder, decoder)
     if components:  # without the network that makes them
-        model.pseudo_inputs, model.idle_input = Pseudo(), torch.empty(components[0], pixels)
+        model.pseudo_inputs, model.idle_input = nn.Identity(), torch.empty(components[0], pixels)
     if fused:
         fuse(model, correct=subject.correct)
     inputs = {"data": torch.rand(batch, pixels)}
     wanted = [*encoder.parameters(), decoder.logits]
-    of_z = torch.randn(batch * subject.samples, subject.latent)
+    upstream = [torch.ones(()), torch.randn(batch * subject.samples, subject.latent)]
 
-    def step() -> None:
+    def forward() -> tuple[Tensor, Tensor]:
         loss = model(inputs, dataset_size=60000, epoch=1).loss
-        torch.autograd.grad([loss, decoder.z], wanted, [torch.ones_like(loss), of_z])
+        return loss, decoder.z
 
-    return step
+    return Loss(forward, lambda *roots: torch.autograd.grad(roots, wanted, upstream))
 
 
-def cost(subject: Subject, fused: bool) -> tuple[int, int]:
-    """Launches, and bytes."""
-    counted = Cost()
+class Meter:
+    """One for all losses, because a kernel that was compiled for one of them is launched as it was then."""
 
-    def launch(*arguments: Any) -> None:
-        counted.launches += 1
-        counted.bytes += sum({id(each): _size(each) for each in arguments if isinstance(each, Tensor)}.values())
+    now = Cost()
 
-    step = losses(subject, fused)
-    with stand_in(launch):
-        step()  # the first call makes what is kept for later ones
-        counted.launches = counted.bytes = 0
-        with counted:
-            step()
-    return counted.launches, counted.bytes
+    @classmethod
+    def launch(cls, *arguments: Any) -> None:
+        cls.now.launches += 1
+        cls.now.bytes += sum({id(each): _size(each) for each in arguments if isinstance(each, Tensor)}.values())
+
+    @classmethod
+    def of(cls, function: Callable[..., Any], *arguments: Any) -> tuple[Cost, Any]:
+        cls.now = cost = Cost()
+        with cost:
+            result = function(*arguments)
+        cls.now = Cost()
+        return cost, result
+
+
+def costs(subject: Subject, fused: bool) -> list[Cost]:
+    """Forward and backward."""
+    loss = loss_of(subject, fused)
+    with stand_in(Meter.launch):
+        loss()  # the first call makes what is kept for later ones
+        forward, roots = Meter.of(loss.forward)
+        return [forward, Meter.of(loss.backward, *roots)[0]]
 
 
 def times(subject: Subject, rounds: int) -> tuple[float, float, float]:
     """Milliseconds of pythae's and of the fused one, and the median of the ratios."""
-    steps = [losses(subject, fused) for fused in (False, True)]
+    both = [loss_of(subject, fused) for fused in (False, True)]
     found: list[list[float]] = [[], []]
+    repeats = 1
     for k in range(rounds + 1):
-        for step, each in zip(steps, found, strict=True):
+        for loss, each in zip(both, found, strict=True):
             start = process_time()
-            step()
+            for _ in range(repeats):
+                loss()
+            spent = process_time() - start
             if k:
-                each.append(1e3 * (process_time() - start))
+                each.append(1e3 * spent / repeats)
+        if not k:  # so that a measurement takes a twentieth of a second
+            repeats = max(1, round(0.05 / spent))
     ratio = statistics.median(before / after for before, after in zip(*found, strict=True))
     return min(found[0]), min(found[1]), ratio
 
@@ -171,14 +189,13 @@ TITLES = [
 
 
 def row(subject: Subject, rounds: int) -> list[str]:
-    costs = [cost(subject, fused) for fused in (False, True)]
-    peaks = [peak_memory(losses(subject, fused)) for fused in (False, True)]
+    cells = [f"`{subject.name}`", f"{subject.batch}, {subject.latent}, {subject.pixels}"]
+    both = [costs(subject, fused) for fused in (False, True)]
+    cells += [" + ".join(str(each.launches) for each in directions) for directions in both]
+    cells += [" + ".join(f"{each.bytes / 1e6:.1f}" for each in directions) for directions in both]
+    cells += [f"{peak_memory(loss_of(subject, fused)) / 1e6:.1f}" for fused in (False, True)]
     before, after, ratio = times(subject, rounds)
-    megabytes = [f"{each / 1e6:.2f}" for each in (costs[0][1], costs[1][1], *peaks)]
-    return [
-        f"`{subject.name}`", f"{subject.batch}, {subject.latent}, {subject.pixels}", str(costs[0][0]), str(costs[1][0]),
-        *megabytes, f"{before:.2f}", f"{after:.2f}", f"{ratio:.2f}",
-    ]  # fmt: skip
+    return [*cells, f"{before:.1f}", f"{after:.1f}", f"{ratio:.2f}"]
 
 
 def main() -> None:
