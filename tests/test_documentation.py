@@ -62,7 +62,12 @@ subprocess.run([sys.executable, {str(ROOT / "packaging" / "hub_kernel.py")!r}, "
 """,
 }
 # The pages whose Python needs another package.
-OF_PACKAGES = {"docs/kernel-hub.md": "kernels"}
+OF_PACKAGES = {
+    "docs/coming-from-diffusers.md": "diffusers",
+    "docs/coming-from-pythae.md": "pythae",
+    "docs/coming-from-scvi.md": "scvi",
+    "docs/kernel-hub.md": "kernels",
+}
 
 
 class Block(NamedTuple):
@@ -262,7 +267,13 @@ def commands() -> list[str]:
 
 
 # What a program imports that `.[test]` does not install.
-OF_OTHERS = {"examples/accelerate_loop.py": "accelerate", "examples/lightning_loop.py": "lightning"}
+OF_OTHERS = {
+    "examples/accelerate_loop.py": "accelerate",
+    "examples/lightning_loop.py": "lightning",
+    "benchmarks/integration_diffusers.py": "diffusers",
+    "benchmarks/integration_pythae.py": "pythae",
+    "benchmarks/integration_scvi.py": "scvi",
+}
 
 
 def package_of(line: str) -> str | None:
