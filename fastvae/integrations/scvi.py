@@ -31,7 +31,6 @@ from torch.distributions.utils import lazy_property
 import fastvae.functional as F
 from fastvae.integrations.fusion import Report, class_name, exchange, restore
 from fastvae.likelihoods import NegativeBinomial, ZeroInflatedNegativeBinomial
-from fastvae.reference.precision import in_float32
 
 LIKELIHOODS = {"nb": NegativeBinomial(eps=1e-8), "zinb": ZeroInflatedNegativeBinomial(eps=1e-8)}
 
@@ -52,53 +51,47 @@ def fuse(module: Any, *, correct: bool = False) -> Report:
     unfuse(module)
     fused: dict[str, str] = {}
     kept: dict[str, str] = {}
-    methods: list[tuple[Any, dict[str, Any]]] = []
+    kind, likelihood = type(module), LIKELIHOODS.get(module.gene_likelihood)
+    loss: Any = None
+    if kind.generative is VAE.generative:  # then px, pz and pl are what the functions below take them for
+        loss = {VAE.loss: _loss, SCANVAE.loss: _loss_of_scanvae}.get(kind.loss)
+    exchanged: list[tuple[Any, dict[str, Any]]] = [(module, {"loss": loss} if loss else {})]
 
-    name, kind = type(module).__name__, type(module)
-    of_vae = kind.generative is VAE.generative  # px, pz and pl are what VAE says they are
-    likelihood = LIKELIHOODS.get(module.gene_likelihood)
-    if likelihood is not None:
-        per_gene = ", with the dispersion of each gene as it is, [G]" if module.dispersion == "gene" else ""
-        reconstruction = f"{type(likelihood).__name__}, summed over the genes{per_gene}"
+    if loss is None:
+        kept["loss"] = f"{kind.__name__} has a loss or a generative method of its own"
+    elif likelihood is None:
+        kept["reconstruction"] = f'gene_likelihood="{module.gene_likelihood}" is not one of "nb" and "zinb"'
     else:
-        why_kept = f'gene_likelihood="{module.gene_likelihood}"; "nb" and "zinb" are fused'
-    loss = None
-    if of_vae and kind.loss is VAE.loss:
-        loss = _loss
-        fused["loss: divergences"] = "gaussian_kl, summed over the latent dimensions, and of the library size"
-    elif of_vae and kind.loss is SCANVAE.loss:
-        kept["loss: divergences"] = "SCANVAE's own, which also depend on the classifier"
-        if likelihood is not None:
-            loss = _loss_of_scanvae
-    else:
-        kept["loss"] = f"{name} has a loss or a generative method of its own"
-    if likelihood is None:
-        kept["loss: reconstruction"] = why_kept
-    elif loss is not None:
-        fused["loss: reconstruction"] = reconstruction
-    methods.append((module, {} if loss is None else {"loss": loss}))
+        per_gene = ", its dispersion [G] not expanded" if module.dispersion == "gene" else ""
+        fused["reconstruction"] = f"{type(likelihood).__name__}, summed over the genes{per_gene}"
 
     encoder = module.z_encoder
-    if loss is not _loss:
-        kept["z_encoder"] = "its posterior is used by that loss"
-    elif type(encoder) is not Encoder or encoder.var_activation is not torch.exp or not encoder.return_dist:
-        kept["z_encoder"] = "another encoder, or a var_activation that is not torch.exp"
-    else:
-        fused["z_encoder"] = "gaussian_sample_kl: the sample of z and its divergence from N(0, I)"
-        methods.append((encoder, {"forward": _encode}))
+    if loss is _loss:
+        fused["divergences"] = "gaussian_kl, summed over the latent dimensions"
+        if not module.use_observed_lib_size:
+            kept["sample of the library size"] = "one number of each cell; its divergence is fused"
+        if type(encoder) is not Encoder or encoder.var_activation is not torch.exp or not encoder.return_dist:
+            kept["sample of z"] = "the encoder is of another class, or its var_activation is not torch.exp"
+        else:
+            fused["sample of z"] = "gaussian_sample_kl, with the divergence in one launch"
+            exchanged.append((encoder, {"forward": _encode}))
+    elif loss is not None:
+        kept["divergences and sample of z"] = f"{kind.__name__} has other divergences than VAE"
 
     unused = module.decoder.px_dropout_decoder
-    if of_vae and module.gene_likelihood != "zinb" and type(unused) is torch.nn.Linear:
-        fused["decoder.px_dropout_decoder"] = f'not computed, because gene_likelihood="{module.gene_likelihood}"'
-        methods.append((unused, {"forward": _nothing}))
+    if loss is not None and module.gene_likelihood != "zinb":
+        if type(unused) is torch.nn.Linear:
+            fused["px_dropout_decoder"] = f'not computed, because gene_likelihood="{module.gene_likelihood}"'
+            exchanged.append((unused, {"forward": _nothing}))
+        else:
+            kept["px_dropout_decoder"] = "it is not used, but its batch norm has running statistics"
 
-    report = Report(class_name(module), fused, kept, corrected=bool(correct))
+    report = Report(class_name(module), fused, kept, corrected=correct)
     try:
-        reports = [exchange(part, report, functions) for part, functions in methods]
-    except ValueError:
+        return [exchange(part, report, methods) for part, methods in exchanged][0]
+    except ValueError:  # of a part that other code has changed
         unfuse(module)
         raise
-    return reports[0]
 
 
 def unfuse(module: Any) -> None:
@@ -140,9 +133,10 @@ def _encode(encoder: Encoder, x: Tensor, *cat_list: Tensor) -> tuple[Distributio
     """`scvi.nn.Encoder.forward`."""
     hidden = encoder.encoder(x, *cat_list)
     loc, logvar = encoder.mean_encoder(hidden), encoder.var_encoder(hidden)
-    # Under autocast the host's z is float32, because the exponential is.
-    given = (in_float32(loc), in_float32(logvar)) if torch.is_autocast_enabled(x.device.type) else (loc, logvar)
-    z, divergence = F.gaussian_sample_kl(*given, scale_eps=encoder.var_eps)
+    mu = loc
+    if x.is_cuda and torch.is_autocast_enabled("cuda"):
+        mu, logvar = mu.float(), logvar.float()  # as autocast does before an exponential, on that device only
+    z, divergence = F.gaussian_sample_kl(mu, logvar, scale_eps=encoder.var_eps)
     posterior = _Posterior.of_encoder(loc, logvar, encoder.var_eps, divergence)
     return posterior, encoder.z_transformation(z)
 
