@@ -49,37 +49,38 @@ def fuse(module: Any, *, correct: bool = False) -> Report:
     """
     module = _module_of(module)
     unfuse(module)
-    fused: dict[str, str] = {}
-    kept: dict[str, str] = {}
     kind, likelihood = type(module), LIKELIHOODS.get(module.gene_likelihood)
     loss: Any = None
     if kind.generative is VAE.generative:  # then px, pz and pl are what the functions below take them for
         loss = {VAE.loss: _loss, SCANVAE.loss: _loss_of_scanvae}.get(kind.loss)
-    exchanged: list[tuple[Any, dict[str, Any]]] = [(module, {"loss": loss} if loss else {})]
-
     if loss is None:
-        kept["loss"] = f"{kind.__name__} has a loss or a generative method of its own"
-    elif likelihood is None:
+        own = f"{kind.__name__} has a loss or a generative method of its own"
+        return exchange(module, Report(class_name(module), {}, {"loss": own}, corrected=correct), {})
+    fused: dict[str, str] = {}
+    kept: dict[str, str] = {}
+    exchanged: list[tuple[Any, dict[str, Any]]] = [(module, {"loss": loss})]
+
+    if likelihood is None:
         kept["reconstruction"] = f'gene_likelihood="{module.gene_likelihood}" is not one of "nb" and "zinb"'
     else:
         per_gene = ", its dispersion [G] not expanded" if module.dispersion == "gene" else ""
         fused["reconstruction"] = f"{type(likelihood).__name__}, summed over the genes{per_gene}"
 
     encoder = module.z_encoder
-    if loss is _loss:
+    if loss is _loss_of_scanvae:
+        kept["divergences and sample of z"] = f"{kind.__name__} has other divergences than VAE"
+    else:
         fused["divergences"] = "gaussian_kl, summed over the latent dimensions"
         if not module.use_observed_lib_size:
             kept["sample of the library size"] = "one number of each cell; its divergence is fused"
-        if type(encoder) is not Encoder or encoder.var_activation is not torch.exp or not encoder.return_dist:
-            kept["sample of z"] = "the encoder is of another class, or its var_activation is not torch.exp"
-        else:
+        if type(encoder) is Encoder and encoder.var_activation is torch.exp and encoder.return_dist:
             fused["sample of z"] = "gaussian_sample_kl, with the divergence in one launch"
             exchanged.append((encoder, {"forward": _encode}))
-    elif loss is not None:
-        kept["divergences and sample of z"] = f"{kind.__name__} has other divergences than VAE"
+        else:
+            kept["sample of z"] = "the encoder is of another class, or its var_activation is not torch.exp"
 
-    unused = module.decoder.px_dropout_decoder
-    if loss is not None and module.gene_likelihood != "zinb":
+    if module.gene_likelihood != "zinb":
+        unused = module.decoder.px_dropout_decoder
         if type(unused) is torch.nn.Linear:
             fused["px_dropout_decoder"] = f'not computed, because gene_likelihood="{module.gene_likelihood}"'
             exchanged.append((unused, {"forward": _nothing}))
@@ -88,10 +89,11 @@ def fuse(module: Any, *, correct: bool = False) -> Report:
 
     report = Report(class_name(module), fused, kept, corrected=correct)
     try:
-        return [exchange(part, report, methods) for part, methods in exchanged][0]
-    except ValueError:  # of a part that other code has changed
+        reports = [exchange(part, report, methods) for part, methods in exchanged]
+    except ValueError:  # other code has changed a part
         unfuse(module)
         raise
+    return reports[0]
 
 
 def unfuse(module: Any) -> None:
@@ -115,6 +117,8 @@ class _Posterior(Normal):
     whose scale is computed when it is asked for. The class itself makes a Normal of loc and scale.
     """
 
+    logvar: Tensor
+    eps: float
     divergence: Tensor
 
     @classmethod
@@ -126,7 +130,8 @@ class _Posterior(Normal):
 
     @lazy_property
     def scale(self) -> Tensor:
-        return (torch.exp(self.logvar) + self.eps).sqrt()
+        scale: Tensor = (torch.exp(self.logvar) + self.eps).sqrt()
+        return scale
 
 
 def _encode(encoder: Encoder, x: Tensor, *cat_list: Tensor) -> tuple[Distribution, Tensor]:
@@ -153,10 +158,7 @@ def _loss(
         return VAE.loss(module, tensors, inference_outputs, generative_outputs, kl_weight=kl_weight)
     px, posterior, z = generative_outputs["px"], inference_outputs["qz"], inference_outputs["z"]
     reconstruction = _reconstruction(module, px, tensors[REGISTRY_KEYS.X_KEY])
-    if isinstance(posterior, _Posterior):
-        of_z = posterior.divergence
-    else:
-        of_z = _divergence(posterior)
+    of_z = posterior.divergence if isinstance(posterior, _Posterior) else _divergence(posterior)
     of_z = of_z.expand(z.shape[:-1])  # equal for several samples of z
     if module.use_observed_lib_size:
         of_library = torch.zeros_like(of_z)
