@@ -29,10 +29,15 @@ from torch.distributions import Distribution, Normal
 from torch.distributions.utils import lazy_property
 
 import fastvae.functional as F
+from fastvae.backend import backend_for
 from fastvae.integrations.fusion import Report, class_name, exchange, restore
 from fastvae.likelihoods import NegativeBinomial, ZeroInflatedNegativeBinomial
 
 LIKELIHOODS = {"nb": NegativeBinomial(eps=1e-8), "zinb": ZeroInflatedNegativeBinomial(eps=1e-8)}
+
+# Cells times genes below which plain PyTorch takes longer than the host's own code. It has more operations, each of a
+# smaller cost.
+SMALL = 2**15
 
 
 def fuse(module: Any, *, correct: bool = False) -> Report:
@@ -64,7 +69,8 @@ def fuse(module: Any, *, correct: bool = False) -> Report:
         kept["reconstruction"] = f'gene_likelihood="{module.gene_likelihood}" is not one of "nb" and "zinb"'
     else:
         per_gene = ", its dispersion [G] not expanded" if module.dispersion == "gene" else ""
-        fused["reconstruction"] = f"{type(likelihood).__name__}, summed over the genes{per_gene}"
+        small = f"fewer than {SMALL} numbers where no kernel runs, for which the module's own code is quicker"
+        fused["reconstruction"] = f"{type(likelihood).__name__}, summed over the genes{per_gene}; not of {small}"
 
     encoder = module.z_encoder
     if loss is _loss_of_scanvae:
@@ -204,7 +210,7 @@ class _OfCells:
 def _reconstruction(module: VAE, px: Any, x: Tensor) -> Tensor:
     """-log p(x | z) of each cell, [B], or [S, B] for several samples of z."""
     likelihood = LIKELIHOODS.get(module.gene_likelihood)
-    if likelihood is None:
+    if likelihood is None or (px.mu.numel() < SMALL and backend_for(px.mu).name == "reference"):
         of_cells: Tensor = -px.log_prob(x).sum(-1)
         return of_cells
     # px.theta has the shape of mu. Here it is what it was before it was expanded.

@@ -28,6 +28,7 @@ from scvi.module import VAE
 import fastvae
 from bounds import assert_within
 from conftest import Launches
+from fastvae.integrations import scvi as integration
 from fastvae.integrations.fusion import report_of
 from fastvae.integrations.scvi import LIKELIHOODS, fuse, unfuse
 from fastvae.likelihoods.checking import exact
@@ -38,6 +39,12 @@ CELLS, GENES, EPOCHS, STEPS = 200, 50, 2, 6  # 180 cells are trained on, three b
 HOSTS = {"nb": NegativeBinomial, "zinb": ZeroInflatedNegativeBinomial}
 DISPERSIONS = ("gene", "gene-batch", "gene-label", "gene-cell")
 ROUNDINGS = named(operations())["gaussian_kl_prior"].roundings
+
+
+@pytest.fixture(autouse=True)
+def of_any_size(monkeypatch):
+    """Of data as small as these the host's own code would run on the CPU."""
+    monkeypatch.setattr(integration, "SMALL", 0)
 
 
 @pytest.fixture(scope="module")
@@ -543,6 +550,21 @@ def test_the_dispersion_of_each_gene_is_not_expanded(adata, monkeypatch):
     _, generative, _ = own(batch_of(adata, 8))
     assert [list(it.shape) for it in given] == [[8, GENES], [GENES], [8, GENES]]
     assert generative["px"].theta.shape == (8, GENES)  # what the host's code reads stays
+
+
+def test_few_numbers_take_the_host_s_code_where_no_kernel_runs(adata, monkeypatch):
+    own, tensors = made(adata).module, batch_of(adata, 8)
+    fuse(own)
+    called = []
+    log_prob = ZeroInflatedNegativeBinomial.log_prob
+    monkeypatch.setattr(ZeroInflatedNegativeBinomial, "log_prob", lambda *given: called.append(0) or log_prob(*given))
+    for small, calls in ((8 * GENES, 0), (8 * GENES + 1, 1)):
+        monkeypatch.setattr(integration, "SMALL", small)
+        own(tensors)
+        assert len(called) == calls
+    with fastvae.use_backend("triton"):
+        own(tensors)
+    assert len(called) == calls
 
 
 def test_the_report_says_what_is_fused_and_what_stays(adata):
