@@ -128,8 +128,21 @@ def execute(page: Path, namespace: dict[str, object]) -> None:
             assert flat(printed.getvalue()) == flat(expected), f"{page.name}, line {block.line}"
 
 
-@pytest.mark.parametrize("name", [name for name, page in PAGES.items() if python_with_output(page)])
+# The library that a page is about, which `.[test]` does not install.
+PAGES_OF_OTHERS = {"docs/coming-from-scvi.md": "scvi"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.integrations] if name in PAGES_OF_OTHERS else [])
+        for name, page in PAGES.items()
+        if python_with_output(page)
+    ],
+)
 def test_the_python_of_a_page_runs_and_prints_what_it_shows(name, monkeypatch, tmp_path):
+    if package := PAGES_OF_OTHERS.get(name):
+        pytest.importorskip(package, reason=f"needs {package}: pip install {package}")
     monkeypatch.chdir(tmp_path)  # where what a page writes goes
     # What torchrun would set for one process.
     for variable, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
@@ -246,7 +259,11 @@ def commands() -> list[str]:
 
 
 # What a program imports that `.[test]` does not install.
-OF_OTHERS = {"examples/accelerate_loop.py": "accelerate", "examples/lightning_loop.py": "lightning"}
+OF_OTHERS = {
+    "examples/accelerate_loop.py": "accelerate",
+    "examples/lightning_loop.py": "lightning",
+    "benchmarks/integration_scvi.py": "scvi",
+}
 
 
 @pytest.mark.parametrize("line", commands())

@@ -16,6 +16,7 @@ A loaded or newly made model is not fused; call `fuse` again.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -46,7 +47,8 @@ def fuse(module: Any, *, correct: bool = False) -> Report:
     Args:
         module: a `scvi.module.VAE`, or the model that it belongs to, such as `scvi.model.SCVI`, `LinearSCVI` or
             `SCANVI`.
-        correct: changes nothing here, because no number of the fused part is known to be wrong.
+        correct: let `marginal_ll` divide by the number of samples that it draws, which is larger than n_mc_samples if
+            n_mc_samples_per_pass does not divide that. Nothing else is known to be wrong.
 
     Raises:
         TypeError: another class.
@@ -60,9 +62,10 @@ def fuse(module: Any, *, correct: bool = False) -> Report:
         loss = {VAE.loss: _loss, SCANVAE.loss: _loss_of_scanvae}.get(kind.loss)
     if loss is None:
         own = f"{kind.__name__} has a loss or a generative method of its own"
-        return exchange(module, Report(class_name(module), {}, {"loss": own}, corrected=correct), {})
+        return exchange(module, Report(class_name(module), {}, {"loss": own}), {})
     fused: dict[str, str] = {}
     kept: dict[str, str] = {}
+    defects: dict[str, str] = {}
     exchanged: list[tuple[Any, dict[str, Any]]] = [(module, {"loss": loss})]
 
     if likelihood is None:
@@ -93,7 +96,12 @@ def fuse(module: Any, *, correct: bool = False) -> Report:
         else:
             kept["px_dropout_decoder"] = "it is not used, but its batch norm has running statistics"
 
-    report = Report(class_name(module), fused, kept, corrected=correct)
+    if kind.marginal_ll is VAE.marginal_ll:
+        defects["marginal_ll"] = "too large, if n_mc_samples_per_pass does not divide n_mc_samples"
+        if correct:
+            exchanged[0][1]["marginal_ll"] = _marginal_ll
+
+    report = Report(class_name(module), fused, kept, defects, corrected=correct)
     try:
         reports = [exchange(part, report, methods) for part, methods in exchanged]
     except ValueError:  # other code has changed a part
@@ -228,6 +236,19 @@ def _divergence(posterior: Normal, prior: Normal | None = None) -> Tensor:
     dtype = posterior.scale.dtype  # under autocast that of the mean may be another
     halves = None if prior is None else (prior.loc.flatten(0, -2), prior.scale.flatten(0, -2))
     return F.gaussian_kl(posterior.loc.to(dtype), posterior.scale, scale="std", prior=halves, reduction="none")
+
+
+def _marginal_ll(
+    module: VAE,
+    tensors: dict[str, Tensor],
+    n_mc_samples: int,
+    return_mean: bool = False,
+    n_mc_samples_per_pass: int = 1,
+) -> Tensor | float:
+    """`scvi.module.VAE.marginal_ll`, the mean over all samples that it draws."""
+    passes = math.ceil(n_mc_samples / n_mc_samples_per_pass)
+    found: Tensor | float = VAE.marginal_ll(module, tensors, n_mc_samples, return_mean, n_mc_samples_per_pass)
+    return found + math.log(n_mc_samples / (passes * min(n_mc_samples, n_mc_samples_per_pass)))
 
 
 def _nothing(layer: torch.nn.Linear, *inputs: Tensor) -> None:

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytestmark = pytest.mark.integrations
 scvi = pytest.importorskip("scvi", reason="needs scvi-tools==1.4.2: pip install scvi-tools==1.4.2")
+# ruff: noqa: E402  # what is imported now needs it
 
 import anndata
 from scvi.distributions import NegativeBinomial, ZeroInflatedNegativeBinomial
@@ -382,6 +383,23 @@ def as_numbers(result: Any) -> Any:
     return list(result.values()) if isinstance(result, dict) else result
 
 
+@pytest.mark.parametrize("per_pass", [1, 2, 4, 8])
+def test_the_marginal_likelihood_is_corrected_where_that_is_asked_for(pair, per_pass):
+    """Six samples, of which 4 a pass make eight, and 8 a pass are six."""
+    host, own = pair[0], copy.deepcopy(pair[0])
+    report = fuse(own, correct=True)
+    assert list(report.defects) == ["marginal_ll"] and report.corrected and not fuse(pair[1]).corrected
+    options = {"n_mc_samples": 6, "n_mc_samples_per_pass": per_pass}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the host, that six is fewer than eight
+        expected, found = (seeded(it.get_marginal_ll, return_mean=True, **options) for it in (host, own))
+        as_host = seeded(pair[1].get_marginal_ll, return_mean=True, **options)
+    drawn = {1: 6, 2: 6, 4: 8, 8: 6}[per_pass]
+    allowed = 2.0**-24 * 100 * abs(expected)
+    assert abs(found - (expected + np.log(6 / drawn))) <= allowed
+    assert abs(as_host - expected) <= allowed < 0.1
+
+
 def test_samples_and_parameters_of_the_likelihood_are_as_before(pair, adata):
     host, own = (seeded(it.get_likelihood_parameters) for it in pair)
     assert list(host) == list(own) and [it.shape for it in host.values()] == [it.shape for it in own.values()]
@@ -552,6 +570,15 @@ def test_the_dispersion_of_each_gene_is_not_expanded(adata, monkeypatch):
     assert generative["px"].theta.shape == (8, GENES)  # what the host's code reads stays
 
 
+class Scaled(VAE):
+    """With a px of its own, the host's loss would be right, and a fused one wrong."""
+
+    def generative(self, *arguments: Any, **options: Any) -> Any:
+        outputs = super().generative(*arguments, **options)
+        outputs["px"] = ZeroInflatedNegativeBinomial(mu=outputs["px"].mu, theta=outputs["px"].theta * 2)
+        return outputs
+
+
 def test_few_numbers_take_the_host_s_code_where_no_kernel_runs(adata, monkeypatch):
     own, tensors = made(adata).module, batch_of(adata, 8)
     fuse(own)
@@ -570,7 +597,7 @@ def test_few_numbers_take_the_host_s_code_where_no_kernel_runs(adata, monkeypatc
 def test_the_report_says_what_is_fused_and_what_stays(adata):
     def keys(model: Any) -> tuple[set[str], set[str]]:
         report = fuse(model)
-        assert report is report_of(getattr(model, "module", model)) and not report.defects
+        assert report is report_of(getattr(model, "module", model)) and not report.corrected
         return set(report.fused), set(report.kept)
 
     every = {"reconstruction", "divergences", "sample of z"}
@@ -583,6 +610,7 @@ def test_the_report_says_what_is_fused_and_what_stays(adata):
     assert keys(made(adata, scvi.model.LinearSCVI)) == (every, {"px_dropout_decoder", "sample of the library size"})
     assert keys(made(adata, scvi.model.SCANVI)) == ({"reconstruction"}, {"divergences and sample of z"})
     assert keys(scvi.module.AutoZIVAE(GENES)) == (set(), {"loss"})
+    assert keys(Scaled(GENES)) == (set(), {"loss"})
     assert "scvi.VAE: 3 fused, 0 kept" in str(fuse(made(adata)))
 
 
