@@ -6,18 +6,16 @@ prints a table as Markdown. The loss is what runs between the outputs of the net
 backward: the sample of z, the distributions, the divergences and the log-likelihood. The encoder and the decoder
 return tensors that are given. Launches and bytes before are those that PyTorch dispatches, as in `eager_cost.py`.
 After, each fused operation has those of fastvae's list of operations, and what is around it is counted. A wait is a
-number that Python reads from a tensor. The memory is the growth of the resident memory, in a separate process for each
-side. The times are CPU times of one thread, of sides that take turns: the least of each, and the median of the ratios,
-of the loss and of a whole step of the module. The whole step has no optimizer and no loader.
+number that Python reads from a tensor. The peak is the most that is allocated at a time on the CPU. The times are CPU
+times of one thread, of sides that take turns: the least of each, and the median of the ratios, of the loss and of a
+whole step of the module. The whole step has no optimizer and no loader.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
-import multiprocessing
 import statistics
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +31,9 @@ import fastvae.functional as F
 import fastvae.integrations.scvi as integration
 from eager_cost import Cost
 from fastvae.operations import Operation, named, of_likelihood, of_smaller, operations
-from peers import _resident
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from memory_meters import peak_memory
 
 HIDDEN, LATENT = 128, 10  # scvi-tools' defaults
 
@@ -49,6 +49,10 @@ class Case(NamedTuple):
         per = {"gene": ", a dispersion for each gene", "gene-batch": ", for each gene and batch"}
         which = per[self.dispersion] if self.likelihood in integration.LIKELIHOODS else ""
         return f"`{self.likelihood}`{which}"
+
+    @property
+    def size(self) -> str:
+        return f"{self.cells} x {self.genes}"
 
 
 CASES = (
@@ -207,7 +211,7 @@ def costs(case: Case) -> dict[str, tuple[Counted, Counted]]:
     return found
 
 
-# ------------------------------------------------------------------------------------------------------ time, memory
+# --------------------------------------------------------------------------------------------------- time and memory
 
 
 def times(case: Case, whole: bool, rounds: int) -> tuple[dict[str, float], float]:
@@ -224,39 +228,24 @@ def times(case: Case, whole: bool, rounds: int) -> tuple[dict[str, float], float
     return {side: min(each) for side, each in found.items()}, statistics.median(ratios)
 
 
-def memory(case: Case, side: str) -> float:
-    """MB by which the loss and its gradients raise the resident memory at most."""
-    function, wanted = sides(case, whole=False)[side]
-    gradients(function, wanted)
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed goes back to the system
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = _resident("VmRSS")
-    gradients(function, wanted)
-    return _resident("VmHWM") - before
-
-
-def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Of its own, forked, because an import of scvi-tools takes seconds."""
-    with multiprocessing.get_context("fork").Pool(1) as pool:
-        return pool.apply(function, arguments)
-
-
-def row(case: Case, rounds: int) -> list[str]:
+def counts(case: Case) -> list[str]:
+    """The cells of the table that are counted."""
     cost = [*costs(case).values()]
-    mb = [in_a_process(memory, case, side) for side in ("before", "after")]
-    rounds *= max(1, 2**18 // (case.cells * case.genes))  # short times vary more
-    time, ratio = in_a_process(times, case, False, rounds)
-    _, of_step = in_a_process(times, case, True, rounds)
     pairs = [
         [f"{forward.launches} + {backward.launches}" for forward, backward in cost],
         [f"{forward.waits + backward.waits}" for forward, backward in cost],
-        [f"{(forward.bytes + backward.bytes) / 2**20:.0f}" for forward, backward in cost],
-        [f"{it:.0f}" for it in mb],
-        [f"{it:.1f}" for it in time.values()],
+        [f"{(forward.bytes + backward.bytes) / 1e6:.1f}" for forward, backward in cost],
     ]
-    cells = [" → ".join(pair) for pair in pairs]
-    return [case.text, f"{case.cells} x {case.genes}", *cells, f"{ratio:.2f}", f"{of_step:.2f}"]
+    return [" → ".join(pair) for pair in pairs]
+
+
+def row(case: Case, rounds: int) -> list[str]:
+    peaks = [peak_memory(lambda given=given: gradients(*given)) for given in sides(case, whole=False).values()]
+    rounds *= max(1, 2**18 // (case.cells * case.genes))  # short times vary more
+    time, ratio = times(case, False, rounds)
+    _, of_step = times(case, True, rounds)
+    measured = [" → ".join(f"{it:.1f}" for it in pair) for pair in ([peak / 1e6 for peak in peaks], time.values())]
+    return [case.text, case.size, *counts(case), *measured, f"{ratio:.2f}", f"{of_step:.2f}"]
 
 
 def main() -> None:
