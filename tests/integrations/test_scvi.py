@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.distributions import Normal, kl_divergence
+from torch.distributions import Distribution, Normal, kl_divergence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytestmark = pytest.mark.integrations
@@ -492,7 +492,9 @@ class Step(torch.nn.Module):
         return self.module(tensors)[2].loss
 
 
-def test_distributed_data_parallel_and_torch_compile_run_the_fused_loss(adata, tmp_path):
+def test_distributed_data_parallel_and_torch_compile_run_the_fused_loss(adata, tmp_path, monkeypatch):
+    # torch.compile turns off the checks of distributions, for good.
+    monkeypatch.setattr(Distribution, "_validate_args", Distribution._validate_args)
     own = made(adata, gene_likelihood="nb").module
     fuse(own)
     tensors = batch_of(adata, 8)
@@ -640,6 +642,7 @@ def test_other_objects_raise_an_error_that_names_them(adata):
 def test_the_table_of_the_page_has_the_counts_of_the_program(monkeypatch):
     root = Path(__file__).parents[2]
     monkeypatch.syspath_prepend(root / "benchmarks")
+    monkeypatch.setattr(Distribution, "_validate_args", True)  # as torch has it
     import integration_scvi as program
 
     page = (root / "docs" / "coming-from-scvi.md").read_text(encoding="utf-8")
