@@ -1,0 +1,249 @@
+"""The posteriors that `fastvae.integrations.diffusers.fuse` lets an autoencoder make."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, ClassVar
+
+import torch
+from diffusers.models.autoencoders.autoencoder_oobleck import OobleckDiagonalGaussianDistribution
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
+
+import fastvae.functional as F
+from fastvae.backend import backend_for
+from fastvae.functional.posterior import general
+from fastvae.likelihoods import Gaussian
+
+_GAUSSIAN = Gaussian()
+
+
+class _Fused:
+    """What both posteriors share: N(mean, std^2), whose parameters are [mean | second] along dimension 1.
+
+    The library computes logvar, std and var when it makes a posterior, for `mode` too. Here they are computed when they
+    are first read. Where no kernels run, which is on the CPU and in float64, the methods are the library's own, because
+    its formulas are faster there than the plain PyTorch of `fastvae.functional`.
+    """
+
+    library: ClassVar[Any]  # the library's class
+    reading: ClassVar[dict[str, Any]]  # how the second half is read: options of `fastvae.functional`
+    reduction: ClassVar[str]  # of the divergence
+    correct: ClassVar[bool] = False
+
+    def __init__(self, parameters: Tensor, deterministic: bool = False) -> None:
+        self.parameters = parameters
+        self.deterministic = deterministic
+        self._mean, self._second = torch.chunk(parameters, 2, dim=1)
+        self._attributes: dict[str, Tensor] = {}
+        self._kl: Tensor | None = None
+        self._has_grad = torch.is_grad_enabled()
+        # Autocast runs exp and sum in float32, except on the CPU, so that z and kl of the library are float32.
+        promotes = parameters.device.type != "cpu" and torch.is_autocast_enabled(parameters.device.type)
+        self._dtype = torch.promote_types(parameters.dtype, torch.float32) if promotes else parameters.dtype
+
+    # Properties cannot be assigned: the fused operations read the parameters, so they would not see the assignment.
+
+    @property
+    def mean(self) -> Tensor:
+        return self._mean
+
+    def mode(self) -> Tensor:
+        return self._mean
+
+    def sample(self, generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
+        """z = mean + std * noise, in one launch.
+
+        The noise of a generator, or of a list with one for each image, is the library's. Without a generator the
+        kernels make noise of their own from the state of torch's default generator, and store none of it. If the
+        parameters need a gradient, the launch computes the divergence too, because it reads nothing more for it, and
+        one backward pass serves both. The next `kl` returns it.
+        """
+        if self.deterministic or not self._has_kernels():
+            z: Tensor = self.library.sample(self, generator)
+            return z
+        parameters, half = self.parameters, self._mean.shape
+        eps = None
+        if generator is not None:
+            eps = randn_tensor(half, generator=generator, device=parameters.device, dtype=parameters.dtype)
+        options: dict[str, Any] = {"half": half, "eps": eps, **self.reading}
+        if self._is_whole() and parameters.requires_grad and torch.is_grad_enabled():
+            z, self._kl = general(self._moments(), None, True, True, reduction=self.reduction, **options)
+        else:
+            z = general(self._moments(), None, True, False, **options)
+        return z
+
+    def _is_whole(self) -> bool:
+        """Whether `kl` sums all dimensions but the batch."""
+        return True
+
+    def _has_kernels(self) -> bool:
+        return backend_for(self.parameters).name == "triton"
+
+    def _moments(self) -> Tensor:
+        return self.parameters.to(self._dtype)
+
+    def _divergence(self) -> Tensor:
+        """From N(0, I): that of the last sample, once, or one of its own."""
+        kl, self._kl = self._kl, None
+        if kl is not None:
+            return kl if torch.is_grad_enabled() else kl.detach()
+        divergence: Tensor = general(
+            self._moments(), None, False, True, half=self._mean.shape, reduction=self.reduction, **self.reading
+        )
+        return divergence
+
+    def _takes_prior(self, other: Any) -> bool:
+        return (
+            type(other) in (self.library, *FUSED[self.library])
+            and not other.deterministic
+            and other.parameters.shape == self.parameters.shape
+            and other.parameters.device == self.parameters.device
+        )
+
+    def _rounded(self, value: Tensor, *dtypes: torch.dtype) -> Tensor:
+        """In the dtype of the library's result. A corrected one stays float32, because float16 ends at 65504."""
+        return value if self.correct else value.to(functools.reduce(torch.promote_types, dtypes, self._dtype))
+
+    def _attribute(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """What the library computes when it makes the posterior. It has the gradient and the dtype that it has there,
+        whatever the modes are when it is read.
+        """
+        if name not in self._attributes:
+            with ExitStack() as modes:
+                if torch.is_grad_enabled() != self._has_grad:
+                    modes.enter_context(torch.set_grad_enabled(self._has_grad))
+                if torch.is_autocast_enabled(self.parameters.device.type):
+                    modes.enter_context(torch.autocast(self.parameters.device.type, enabled=False))
+                self._attributes[name] = make()
+        return self._attributes[name]
+
+
+class Posterior(_Fused, DiagonalGaussianDistribution):
+    """The library's DiagonalGaussianDistribution: second is logvar, clamped to [-30, 20]."""
+
+    library = DiagonalGaussianDistribution
+    reading: ClassVar[dict[str, Any]] = {"scale_clamp": (-30.0, 20.0)}
+    reduction = "none"
+
+    @property
+    def logvar(self) -> Tensor:
+        return self._attribute("logvar", lambda: torch.clamp(self._second, -30.0, 20.0))
+
+    @property
+    def std(self) -> Tensor:
+        return self._attribute("std", lambda: self._exp(0.5 * self.logvar))
+
+    @property
+    def var(self) -> Tensor:
+        return self._attribute("var", lambda: self._exp(self.logvar))
+
+    def _exp(self, logarithm: Tensor) -> Tensor:
+        return torch.zeros_like(self._mean) if self.deterministic else torch.exp(logarithm.to(self._dtype))
+
+    def kl(self, other: Any = None) -> Tensor:
+        """KL(self || N(0, I)), or KL(self || other), in nats.
+
+        The library sums dimensions 1 to 3: [B] for images, [B, W] for videos [B, C, T, H, W], and an error for audio
+        [B, C, T]. `CorrectPosterior` sums all dimensions but the batch.
+        """
+        if not self._is_fused() or (other is not None and not self._takes_prior(other)):
+            found: Tensor = self.library.kl(self, other)
+            return found
+        if other is None and self._is_whole():
+            return self._rounded(self._divergence())
+        moments, prior, dtypes = self._rows(self._moments()), None, []
+        if other is not None:
+            prior = self._rows(other.parameters)
+            dtypes.append(getattr(other, "_dtype", other.parameters.dtype))
+        half = moments.chunk(2, 1)[0].shape
+        kl: Tensor = general(moments, None, False, True, half=half, prior=prior, **self.reading)
+        if not self._is_whole():
+            kl = kl.view(self._mean.shape[0], *self._mean.shape[4:])
+        return self._rounded(kl, *dtypes)
+
+    def nll(self, sample: Tensor, dims: tuple[int, ...] | list[int] | None = None) -> Tensor:
+        """-log N(sample; mean, var) in nats, summed over dims: 1 to 3, for `CorrectPosterior` all but the batch."""
+        every = list(range(1, self._mean.ndim))
+        if dims is None:
+            dims = every if self.correct else [1, 2, 3]
+        if not self._is_fused() or list(dims) != every or sample.shape != self._mean.shape:
+            found: Tensor = self.library.nll(self, sample, dims)
+            return found
+        nll = F.negative_log_likelihood((self._mean, self.logvar), sample, _GAUSSIAN, reduction="none")
+        return self._rounded(nll, sample.dtype)
+
+    def _is_whole(self) -> bool:
+        return self.correct or self._mean.ndim == 4
+
+    def _is_fused(self) -> bool:
+        return not self.deterministic and (self.correct or (self._mean.ndim >= 4 and self._has_kernels()))
+
+    def _rows(self, parameters: Tensor) -> Tensor:
+        """[B, 2 C, T, H, W] as [B W, 2 C, T, H], a copy, so that dimensions 1 to 3 are an event."""
+        if self._is_whole():
+            return parameters
+        others = range(4, parameters.ndim)
+        return parameters.permute(0, *others, 1, 2, 3).reshape(-1, *parameters.shape[1:4])
+
+
+class CorrectPosterior(Posterior):
+    """What `fuse(vae, correct=True)` makes: kl and nll sum all dimensions but the batch, and are float32."""
+
+    correct = True
+
+
+class OobleckPosterior(_Fused, OobleckDiagonalGaussianDistribution):
+    """The library's OobleckDiagonalGaussianDistribution: std = softplus(second) + 1e-4."""
+
+    library = OobleckDiagonalGaussianDistribution
+    reading: ClassVar[dict[str, Any]] = {"scale": "softplus", "scale_eps": 1e-4}
+    reduction = "mean"
+
+    @property
+    def scale(self) -> Tensor:
+        return self._second
+
+    @property
+    def std(self) -> Tensor:
+        return self._attribute("std", lambda: nn.functional.softplus(self._second.to(self._dtype)) + 1e-4)
+
+    @property
+    def var(self) -> Tensor:
+        return self._attribute("var", lambda: self.std * self.std)
+
+    @property
+    def logvar(self) -> Tensor:
+        return self._attribute("logvar", lambda: torch.log(self.var))
+
+    def kl(self, other: Any = None) -> Tensor:
+        """The mean over batch and time of the sum over channels of twice KL(self || N(0, I)), which is the library's
+        number, and of the divergence itself for `CorrectOobleckPosterior`; or with `other` in the place of N(0, I).
+        """
+        channels = self._mean.shape[1]
+        if self.correct and other is not None and self._takes_prior(other) and not self.deterministic:
+            moments, prior = self._moments(), other.parameters
+            kl: Tensor = general(
+                moments, None, False, True, half=self._mean.shape, prior=prior, reduction="mean", **self.reading
+            )
+            return channels * kl
+        if self.deterministic or other is not None or not (self.correct or self._has_kernels()):
+            found: Tensor = self.library.kl(self, other)
+            return found
+        return self._rounded(self._divergence() * (channels if self.correct else 2 * channels))
+
+
+class CorrectOobleckPosterior(OobleckPosterior):
+    """What `fuse(vae, correct=True)` makes: kl has the factor 1/2, kl(other) the right sign, and both are float32."""
+
+    correct = True
+
+
+# The posterior that stands for the library's, and the corrected one.
+FUSED: dict[Any, tuple[type[_Fused], type[_Fused]]] = {
+    DiagonalGaussianDistribution: (Posterior, CorrectPosterior),
+    OobleckDiagonalGaussianDistribution: (OobleckPosterior, CorrectOobleckPosterior),
+}
