@@ -124,10 +124,14 @@ def _texts(correct: bool) -> tuple[Texts, Texts, Texts]:
 
 def _texts_of_oobleck(correct: bool) -> tuple[Texts, Texts, Texts]:
     fused = {"sample": _SAMPLE, "kl": "one launch, and the multiplication of its result", "logvar, std, var": _LAZY}
-    kept = {"sample on the CPU and in float64": _ON_CPU} if correct else {
-        "sample, kl on the CPU and in float64": _ON_CPU,
-        "kl(other)": "the library's code: its number is no divergence",
-    }
+    kept = (
+        {"sample on the CPU and in float64": _ON_CPU}
+        if correct
+        else {
+            "sample, kl on the CPU and in float64": _ON_CPU,
+            "kl(other)": "the library's code: its number is no divergence",
+        }
+    )
     defects = {
         "kl": "it is twice the divergence, because the factor 1/2 is missing",
         "kl(other)": "log(var / other.var) has the wrong sign, besides",
@@ -207,9 +211,7 @@ def _copy(function: FunctionType, classes: dict[Any, Any]) -> FunctionType:
     wrapped = getattr(function, "__wrapped__", None)
     cells = function.__closure__
     if cells is not None and isinstance(wrapped, FunctionType):
-        cells = tuple(
-            CellType(_copy(wrapped, classes)) if cell.cell_contents is wrapped else cell for cell in cells
-        )
+        cells = tuple(CellType(_copy(wrapped, classes)) if cell.cell_contents is wrapped else cell for cell in cells)
     copy = FunctionType(function.__code__, variables, function.__name__, function.__defaults__, cells)
     copy.__kwdefaults__ = function.__kwdefaults__
     functools.update_wrapper(copy, function)
