@@ -67,8 +67,8 @@ def fuse(vae: nn.Module, *, correct: bool = False) -> Report:
             kept[name] = f"{owner.__name__} overrides it with code that constructs no posterior itself"
         elif not posteriors & FUSED.keys():
             kept[name] = f"it constructs a {names}, for which there are no fused operations here"
-        elif not isinstance(value, FunctionType):
-            kept[name] = f"it constructs a {names}, but is a {type(value).__name__} and no method of the object"
+        elif not isinstance(value, FunctionType) or _copy(value, _classes(correct)) is None:
+            kept[name] = f"it constructs a {names}, but is no plain method, or its decorator hides it"
         else:
             methods[name] = _Method(type(vae), name, correct)
             fused[name] = f"constructs a fused {names}"
@@ -151,12 +151,13 @@ class _Method:
     """
 
     def __init__(self, cls: type, name: str, correct: bool) -> None:
+        function = getattr(cls, name)
         self._of = cls, name, correct
-        self._function = _copy(getattr(cls, name), {posterior: pair[correct] for posterior, pair in FUSED.items()})
-        functools.update_wrapper(self, self._function)
+        self._copy: Any = _copy(function, _classes(correct))
+        functools.update_wrapper(self, function)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        return self._function(*arguments, **named)
+        return self._copy(*arguments, **named)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Method, self._of
@@ -194,24 +195,29 @@ def _names(code: CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
-def _copy(function: FunctionType, classes: dict[Any, Any]) -> FunctionType:
-    """The function with other classes in the place of some that its code, or that of a function that it wraps, names.
+def _classes(correct: bool) -> dict[Any, type]:
+    """The fused class in the place of each of the library's."""
+    return {posterior: corrected if correct else fused for posterior, (fused, corrected) in FUSED.items()}
+
+
+def _copy(function: FunctionType, classes: dict[Any, type]) -> FunctionType | None:
+    """The function with other classes in the place of those that its code, or that of the function that it wraps,
+    names. None if it names none, or does not hold what it wraps in its closure.
 
     The copy's globals have no __name__, because torch.compile reads a global from the module of that name.
     """
-    own = {}
-    for name in _names(function.__code__):
-        value = function.__globals__.get(name)
-        if isinstance(value, type) and value in classes:
-            own[name] = classes[value]
-    variables = function.__globals__
-    if own:
-        variables = {**variables, **own}
+    variables, cells = function.__globals__, function.__closure__
+    named = {name: variables.get(name) for name in _names(function.__code__)}
+    others = {name: classes[value] for name, value in named.items() if isinstance(value, type) and value in classes}
+    if others:
+        variables = {**variables, **others}
         variables.pop("__name__", None)
     wrapped = getattr(function, "__wrapped__", None)
-    cells = function.__closure__
-    if cells is not None and isinstance(wrapped, FunctionType):
-        cells = tuple(CellType(_copy(wrapped, classes)) if cell.cell_contents is wrapped else cell for cell in cells)
+    copy_of_wrapped = _copy(wrapped, classes) if isinstance(wrapped, FunctionType) else None
+    holders = [cell for cell in cells or () if copy_of_wrapped is not None and cell.cell_contents is wrapped]
+    if not others and not holders:
+        return None
+    cells = cells and tuple(CellType(copy_of_wrapped) if cell in holders else cell for cell in cells)
     copy = FunctionType(function.__code__, variables, function.__name__, function.__defaults__, cells)
     copy.__kwdefaults__ = function.__kwdefaults__
     functools.update_wrapper(copy, function)

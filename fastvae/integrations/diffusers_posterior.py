@@ -38,6 +38,8 @@ class _Fused:
         self.parameters = parameters
         self.deterministic = deterministic
         self._mean, self._second = torch.chunk(parameters, 2, dim=1)
+        # The library takes an odd number of channels too, if the halves broadcast.
+        self._is_gaussian = not deterministic and self._mean.shape == self._second.shape
         self._attributes: dict[str, Tensor] = {}
         self._kl: Tensor | None = None
         self._has_grad = torch.is_grad_enabled()
@@ -62,7 +64,7 @@ class _Fused:
         parameters need a gradient, the launch computes the divergence too, because it reads nothing more for it, and
         one backward pass serves both. The next `kl` returns it.
         """
-        if self.deterministic or not self._has_kernels():
+        if not self._has_kernels():
             z: Tensor = self.library.sample(self, generator)
             return z
         parameters, half = self.parameters, self._mean.shape
@@ -81,7 +83,7 @@ class _Fused:
         return True
 
     def _has_kernels(self) -> bool:
-        return backend_for(self.parameters).name == "triton"
+        return self._is_gaussian and backend_for(self.parameters).name == "triton"
 
     def _moments(self) -> Tensor:
         return self.parameters.to(self._dtype)
@@ -180,7 +182,7 @@ class Posterior(_Fused, DiagonalGaussianDistribution):
         return self.correct or self._mean.ndim == 4
 
     def _is_fused(self) -> bool:
-        return not self.deterministic and (self.correct or (self._mean.ndim >= 4 and self._has_kernels()))
+        return self._is_gaussian and (self.correct or (self._mean.ndim >= 4 and self._has_kernels()))
 
     def _rows(self, parameters: Tensor) -> Tensor:
         """[B, 2 C, T, H, W] as [B W, 2 C, T, H], a copy, so that dimensions 1 to 3 are an event."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import inspect
 import io
@@ -157,7 +158,7 @@ def test_every_autoencoder_of_the_library_is_found() -> None:
             continue
         assert sorted(report.methods) == sorted(names), cls
         for name in names:
-            function = vars(vae)[name].func._function
+            function = vars(vae)[name].func._copy
             inner = [cell.cell_contents for cell in function.__closure__ or ()]
             functions = [it for it in (function, *inner) if inspect.isfunction(it)]
             seen = {value for it in functions for value in it.__globals__.values() if inspect.isclass(value)}
@@ -175,11 +176,33 @@ class Inheriting(AutoencoderKL):
         return 2 * super()._encode(x)
 
 
+class Hidden:
+    """A decorator that holds what it decorates in an attribute."""
+
+    def __init__(self, method: Any) -> None:
+        self.method = method
+
+
+def hidden(method: Any) -> Any:
+    holder = Hidden(method)
+
+    @functools.wraps(method)
+    def wrapper(self: Any, *arguments: Any, **named: Any) -> Any:
+        return holder.method(self, *arguments, **named)
+
+    return wrapper
+
+
+class Decorated(AutoencoderKL):
+    encode = hidden(AutoencoderKL.encode)
+
+
 def test_subclasses() -> None:
     vae, images = image_vae(Overriding), torch.rand(2, 3, 8, 8)
     report = fuse(vae)
     assert report.methods == ("tiled_encode",) and "Overriding overrides it" in report.kept["encode"]
     assert type(vae.encode(images).latent_dist) is DiagonalGaussianDistribution
+    assert fuse(image_vae(Decorated)).kept["encode"].endswith("its decorator hides it")
     vae, plain = image_vae(Inheriting), image_vae()
     fuse(vae)
     posterior = vae.encode(images).latent_dist
@@ -396,6 +419,9 @@ def test_what_no_operation_covers_is_the_library_s(triton_backend: type[Launches
     assert torch.equal(q.kl(Posterior(other)), library.kl(DiagonalGaussianDistribution(other)))
     assert torch.equal(q.nll(sample, dims=(1, 2)), library.nll(sample, dims=(1, 2)))
     assert torch.equal(q.nll(sample[:1]), library.nll(sample[:1]))
+    odd = [cls(torch.ones(2, 3, 2, 2)) for cls in (Posterior, CorrectPosterior, DiagonalGaussianDistribution)]
+    assert torch.equal(odd[0].kl(), odd[2].kl()) and torch.equal(odd[1].kl(), odd[2].kl())
+    assert torch.equal(odd[0].sample(seeded()), odd[2].sample(seeded()))
     for shape in (AUDIO, (3, 8)):
         with pytest.raises(IndexError):
             Posterior(torch.randn(shape)).kl()
@@ -410,6 +436,15 @@ def test_what_no_operation_covers_is_the_library_s(triton_backend: type[Launches
         assert fixed.kl().shape == (1,)
     assert Launches.count == before
     q.kl()  # the fixture asks for a launch
+
+
+def test_an_empty_batch(triton_backend: type[Launches]) -> None:
+    parameters = torch.randn(0, 8, 5, 6).requires_grad_()
+    q = Posterior(parameters)
+    z, kl = q.sample(), q.kl()
+    assert z.shape == (0, 4, 5, 6) and kl.shape == (0,) and Posterior(torch.randn(0, 8, 3, 5, 6)).kl().shape == (0, 6)
+    assert torch.autograd.grad(z.sum() + kl.sum(), parameters)[0].shape == parameters.shape
+    Posterior(torch.randn(IMAGE)).kl()  # the fixture asks for a launch
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
