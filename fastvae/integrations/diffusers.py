@@ -94,7 +94,7 @@ def unfuse(vae: nn.Module) -> None:
 
 _SAMPLE = "one launch; where the moments need a gradient, it also computes what the next kl() returns"
 _LAZY = "computed when they are first read"
-_ON_CPU = "the library's code, because no kernel runs there"
+_ON_CPU = "the library's formulas, because no kernel runs there"
 
 
 def _texts(correct: bool) -> tuple[Texts, Texts, Texts]:
@@ -105,13 +105,11 @@ def _texts(correct: bool) -> tuple[Texts, Texts, Texts]:
         "logvar, std, var": _LAZY,
     }
     kept = {
+        "sample, kl, nll on the CPU and in float64": _ON_CPU + (", with the right sums" if correct else ""),
         "kl(other) of another shape, nll over other dims": "the library's code",
         "deterministic": "the library's code: the posterior's std is 0",
     }
-    if correct:
-        kept["sample on the CPU and in float64"] = _ON_CPU
-    else:
-        kept["sample, kl, nll on the CPU and in float64"] = _ON_CPU
+    if not correct:
         kept["kl, nll of latents [B, C, T]"] = "the library's error"
     defects = {
         "kl, nll of latents without 4 dimensions": "sums dimensions 1 to 3 only: [B, W] for videos [B, C, T, H, W], an "
@@ -124,14 +122,12 @@ def _texts(correct: bool) -> tuple[Texts, Texts, Texts]:
 
 def _texts_of_oobleck(correct: bool) -> tuple[Texts, Texts, Texts]:
     fused = {"sample": _SAMPLE, "kl": "one launch, and the multiplication of its result", "logvar, std, var": _LAZY}
-    kept = (
-        {"sample on the CPU and in float64": _ON_CPU}
-        if correct
-        else {
-            "sample, kl on the CPU and in float64": _ON_CPU,
-            "kl(other)": "the library's code: its number is no divergence",
-        }
-    )
+    kept = {"sample, kl on the CPU and in float64": _ON_CPU + (", with the factor 1/2" if correct else "")}
+    if correct:
+        fused["kl(other)"] = "as kl, also on the CPU"
+        kept["kl(other) of another shape"] = "the library's code and number"
+    else:
+        kept["kl(other)"] = "the library's code, because its number is no divergence"
     defects = {
         "kl": "it is twice the divergence, because the factor 1/2 is missing",
         "kl(other)": "log(var / other.var) has the wrong sign, besides",

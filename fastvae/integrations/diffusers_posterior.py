@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import torch
@@ -21,12 +21,17 @@ from fastvae.likelihoods import Gaussian
 _GAUSSIAN = Gaussian()
 
 
+def _wide(parameters: Tensor) -> Tensor:
+    """In float32; float64 stays."""
+    return parameters.to(torch.promote_types(parameters.dtype, torch.float32))
+
+
 class _Fused:
     """What both posteriors share: N(mean, std^2), whose parameters are [mean | second] along dimension 1.
 
     The library computes logvar, std and var when it makes a posterior, for `mode` too. Here they are computed when they
-    are first read. Where no kernels run, which is on the CPU and in float64, the methods are the library's own, because
-    its formulas are faster there than the plain PyTorch of `fastvae.functional`.
+    are first read. No kernels run on the CPU and in float64. There the formulas are the library's, because they are
+    faster than the plain PyTorch of `fastvae.functional`.
     """
 
     library: ClassVar[Any]  # the library's class
@@ -106,6 +111,16 @@ class _Fused:
             and other.parameters.device == self.parameters.device
         )
 
+    def _for_the_library(self, posterior: Any) -> Any:
+        """The posterior, or if its divergence is to be corrected the same numbers in float32 and as images, because the
+        library's code is right for these.
+        """
+        parameters = posterior.parameters
+        if not self.correct or (parameters.ndim == 4 and _wide(parameters) is parameters):
+            return posterior
+        batch, channels, *others = parameters.shape
+        return type(self)(_wide(parameters).reshape(batch, channels, math.prod(others), 1))
+
     def _rounded(self, value: Tensor, *dtypes: torch.dtype) -> Tensor:
         """In the dtype of the library's result. A corrected one stays float32, because float16 ends at 65504."""
         return value if self.correct else value.to(functools.reduce(torch.promote_types, dtypes, self._dtype))
@@ -115,12 +130,12 @@ class _Fused:
         whatever the modes are when it is read.
         """
         if name not in self._attributes:
-            with ExitStack() as modes:
-                if torch.is_grad_enabled() != self._has_grad:
-                    modes.enter_context(torch.set_grad_enabled(self._has_grad))
-                if torch.is_autocast_enabled(self.parameters.device.type):
-                    modes.enter_context(torch.autocast(self.parameters.device.type, enabled=False))
+            device = self.parameters.device.type
+            if torch.is_grad_enabled() == self._has_grad and not torch.is_autocast_enabled(device):
                 self._attributes[name] = make()
+            else:
+                with torch.set_grad_enabled(self._has_grad), torch.autocast(device, enabled=False):
+                    self._attributes[name] = make()
         return self._attributes[name]
 
 
@@ -152,16 +167,20 @@ class Posterior(_Fused, DiagonalGaussianDistribution):
         The library sums dimensions 1 to 3: [B] for images, [B, W] for videos [B, C, T, H, W], and an error for audio
         [B, C, T]. `CorrectPosterior` sums all dimensions but the batch.
         """
-        if not self._is_fused() or (other is not None and not self._takes_prior(other)):
+        if not self._is_gaussian or (other is not None and not self._takes_prior(other)):
             found: Tensor = self.library.kl(self, other)
+            return found
+        if not self._has_kernels() or not (self.correct or self._mean.ndim >= 4):
+            found = self.library.kl(self._for_the_library(self), other and self._for_the_library(other))
             return found
         if other is None and self._is_whole():
             return self._rounded(self._divergence())
-        moments, prior, dtypes = self._rows(self._moments()), None, []
+        moments = self._rows(self._moments())
+        half = moments.chunk(2, 1)[0].shape
+        prior, dtypes = None, []
         if other is not None:
             prior = self._rows(other.parameters)
             dtypes.append(getattr(other, "_dtype", other.parameters.dtype))
-        half = moments.chunk(2, 1)[0].shape
         kl: Tensor = general(moments, None, False, True, half=half, prior=prior, **self.reading)
         if not self._is_whole():
             kl = kl.view(self._mean.shape[0], *self._mean.shape[4:])
@@ -172,17 +191,15 @@ class Posterior(_Fused, DiagonalGaussianDistribution):
         every = list(range(1, self._mean.ndim))
         if dims is None:
             dims = every if self.correct else [1, 2, 3]
-        if not self._is_fused() or list(dims) != every or sample.shape != self._mean.shape:
-            found: Tensor = self.library.nll(self, sample, dims)
-            return found
-        nll = F.negative_log_likelihood((self._mean, self.logvar), sample, _GAUSSIAN, reduction="none")
-        return self._rounded(nll, sample.dtype)
+        if self._has_kernels() and list(dims) == every and sample.shape == self._mean.shape:
+            nll = F.negative_log_likelihood((self._mean, self.logvar), sample, _GAUSSIAN, reduction="none")
+            return self._rounded(nll, sample.dtype)
+        posterior = type(self)(_wide(self.parameters), self.deterministic) if self.correct else self
+        found: Tensor = self.library.nll(posterior, sample, dims)
+        return found
 
     def _is_whole(self) -> bool:
         return self.correct or self._mean.ndim == 4
-
-    def _is_fused(self) -> bool:
-        return self._is_gaussian and (self.correct or (self._mean.ndim >= 4 and self._has_kernels()))
 
     def _rows(self, parameters: Tensor) -> Tensor:
         """[B, 2 C, T, H, W] as [B W, 2 C, T, H], a copy, so that dimensions 1 to 3 are an event."""
@@ -226,16 +243,17 @@ class OobleckPosterior(_Fused, OobleckDiagonalGaussianDistribution):
         number, and of the divergence itself for `CorrectOobleckPosterior`; or with `other` in the place of N(0, I).
         """
         channels = self._mean.shape[1]
-        if self.correct and other is not None and self._takes_prior(other) and not self.deterministic:
-            moments, prior = self._moments(), other.parameters
-            kl: Tensor = general(
-                moments, None, False, True, half=self._mean.shape, prior=prior, reduction="mean", **self.reading
-            )
-            return channels * kl
-        if self.deterministic or other is not None or not (self.correct or self._has_kernels()):
+        if other is None and self._has_kernels():
+            return self._rounded(self._divergence() * (channels if self.correct else 2 * channels))
+        if not self.correct or not self._is_gaussian or (other is not None and not self._takes_prior(other)):
             found: Tensor = self.library.kl(self, other)
             return found
-        return self._rounded(self._divergence() * (channels if self.correct else 2 * channels))
+        if other is None:
+            found = 0.5 * self.library.kl(self._for_the_library(self))
+            return found
+        options = {"half": self._mean.shape, "prior": other.parameters, "reduction": "mean", **self.reading}
+        kl: Tensor = general(self._moments(), None, False, True, **options)
+        return channels * kl
 
 
 class CorrectOobleckPosterior(OobleckPosterior):
