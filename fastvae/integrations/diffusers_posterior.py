@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from diffusers.models.autoencoders.autoencoder_oobleck import OobleckDiagonalGaussianDistribution
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor, nn
+from torch import Tensor
 
 import fastvae.functional as F
 from fastvae.backend import backend_for
@@ -21,17 +20,23 @@ from fastvae.likelihoods import Gaussian
 _GAUSSIAN = Gaussian()
 
 
-def _wide(parameters: Tensor) -> Tensor:
-    """In float32; float64 stays."""
-    return parameters.to(torch.promote_types(parameters.dtype, torch.float32))
+def _promoted(dtype: torch.dtype) -> torch.dtype:
+    """float32; of float64, float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _autocasts(parameters: Tensor) -> bool:
+    """Whether autocast runs exp and sum in float32 now, as it does on every device but the CPU."""
+    device = parameters.device.type
+    return device != "cpu" and torch.is_autocast_enabled(device)
 
 
 class _Fused:
     """What both posteriors share: N(mean, std^2), whose parameters are [mean | second] along dimension 1.
 
-    The library computes logvar, std and var when it makes a posterior, for `mode` too. Here they are computed when they
-    are first read. No kernels run on the CPU and in float64. There the formulas are the library's, because they are
-    faster than the plain PyTorch of `fastvae.functional`.
+    The library computes logvar, std and var when it makes a posterior, for `mode` too. Here the library's posterior is
+    made when one of these is first read, or where no kernels run, which is on the CPU and in float64. There its methods
+    are faster than the plain PyTorch of `fastvae.functional`.
     """
 
     library: ClassVar[Any]  # the library's class
@@ -45,18 +50,31 @@ class _Fused:
         self._mean, self._second = torch.chunk(parameters, 2, dim=1)
         # The library takes an odd number of channels too, if the halves broadcast.
         self._is_gaussian = not deterministic and self._mean.shape == self._second.shape
-        self._attributes: dict[str, Tensor] = {}
+        self._has_grad, self._promotes = torch.is_grad_enabled(), _autocasts(parameters)
+        self._dtype = _promoted(parameters.dtype) if self._promotes else parameters.dtype  # of the library's results
         self._kl: Tensor | None = None
-        self._has_grad = torch.is_grad_enabled()
-        # Autocast runs exp and sum in float32, except on the CPU, so that z and kl of the library are float32.
-        promotes = parameters.device.type != "cpu" and torch.is_autocast_enabled(parameters.device.type)
-        self._dtype = torch.promote_types(parameters.dtype, torch.float32) if promotes else parameters.dtype
+        self._of_the_library: Any = None
 
     # Properties cannot be assigned: the fused operations read the parameters, so they would not see the assignment.
 
     @property
     def mean(self) -> Tensor:
         return self._mean
+
+    @property
+    def logvar(self) -> Tensor:
+        logvar: Tensor = self._original().logvar
+        return logvar
+
+    @property
+    def std(self) -> Tensor:
+        std: Tensor = self._original().std
+        return std
+
+    @property
+    def var(self) -> Tensor:
+        var: Tensor = self._original().var
+        return var
 
     def mode(self) -> Tensor:
         return self._mean
@@ -70,7 +88,7 @@ class _Fused:
         one backward pass serves both. The next `kl` returns it.
         """
         if not self._has_kernels():
-            z: Tensor = self.library.sample(self, generator)
+            z: Tensor = self._original().sample(generator)
             return z
         parameters, half = self.parameters, self._mean.shape
         eps = None
@@ -82,6 +100,19 @@ class _Fused:
         else:
             z = general(self._moments(), None, True, False, **options)
         return z
+
+    def _original(self) -> Any:
+        """The library's posterior, as it would have been made in the place of this one: its attributes have the
+        gradient and the dtype of that time, whatever the modes are now.
+        """
+        if self._of_the_library is None:
+            if torch.is_grad_enabled() == self._has_grad and _autocasts(self.parameters) == self._promotes:
+                self._of_the_library = self.library(self.parameters, self.deterministic)
+            else:
+                device = self.parameters.device.type
+                with torch.set_grad_enabled(self._has_grad), torch.autocast(device, enabled=self._promotes):
+                    self._of_the_library = self.library(self.parameters, self.deterministic)
+        return self._of_the_library
 
     def _is_whole(self) -> bool:
         """Whether `kl` sums all dimensions but the batch."""
@@ -111,32 +142,18 @@ class _Fused:
             and other.parameters.device == self.parameters.device
         )
 
-    def _for_the_library(self, posterior: Any) -> Any:
-        """The posterior, or if its divergence is to be corrected the same numbers in float32 and as images, because the
-        library's code is right for these.
-        """
+    def _as_image(self, posterior: Any) -> Any:
+        """The posterior in 4 dimensions and float32, of which the library sums the right numbers."""
         parameters = posterior.parameters
-        if not self.correct or (parameters.ndim == 4 and _wide(parameters) is parameters):
+        dtype = _promoted(parameters.dtype)
+        if parameters.ndim == 4 and parameters.dtype is dtype:
             return posterior
         batch, channels, *others = parameters.shape
-        return type(self)(_wide(parameters).reshape(batch, channels, math.prod(others), 1))
+        return self.library(parameters.to(dtype).reshape(batch, channels, math.prod(others), 1))
 
     def _rounded(self, value: Tensor, *dtypes: torch.dtype) -> Tensor:
         """In the dtype of the library's result. A corrected one stays float32, because float16 ends at 65504."""
         return value if self.correct else value.to(functools.reduce(torch.promote_types, dtypes, self._dtype))
-
-    def _attribute(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        """What the library computes when it makes the posterior. It has the gradient and the dtype that it has there,
-        whatever the modes are when it is read.
-        """
-        if name not in self._attributes:
-            device = self.parameters.device.type
-            if torch.is_grad_enabled() == self._has_grad and not torch.is_autocast_enabled(device):
-                self._attributes[name] = make()
-            else:
-                with torch.set_grad_enabled(self._has_grad), torch.autocast(device, enabled=False):
-                    self._attributes[name] = make()
-        return self._attributes[name]
 
 
 class Posterior(_Fused, DiagonalGaussianDistribution):
@@ -146,33 +163,23 @@ class Posterior(_Fused, DiagonalGaussianDistribution):
     reading: ClassVar[dict[str, Any]] = {"scale_clamp": (-30.0, 20.0)}
     reduction = "none"
 
-    @property
-    def logvar(self) -> Tensor:
-        return self._attribute("logvar", lambda: torch.clamp(self._second, -30.0, 20.0))
-
-    @property
-    def std(self) -> Tensor:
-        return self._attribute("std", lambda: self._exp(0.5 * self.logvar))
-
-    @property
-    def var(self) -> Tensor:
-        return self._attribute("var", lambda: self._exp(self.logvar))
-
-    def _exp(self, logarithm: Tensor) -> Tensor:
-        return torch.zeros_like(self._mean) if self.deterministic else torch.exp(logarithm.to(self._dtype))
-
     def kl(self, other: Any = None) -> Tensor:
         """KL(self || N(0, I)), or KL(self || other), in nats.
 
         The library sums dimensions 1 to 3: [B] for images, [B, W] for videos [B, C, T, H, W], and an error for audio
         [B, C, T]. `CorrectPosterior` sums all dimensions but the batch.
         """
-        if not self._is_gaussian or (other is not None and not self._takes_prior(other)):
-            found: Tensor = self.library.kl(self, other)
-            return found
-        if not self._has_kernels() or not (self.correct or self._mean.ndim >= 4):
-            found = self.library.kl(self._for_the_library(self), other and self._for_the_library(other))
-            return found
+        is_known = self._is_gaussian and (other is None or self._takes_prior(other))
+        if is_known and self._has_kernels() and (self.correct or self._mean.ndim >= 4):
+            return self._fused_kl(other)
+        if is_known and self.correct:
+            prior = None if other is None else self._as_image(other)
+            kl: Tensor = self.library.kl(self._as_image(self), prior)
+        else:
+            kl = self._original().kl(other)
+        return kl
+
+    def _fused_kl(self, other: Any) -> Tensor:
         if other is None and self._is_whole():
             return self._rounded(self._divergence())
         moments = self._rows(self._moments())
@@ -192,10 +199,13 @@ class Posterior(_Fused, DiagonalGaussianDistribution):
         if dims is None:
             dims = every if self.correct else [1, 2, 3]
         if self._has_kernels() and list(dims) == every and sample.shape == self._mean.shape:
-            nll = F.negative_log_likelihood((self._mean, self.logvar), sample, _GAUSSIAN, reduction="none")
+            logvar = torch.clamp(self._second, -30.0, 20.0)
+            nll = F.negative_log_likelihood((self._mean, logvar), sample, _GAUSSIAN, reduction="none")
             return self._rounded(nll, sample.dtype)
-        posterior = type(self)(_wide(self.parameters), self.deterministic) if self.correct else self
-        found: Tensor = self.library.nll(posterior, sample, dims)
+        posterior = self._original()
+        if self.correct and self.parameters.dtype is not _promoted(self.parameters.dtype):
+            posterior = self.library(self.parameters.float(), self.deterministic)
+        found: Tensor = posterior.nll(sample, dims)
         return found
 
     def _is_whole(self) -> bool:
@@ -226,18 +236,6 @@ class OobleckPosterior(_Fused, OobleckDiagonalGaussianDistribution):
     def scale(self) -> Tensor:
         return self._second
 
-    @property
-    def std(self) -> Tensor:
-        return self._attribute("std", lambda: nn.functional.softplus(self._second.to(self._dtype)) + 1e-4)
-
-    @property
-    def var(self) -> Tensor:
-        return self._attribute("var", lambda: self.std * self.std)
-
-    @property
-    def logvar(self) -> Tensor:
-        return self._attribute("logvar", lambda: torch.log(self.var))
-
     def kl(self, other: Any = None) -> Tensor:
         """The mean over batch and time of the sum over channels of twice KL(self || N(0, I)), which is the library's
         number, and of the divergence itself for `CorrectOobleckPosterior`; or with `other` in the place of N(0, I).
@@ -246,14 +244,13 @@ class OobleckPosterior(_Fused, OobleckDiagonalGaussianDistribution):
         if other is None and self._has_kernels():
             return self._rounded(self._divergence() * (channels if self.correct else 2 * channels))
         if not self.correct or not self._is_gaussian or (other is not None and not self._takes_prior(other)):
-            found: Tensor = self.library.kl(self, other)
-            return found
-        if other is None:
-            found = 0.5 * self.library.kl(self._for_the_library(self))
-            return found
-        options = {"half": self._mean.shape, "prior": other.parameters, "reduction": "mean", **self.reading}
-        kl: Tensor = general(self._moments(), None, False, True, **options)
-        return channels * kl
+            kl: Tensor = self._original().kl(other)
+        elif other is None:
+            kl = 0.5 * self.library.kl(self._as_image(self))
+        else:
+            options = {"half": self._mean.shape, "prior": other.parameters, "reduction": "mean", **self.reading}
+            kl = channels * general(self._moments(), None, False, True, **options)
+        return kl
 
 
 class CorrectOobleckPosterior(OobleckPosterior):
