@@ -16,8 +16,10 @@ each, and the median of the ratios.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable
 from math import prod
@@ -25,7 +27,6 @@ from pathlib import Path
 from time import process_time
 from typing import Any, NamedTuple
 
-os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 import torch
 from diffusers.models.autoencoders.autoencoder_oobleck import OobleckDiagonalGaussianDistribution
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -124,23 +125,30 @@ def prepared(case: Case, cls: type, shape: Shape) -> Callable[[], Any]:
     return lambda: step(case, cls, parameters, upstream)
 
 
+def moved(case: Case, cls: type, run: Callable[[], Any]) -> tuple[int, float]:
+    """Launches and bytes."""
+    if cls is case.library:
+        with Cost() as cost:
+            run()
+        return cost.launches, cost.bytes
+    with FusedCost() as cost:
+        run()
+    every = [named(operations())[name] for name in case.operations]
+    directions = [
+        (it, direction) for it in every for direction in it.directions if case.trains or direction == "forward"
+    ]
+    per_element = sum(sum(it.bytes_per_element(direction)) for it, direction in directions)
+    return cost.launches, cost.bytes + per_element * prod(case.small) / 2
+
+
 def costs(case: Case, cls: type) -> tuple[int, float, float]:
     """Launches, MB moved, and MB allocated."""
-    every, own = named(operations()), cls is case.fused
-    per_element = sum(
-        sum(every[name].bytes_per_element(direction))
-        for name in case.operations
-        for direction in every[name].directions
-        if own and (case.trains or direction == "forward")
-    )
     with fastvae.use_backend("triton"):
         run = prepared(case, cls, case.small)
-        with FusedCost() if own else Cost() as cost:
-            run()
+        launches, read_and_written = moved(case, cls, run)
         peak = peak_memory(run)
-    moved = cost.bytes + per_element * prod(case.small) / 2
     scale = prod(case.shape) / prod(case.small) / 1e6
-    return cost.launches, scale * moved, scale * peak
+    return launches, scale * read_and_written, scale * peak
 
 
 def times(case: Case, rounds: int) -> tuple[float, float, float]:
@@ -159,16 +167,24 @@ def times(case: Case, rounds: int) -> tuple[float, float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=30)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--costs", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.costs:
+        print(json.dumps([[costs(case, cls) for cls in (case.library, case.fused)] for case in CASES]))
+        return
     torch.set_num_threads(1)
+    # In a process of its own, in which Triton is imported with its interpreter.
+    command = [sys.executable, str(Path(__file__)), "--costs"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
     pairs = ("launches", "MB moved", "MB allocated", "CPU ms, no kernels")
     titles = ["", "parameters", *(f"{name}: {who}" for name in pairs for who in ("diffusers", "fused")), "ratio"]
     lines = [titles, ["---", "---", *["--:"] * (len(titles) - 2)]]
-    for case in CASES:
-        pairs_of_case = zip(costs(case, case.library), costs(case, case.fused), strict=True)
-        cells = [f"{value:.{digits}f}" for pair, digits in zip(pairs_of_case, (0, 1, 1), strict=True) for value in pair]
-        before, after, ratio = times(case, rounds)
-        lines.append([case.what, str(list(case.shape)), *cells, f"{before:.2f}", f"{after:.2f}", f"{ratio:.2f}"])
+    for case, (before, after) in zip(CASES, json.loads(output.splitlines()[-1]), strict=True):
+        pairs_of_case = zip(before, after, (0, 1, 1), strict=True)
+        cells = [f"{value:.{digits}f}" for *pair, digits in pairs_of_case for value in pair]
+        slow, fast, ratio = times(case, arguments.rounds)
+        lines.append([case.what, str(list(case.shape)), *cells, f"{slow:.2f}", f"{fast:.2f}", f"{ratio:.2f}"])
     print("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -143,13 +144,14 @@ class _Fused:
         )
 
     def _as_image(self, posterior: Any) -> Any:
-        """The posterior in 4 dimensions and float32, of which the library sums the right numbers."""
-        parameters = posterior.parameters
-        dtype = _promoted(parameters.dtype)
-        if parameters.ndim == 4 and parameters.dtype is dtype:
-            return posterior
-        batch, channels, *others = parameters.shape
-        return self.library(parameters.to(dtype).reshape(batch, channels, math.prod(others), 1))
+        """What the library's kl reads of a posterior, in 4 dimensions and float32: of these it sums the right ones."""
+        dtype = _promoted(posterior.parameters.dtype)
+        if posterior.parameters.dtype is not dtype:
+            posterior = self.library(posterior.parameters.to(dtype))
+        batch, channels, *others = posterior.mean.shape
+        read = {name: getattr(posterior, name) for name in ("mean", "var", "logvar")}
+        read = {name: value.reshape(batch, channels, math.prod(others), 1) for name, value in read.items()}
+        return SimpleNamespace(deterministic=False, **read)
 
     def _rounded(self, value: Tensor, *dtypes: torch.dtype) -> Tensor:
         """In the dtype of the library's result. A corrected one stays float32, because float16 ends at 65504."""
