@@ -130,6 +130,8 @@ def execute(page: Path, namespace: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("name", [name for name, page in PAGES.items() if python_with_output(page)])
 def test_the_python_of_a_page_runs_and_prints_what_it_shows(name, monkeypatch, tmp_path):
+    if host := re.fullmatch(r"docs/coming-from-(\w+)\.md", name):
+        pytest.importorskip(host[1], reason=f"needs the library of the page, {host[1]}")
     monkeypatch.chdir(tmp_path)  # where what a page writes goes
     # What torchrun would set for one process.
     for variable, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
@@ -246,7 +248,11 @@ def commands() -> list[str]:
 
 
 # What a program imports that `.[test]` does not install.
-OF_OTHERS = {"examples/accelerate_loop.py": "accelerate", "examples/lightning_loop.py": "lightning"}
+OF_OTHERS = {
+    "examples/accelerate_loop.py": "accelerate",
+    "examples/lightning_loop.py": "lightning",
+    "benchmarks/integration_diffusers.py": "diffusers",
+}
 
 
 @pytest.mark.parametrize("line", commands())

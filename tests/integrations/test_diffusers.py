@@ -34,6 +34,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import fastvae
+import integration_diffusers as benchmark
 from bounds import assert_within
 from conftest import Launches
 from eager_cost import Cost
@@ -48,6 +49,7 @@ from fastvae.integrations.diffusers import (
     unfuse,
 )
 from fastvae.integrations.fusion import report_of
+from fastvae.kernels import INTERPRETED
 from fastvae.operations import Operation, named, operations
 from oracle import oracle
 
@@ -374,6 +376,7 @@ def test_videos_on_the_kernels(triton_backend: type[Launches]) -> None:
 def test_corrected_divergences_sum_all_but_the_batch(shape: Any, triton_backend: type[Launches]) -> None:
     parameters = parameters_of(shape)
     images = parameters.detach().flatten(2)[..., None].requires_grad_()  # the same numbers, of 4 dimensions
+    every = tuple(range(1, len(shape)))
     q = CorrectPosterior(parameters)
     outputs = {"z": q.sample(seeded()), "kl": q.kl()}
     assert outputs["kl"].shape == (len(parameters),)
@@ -385,7 +388,9 @@ def test_corrected_divergences_sum_all_but_the_batch(shape: Any, triton_backend:
     with fastvae.use_backend("reference"):
         plainly = differentiated({"kl": CorrectPosterior(parameters).kl()}, {"grad": parameters})
         half = CorrectPosterior(parameters.bfloat16())
-        assert torch.equal(half.kl(), CorrectPosterior(half.parameters.float()).kl())
+        wide, sample = CorrectPosterior(half.parameters.float()), torch.randn(half.mean.shape)
+        assert torch.equal(half.kl(), wide.kl()) and torch.equal(half.nll(sample), wide.nll(sample))
+        assert torch.equal(wide.nll(sample), DiagonalGaussianDistribution(wide.parameters).nll(sample, every))
         prior = torch.randn(shape)
         of_images = DiagonalGaussianDistribution(prior.flatten(2)[..., None])
         for other in (Posterior(prior), DiagonalGaussianDistribution(prior)):
@@ -651,6 +656,17 @@ def test_autocast_on_a_gpu(cls: Any) -> None:
     for ours, theirs in zip(*results, strict=True):
         assert ours.dtype is theirs.dtype
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the benchmark's tensors are the CPU's, which the interpreter runs")
+def test_the_launches_of_the_page_are_those_that_are_counted() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "coming-from-diffusers.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"]
+    with fastvae.use_backend("triton"):
+        for case, row in zip(benchmark.CASES, rows[2:], strict=True):
+            each = case.library, case.fused
+            counted = [benchmark.moved(case, cls, benchmark.prepared(case, cls, case.small))[0] for cls in each]
+            assert row[:4] == [case.what, str(list(case.shape)), *map(str, counted)]
 
 
 # ----------------------------------------------------------------------------------------------------------- trainings
