@@ -199,11 +199,27 @@ class Decorated(AutoencoderKL):
     encode = hidden(AutoencoderKL.encode)
 
 
+class Mine(DiagonalGaussianDistribution):
+    pass
+
+
+class Constructing(AutoencoderKL):
+    def encode(self, x: Tensor) -> Any:
+        return Mine(self._encode(x))
+
+    @staticmethod
+    def posterior(parameters: Tensor) -> DiagonalGaussianDistribution:
+        return DiagonalGaussianDistribution(parameters)
+
+
 def test_subclasses() -> None:
     vae, images = image_vae(Overriding), torch.rand(2, 3, 8, 8)
     report = fuse(vae)
     assert report.methods == ("tiled_encode",) and "Overriding overrides it" in report.kept["encode"]
     assert type(vae.encode(images).latent_dist) is DiagonalGaussianDistribution
+    report = fuse(image_vae(Constructing))
+    assert report.kept["encode"] == "it constructs a Mine, for which there are no fused operations here"
+    assert "is no plain method" in report.kept["posterior"] and report.methods == ("tiled_encode",)
     assert fuse(image_vae(Decorated)).kept["encode"].endswith("its decorator hides it")
     vae, plain = image_vae(Inheriting), image_vae()
     fuse(vae)
@@ -639,6 +655,17 @@ def test_autocast_on_the_cpu() -> None:
             results.append((q.sample(seeded()), q.kl(), q.std))
     for ours, theirs in zip(*results, strict=True):
         assert ours.dtype is theirs.dtype is torch.bfloat16 and torch.equal(ours, theirs)
+
+
+def test_results_are_float32_where_autocast_promotes(monkeypatch: pytest.MonkeyPatch, triton_backend: Any) -> None:
+    """As on a GPU, whose autocast runs exp and sum in float32."""
+    monkeypatch.setattr(posteriors, "_autocasts", lambda parameters: True)
+    parameters = parameters_of(IMAGE, torch.bfloat16)
+    q = Posterior(parameters)
+    results = differentiated({"z": q.sample(seeded()), "kl": q.kl()}, {"moments_grad": parameters})
+    assert [it.dtype for it in results.values()] == [torch.float32, torch.float32, torch.bfloat16]
+    assert q.kl(Posterior(parameters)).dtype is q.nll(q.sample()).dtype is torch.float32
+    assert_within_of_the_library(results, parameters)
 
 
 @pytest.mark.gpu
