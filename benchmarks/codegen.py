@@ -41,6 +41,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 
+from configurations import launches
 from disassembly import (
     PARTS,
     bits_moved,
@@ -55,7 +56,7 @@ from disassembly import (
 )
 from fastvae.files import replacing
 from fastvae.kernels.tiles import drew_last_ticket
-from launches import Launch, exact_lines, launches
+from launches import Launch, exact_lines
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

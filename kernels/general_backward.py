@@ -21,7 +21,7 @@ def general_backward_kernel(
     seed_ptr, offset_ptr, seed: tl.int64, offset: tl.int64, first_position,
     scale_eps, log_eps, low, high, free_bits,
     rows, columns, row_stride, grad_row_stride,
-    prior_mu_stride, prior_second_stride, prior_mu_grad_stride, prior_second_grad_stride,
+    prior_mu_stride, prior_second_stride, prior_grad_stride,
     chunks, blocks, samples, kl_grad_stride, log_q_grad_stride, log_q_sample_stride, kl_scale,
     SCALE: tl.constexpr, PRIOR_SCALE: tl.constexpr, HAS_EPS: tl.constexpr, CLAMP: tl.constexpr,
     MU_SHARED: tl.constexpr, SECOND_SHARED: tl.constexpr, SEVERAL: tl.constexpr, WEIGHT: tl.constexpr,
@@ -139,7 +139,7 @@ def general_backward_kernel(
                     if MU_SHARED:
                         mu_total += tl.where(inside, gradient, 0.0)
                     else:
-                        here = prior_at[None, :] + (first_row + row)[:, None] * prior_mu_grad_stride
+                        here = prior_at[None, :] + (first_row + row)[:, None] * prior_grad_stride
                         gradient = gradient.to(prior_mu_grad_ptr.dtype.element_ty)
                         tl.store(prior_mu_grad_ptr + here, gradient, mask=inside)
                 if prior_second_grad_ptr is not None:
@@ -150,7 +150,7 @@ def general_backward_kernel(
                     if SECOND_SHARED:
                         second_total += tl.where(inside, gradient, 0.0)
                     else:
-                        here = prior_at[None, :] + (first_row + row)[:, None] * prior_second_grad_stride
+                        here = prior_at[None, :] + (first_row + row)[:, None] * prior_grad_stride
                         gradient = gradient.to(prior_second_grad_ptr.dtype.element_ty)
                         tl.store(prior_second_grad_ptr + here, gradient, mask=inside)
 

@@ -43,10 +43,10 @@ def plan_backward(
     on_quad: bool,
 ) -> tuple[Plan, int]:
     """And the number of partial sums of each gradient of a shared prior. strides: of the rows of the gradients of mu
-    and of the prior's halves, of kl_grad, and of the rows and samples of log_q_grad; shared: whether a gradient is a
+    and of the prior, of kl_grad, and of the rows and samples of log_q_grad; shared: whether a gradient is a
     sum over rows.
     """
-    tiling, blocks = tiles_of(layout, shared, per_row, itemsize)
+    tiling, blocks = tiles_of(layout, shared, per_row, itemsize, True)
     plan = make_plan(
         tiling.chunks * blocks,
         tiling.num_warps,
@@ -58,11 +58,11 @@ def plan_backward(
         strides[0],
         prior.mu_stride,
         prior.second_stride,
-        *strides[1:3],
+        strides[1],
         tiling.chunks,
         blocks,
         max(1, posterior.samples),
-        *strides[3:],
+        *strides[2:],
         reduction_scale(posterior.reduction, layout.batch, layout.event),
         **shared_constants(posterior, prior),
         **tile_constants(posterior, layout, tiling, itemsize, on_quad),
@@ -141,8 +141,11 @@ def general_backward(
         mu.element_size(),
         (
             _row_stride(mu_grad, second_grad),
-            _row_stride(prior_mu_grad),
-            _row_stride(prior_second_grad),
+            # The rows of those that are not shared lie alike.
+            _row_stride(
+                None if prior.layout.mu_shared else prior_mu_grad,
+                None if prior.layout.second_shared else prior_second_grad,
+            ),
             kl_grad_stride,
             *log_q_strides,
         ),
@@ -201,7 +204,7 @@ def _row_stride(*gradients: Tensor | None) -> int:
 
 @remembered
 def plan_score(posterior: General, layout: Layout, itemsize: int, strides: tuple[int, int], on_quad: bool) -> Plan:
-    tiling, blocks = tiles_of(layout, False, True, itemsize)
+    tiling, blocks = tiles_of(layout, False, True, itemsize, True)
     return make_plan(
         tiling.chunks * blocks,
         tiling.num_warps,

@@ -84,14 +84,16 @@ def tile_constants(posterior: General, layout: Layout, tiling: Tiling, itemsize:
     }
 
 
-def tiles_of(layout: Layout, columns: bool, per_row: bool, itemsize: int) -> tuple[Tiling, int]:
+def tiles_of(layout: Layout, columns: bool, per_row: bool, itemsize: int, gradients: bool) -> tuple[Tiling, int]:
     """And the blocks that share the tiles of the same columns. `columns`: for sums over rows."""
     if columns:
         return cut_columns(layout.batch, layout.event, itemsize)
     tiling = layout.tiles(per_row, itemsize)
     if tiling.tile_columns == 4096:
-        # 8 numbers per thread in place of 16, of which some forms spill (sm_90, triton 3.9). Not measured on a GPU.
-        tiling = replace(tiling, num_warps=16)
+        # 8 numbers per thread in place of 16, of which some forms spill (sm_90, triton 3.9). Values of 4096 numbers in
+        # 16 warps still spill 8 bytes, gradients of 2048 in 8 warps 16 (sm_80, triton 3.9). Not measured on a GPU.
+        size = 4096 if gradients else 2048
+        tiling = replace(tiling, tile_columns=size, num_warps=size // 256)
     return tiling, -(-tiling.rows // tiling.tile_rows)
 
 
@@ -107,7 +109,7 @@ def plan_forward(
     """And the numbers of partial sums of kl and of log_q."""
     of_rows = posterior.diverges and posterior.reduction == "none"
     per_row = of_rows or posterior.log_prob or (has_prior and prior.has_gaps(layout.event))
-    tiling, blocks = tiles_of(layout, posterior.per_dimension, per_row, itemsize)
+    tiling, blocks = tiles_of(layout, posterior.per_dimension, per_row, itemsize, False)
     programs = tiling.chunks * blocks
     finishing: dict[str, Any]
     if posterior.per_dimension:

@@ -21,10 +21,11 @@ from conftest import compiling
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import codegen
 import disassembly
+from configurations import configurations, of_general
 from fastvae.operations import PAIRWISE, operations
-from launches import configurations
 from pairwise import OBJECTIVES
 
+GENERAL = {operation.name for _, operation in of_general(torch.float32)}
 GROUPED = {it.name for it in operations() if it.numbers_of_an_element}
 # By the names of the table. How their accesses and parts lie follows from how the compiler spreads pairs over threads.
 OF_PAIRS = {
@@ -112,6 +113,10 @@ def test_bulk_tensors_move_in_vectors_of_128_bits(table):
         # What is left are scalars: upstream gradients, weights, the pair of the noise, and sums. Of dimensions also kl
         # in float32, 8 columns per thread in two accesses.
         few = 5 if "per_dimension backward rows bfloat16" in name else 4
+        if "shared_prior" in name:
+            few = 8  # its halves, and their gradients' partial sums, are of 16 columns
+        elif "samples backward" in name:
+            few = 10  # of each sample a gradient of its density, in a loop that is unrolled
         assert code["others"] <= few, name
 
 
@@ -124,20 +129,25 @@ def test_the_parts_of_a_kernel_are_what_they_are_called(table):
         kernel = name.split(" ", 1)[1]
         if kernel in OF_PAIRS:
             continue
-        smaller = "_per_column" in kernel or "_per_channel" in kernel  # whose gradient is a sum
+        # Whose gradient is a sum.
+        smaller = "_per_column" in kernel or "_per_channel" in kernel or "_shared_prior" in kernel
         sums = not kernel.startswith(("gaussian_sample ", "gather_batch ")) and ("backward" not in kernel or smaller)
         assert (code["row_sums"] > 0) == sums, name
         # The rows of "rows", and images whose sums are asked for one by one, fit one program each.
         alone = " rows " in kernel or kernel.startswith("sigmoid_mse_loss forward images")
         if "per_dimension" in kernel:
             alone = " long " in kernel  # the other way round: rows are what is shared
+        if "_shared_prior backward" in kernel:
+            alone = False
         assert (code["finishing"] > 0) == (sums and not alone), name
         # Of images a thread has only 8 elements, over which the mask of kl's gradient is spread: 7 instructions.
         most = 2 + 7 / 8 if kernel.startswith("elbo_value_and_grad forward images") else 2
         # So it is over the 4 elements that a thread has of a heavy term.
         most = 4 if code["elements_per_thread"] == 4 else most
-        # Of whole channels nothing is left over, so the masks are numbers.
-        assert (code["tails"] > 0 or "_per_channel" in kernel) and code["tails"] < most and code["body"] > 2, name
+        # Of whole channels nothing is left over, so the masks are numbers. The general pair has its masks in tensors,
+        # which its sums use too.
+        may_be_none = "_per_channel" in kernel or kernel.split()[0] in GENERAL
+        assert (code["tails"] > 0 or may_be_none) and code["tails"] < most and code["body"] > 2, name
         assert code["fixed"] > 0, name
 
 
