@@ -1,17 +1,23 @@
-"""A part of another library's training step, as the library has it and fused; the programs `integration_*.py` use it.
+"""A part of another library's training step, before and after `fuse`; the programs `integration_*.py` use it.
 
-A table has these columns, each for both. Forward and backward are counted and measured together.
+    python benchmarks/integration_NAME.py [WORD ...] [--rounds 15]
+
+prints a table as Markdown, of all parts or of those whose names contain a word. A cell is "before → after". Forward and
+backward are counted and measured together.
 
 - Launches and bytes: what PyTorch dispatches (`Cost` of `eager_cost.py`), and the launches of fastvae's kernels for an
   H200, which a stand-in for its driver receives and does not run. The bytes of a launch are those of the tensors that
   it is given, each counted once. A wait is a number that Python reads from a tensor.
-- Peak: the most that is allocated at a time, for the same launches.
-- Time: of one thread of the CPU, where no kernels run. It is the least of each, and the median over the rounds of the
-  ratio of alternating runs.
+- Peak: the most that is allocated at a time, with the same kernels.
+- Time: of one thread of the CPU, where no kernels run. It is the least of all rounds, and the median of the ratios of
+  alternating runs. With ``--rounds 0`` nothing is timed.
+
+TRITON_INTERPRET must not be set.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -40,54 +46,69 @@ class Part(NamedTuple):
 class Counted(Cost):
     """With the launches of kernels, and the waits."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.waits = 0
+    waits = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.waits += function is torch.ops.aten._local_scalar_dense.default
         return super().__torch_dispatch__(function, types, args, kwargs)
 
-    def launch(self, *arguments: Any) -> None:
+
+class Meter:
+    """One for all parts, because a kernel that was compiled for one of them is launched as it was then."""
+
+    now = Counted()
+
+    @classmethod
+    def launch(cls, *arguments: Any) -> None:
         """In place of the driver's."""
-        self.launches += 1
-        self.bytes += sum({id(it): size_in_memory(it) for it in arguments if isinstance(it, Tensor)}.values())
+        cls.now.launches += 1
+        cls.now.bytes += sum({id(it): size_in_memory(it) for it in arguments if isinstance(it, Tensor)}.values())
 
 
-def cost(part: Part, fused: bool) -> tuple[Counted, int]:
-    """What is counted, and the bytes of the peak."""
-    step, counted = part.make(fused), Counted()
-    with stand_in(counted.launch):
-        step()  # the first call makes what is kept for later ones
-        counted.launches = counted.bytes = counted.waits = 0
-        with counted:
-            step()
-        return counted, peak_memory(step)
+def counts(part: Part) -> list[str]:
+    """The cells of the launches, the waits, the megabytes that are moved, and those of the peak."""
+    found = []
+    for fused in (False, True):
+        step = part.make(fused)
+        with stand_in(Meter.launch):
+            step()  # the first call makes what is kept for later ones
+            Meter.now = counted = Counted()
+            with counted:
+                step()
+            Meter.now = Counted()
+            peak = peak_memory(step)
+        found.append((counted.launches, counted.waits, f"{counted.bytes / 1e6:.2f}", f"{peak / 1e6:.2f}"))
+    return [f"{before} → {after}" for before, after in zip(*found, strict=True)]
 
 
-def times(part: Part, rounds: int) -> tuple[float, float, float]:
-    """Milliseconds of the library's and of the fused one, and the median of their ratios."""
+def times(part: Part, rounds: int) -> list[str]:
+    """The cells of the milliseconds, and of their ratio."""
     steps = [part.make(fused) for fused in (False, True)]
     found: list[list[float]] = [[], []]
+    repeats = 1
     for k in range(rounds + 1):
         for step, each in zip(steps, found, strict=True):
             start = process_time()
-            step()
+            for _ in range(repeats):
+                step()
+            spent = process_time() - start
             if k:
-                each.append(1e3 * (process_time() - start))
+                each.append(1e3 * spent / repeats)
+        if not k:  # so that a measurement takes a twentieth of a second
+            repeats = max(1, round(0.05 / spent))
     ratio = statistics.median(before / after for before, after in zip(*found, strict=True))
-    return min(found[0]), min(found[1]), ratio
+    return [f"{min(found[0]):.2f} → {min(found[1]):.2f}", f"{ratio:.2f}"]
 
 
-def print_table(library: str, parts: Sequence[Part], rounds: int) -> None:
-    """As Markdown, line by line."""
+def main(parts: Sequence[Part], description: str | None) -> None:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", help="only parts whose names contain one of these")
+    parser.add_argument("--rounds", type=int, default=15)
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    columns = ["launches", "MB moved", "peak MB", "CPU ms"]
-    titles = ["", "size", *(f"{name}: {who}" for name in columns for who in (library, "fused")), f"{library} / fused"]
+    titles = ["", "size", "launches", "waits", "MB moved", "peak MB", "CPU ms", "ratio"]
     print(f"| {' | '.join(titles)} |\n|---|---|{'--:|' * (len(titles) - 2)}")
     for part in parts:
-        both = [cost(part, fused) for fused in (False, True)]
-        cells = [f"{it.launches}" + f", {it.waits} waits" * (it.waits > 0) for it, _ in both]
-        cells += [f"{it.bytes / 1e6:.2f}" for it, _ in both] + [f"{peak / 1e6:.2f}" for _, peak in both]
-        cells += [f"{it:.2f}" for it in times(part, rounds)]
-        print(f"| {part.name} | {part.size} | {' | '.join(cells)} |", flush=True)
+        if not arguments.words or any(word in part.name for word in arguments.words):
+            timed = times(part, arguments.rounds) if arguments.rounds else ["-", "-"]
+            print(f"| {' | '.join([part.name, part.size, *counts(part), *timed])} |", flush=True)
