@@ -62,7 +62,20 @@ class Meter:
     def launch(cls, *arguments: Any) -> None:
         """In place of the driver's."""
         cls.now.launches += 1
-        cls.now.bytes += sum({id(it): size_in_memory(it) for it in arguments if isinstance(it, Tensor)}.values())
+        given = {span(it): it for it in arguments if isinstance(it, Tensor)}
+        # A half of a tensor that is given too is no other memory.
+        whole = [
+            it
+            for (start, end), it in given.items()
+            if not any(a <= start and end <= b and (a, b) != (start, end) for a, b in given)
+        ]
+        cls.now.bytes += sum(map(size_in_memory, whole))
+
+
+def span(tensor: Tensor) -> tuple[int, int]:
+    """The addresses of the first and of the last element."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + last * tensor.element_size()
 
 
 def counts(part: Part) -> list[str]:

@@ -34,7 +34,6 @@ from diffusers.utils.torch_utils import randn_tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import fastvae
-import integration_diffusers as benchmark
 from bounds import assert_within
 from conftest import Launches
 from eager_cost import Cost
@@ -49,7 +48,6 @@ from fastvae.integrations.diffusers import (
     unfuse,
 )
 from fastvae.integrations.fusion import report_of
-from fastvae.kernels import INTERPRETED
 from fastvae.operations import Operation, named, operations
 from oracle import oracle
 
@@ -683,17 +681,6 @@ def test_autocast_on_a_gpu(cls: Any) -> None:
     for ours, theirs in zip(*results, strict=True):
         assert ours.dtype is theirs.dtype
         torch.testing.assert_close(ours, theirs)
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="the benchmark's tensors are the CPU's, which the interpreter runs")
-def test_the_launches_of_the_page_are_those_that_are_counted() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "coming-from-diffusers.md").read_text(encoding="utf-8")
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"]
-    with fastvae.use_backend("triton"):
-        for case, row in zip(benchmark.CASES, rows[2:], strict=True):
-            each = case.library, case.fused
-            counted = [benchmark.moved(case, cls, benchmark.prepared(case, cls, case.small))[0] for cls in each]
-            assert row[:4] == [case.what, str(list(case.shape)), *map(str, counted)]
 
 
 # ----------------------------------------------------------------------------------------------------------- trainings

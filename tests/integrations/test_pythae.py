@@ -8,7 +8,6 @@ import math
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,7 +25,6 @@ from pythae.models.nn import BaseDecoder, BaseEncoder
 from pythae.trainers import BaseTrainer, BaseTrainerConfig
 from pythae.trainers.training_callbacks import TrainingCallback
 
-from conftest import compiling
 from fastvae.integrations import pythae_losses
 from fastvae.integrations.fusion import report_of
 from fastvae.integrations.pythae import fuse, unfuse
@@ -777,14 +775,3 @@ def test_moments_and_pictures_are_not_repeated_for_samples():
         fused: peak_memory(loss_of("iwae", fused, 128, 4, number_samples=32, input_dim=(1, 4, 4))) for fused in (1, 0)
     }
     assert peaks[1] < peaks[0]
-
-
-def test_the_page_has_the_launches_and_bytes_that_are_counted():
-    """Of the first models of the table."""
-    root = Path(__file__).parents[2]
-    printed = compiling(root / "benchmarks" / "integration_pythae.py", "VAE", "--rounds=1").decode().splitlines()
-    page = (root / "docs" / "coming-from-pythae.md").read_text(encoding="utf-8").splitlines()
-    assert len(printed) == 5
-    assert printed[0] in page
-    counted = [line.split(" | ")[:6] for line in printed]
-    assert all(row in [line.split(" | ")[:6] for line in page] for row in counted)

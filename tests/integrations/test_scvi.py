@@ -6,7 +6,6 @@ import copy
 import inspect
 import pickle
 import warnings
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -652,16 +651,3 @@ def test_other_objects_raise_an_error_that_names_them(adata):
     with pytest.raises(ValueError, match=r"Encoder\.forward was replaced"):
         fuse(own)
     assert report_of(own) is None and "loss" not in vars(own)
-
-
-def test_the_table_of_the_page_has_the_counts_of_the_program(monkeypatch):
-    root = Path(__file__).parents[2]
-    monkeypatch.syspath_prepend(root / "benchmarks")
-    monkeypatch.setattr(Distribution, "_validate_args", True)  # as torch has it
-    import integration_scvi as program
-
-    page = (root / "docs" / "coming-from-scvi.md").read_text(encoding="utf-8")
-    small = [case for case in program.CASES if case.genes <= 2000]
-    assert len(small) > 4
-    for case in small:
-        assert f"\n| {' | '.join([case.text, case.size, *program.counts(case)])} | " in page
