@@ -87,7 +87,8 @@ def check(tensors, value, gradients) -> None:
 )
 def test_values_and_gradients(rows, components, dims, weighted, backend, monkeypatch):
     if dims == 300:  # else 75 steps on the interpreter
-        monkeypatch.setattr(kernels, "_DIMS", 64)
+        for tile in ("_OF_VALUES", "_OF_ROWS", "_OF_COMPONENTS"):
+            monkeypatch.setattr(kernels, tile, (*getattr(kernels, tile)[:2], 64))
         monkeypatch.setattr(kernels, "plan_mixture", kernels.plan_mixture.__wrapped__)
     tensors = draw(rows, components, dims, weighted)
     check(tensors, *run(tensors))
@@ -131,8 +132,8 @@ def test_float64_is_computed_in_float64(monkeypatch):
 @pytest.mark.parametrize(("programs", "dtype"), [(1, torch.bfloat16), (6, torch.float32), (64, torch.bfloat16)])
 def test_any_number_of_tiles_and_parts(programs, dtype, monkeypatch, triton_backend):
     """One part each, several that are joined in the same launch, and as many as there are tiles."""
-    for side in ("_ROWS", "_ROWS_OF_GRADIENTS", "_COMPONENTS"):
-        monkeypatch.setattr(kernels, side, 2)
+    for tile in ("_OF_VALUES", "_OF_ROWS", "_OF_COMPONENTS"):
+        monkeypatch.setattr(kernels, tile, (2, 2, 4))
     monkeypatch.setattr(kernels, "_PROGRAMS", programs)
     monkeypatch.setattr(kernels, "plan_mixture", kernels.plan_mixture.__wrapped__)
     tensors = draw(5, 6, 2, dtype=dtype)
@@ -216,8 +217,8 @@ def test_a_row_without_a_term_has_minus_infinity_and_no_gradient(backend):
 
 
 def test_nan_stays_in_its_row(backend, monkeypatch):
-    monkeypatch.setattr(kernels, "_ROWS", 2)
-    monkeypatch.setattr(kernels, "_COMPONENTS", 4)
+    for tile in ("_OF_VALUES", "_OF_ROWS", "_OF_COMPONENTS"):
+        monkeypatch.setattr(kernels, tile, (2, 4, 4))
     monkeypatch.setattr(kernels, "plan_mixture", kernels.plan_mixture.__wrapped__)
     tensors = draw(5, 6, 3)
     expected, of_expected = run(tensors)
