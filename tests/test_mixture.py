@@ -387,14 +387,19 @@ def test_bytes_that_the_kernels_move(triton_backend):
     assert 0 <= traffic.stored - 4 * rows - 2 * 8 * rows < 32
     with metered() as traffic:
         torch.autograd.grad(value.sum(), tensors)
-    # Two tiles of rows and of components, so two parts of each gradient: written, read, and written as one. Of
-    # each pair of tiles, terms and slopes read what differences need, and terms the weights and two numbers of a row.
-    of_pairs = 2 * 2 * (rows * dims + 2 * dims * components) + 2 * components + 2 * 2 * rows
-    of_gradients = rows * dims + (2 * dims + 1) * components
-    tickets = 4 * (4 + 4)
+
+    # Of each pair of tiles, terms and slopes read what differences need; terms read the weights and two numbers a row.
+    def of_pairs(row_tiles: int, component_tiles: int) -> int:
+        of_differences = component_tiles * rows * dims + row_tiles * 2 * dims * components
+        return 2 * of_differences + row_tiles * components + component_tiles * 2 * rows
+
+    # For z one tile of rows and three of components, which are three parts; for the components five of components and
+    # one of rows, which is one part. A part is written, read, and written as the gradient.
+    of_z, of_components = rows * dims, (2 * dims + 1) * components
+    tickets = 4 * 3
     assert traffic.launches == 2
-    assert traffic.loaded == 4 * (2 * of_pairs + 2 * of_gradients) + tickets
-    assert traffic.stored == 4 * 3 * of_gradients + tickets + 4 * 2
+    assert traffic.loaded == 4 * (of_pairs(1, 3) + of_pairs(1, 5) + 3 * of_z + of_components) + tickets
+    assert traffic.stored == 4 * (4 * of_z + 2 * of_components) + tickets + 4
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
