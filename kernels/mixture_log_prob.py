@@ -13,18 +13,15 @@ from .layout import remembered
 from .mixture import mixture_components_kernel, mixture_kernel, mixture_rows_kernel
 from .tiles import power_of_2
 
-# A tile [rows, components, dimensions]: a thread of 4 warps has one component, one of four dimensions, and each row. Of
-# more dimensions, a sum over them would take more steps between threads than a thread has to add. With 32 rows the
-# value takes 62 registers, but a gradient 226 (sm_90, triton 3.9); with 8 rows, triton 3.6 spills some.
-_ROWS, _ROWS_OF_GRADIENTS, _COMPONENTS, _DIMS = 32, 4, 32, 4
+# Tiles [rows, components, dimensions]: of values, and of the gradients of z and of the components. Of more dimensions,
+# a sum over them would take more steps between threads than a thread has to add. The tile of values takes 62 registers,
+# but 226 of a gradient (sm_90, triton 3.9). With the tiles of gradients a thread of 4 warps has 8 elements. With 4, of
+# [4, 32, 4], an element takes 112 instructions for z, not 90, and 186 for the components, not 131 (sm_90, triton 3.9).
+# Only the components for sm_80 with triton 3.6 take fewer then, 117, not 125. Not measured on a GPU.
+_OF_VALUES, _OF_ROWS, _OF_COMPONENTS = (32, 32, 4), (16, 16, 4), (32, 8, 4)
 # Where a side has few tiles, the other is shared by so many programs in all: about two for each unit of a large card.
 # Not measured on a GPU.
 _PROGRAMS = 256
-
-
-def tile_of(rows: int, components: int, dims: int, gradients: bool) -> tuple[int, int, int]:
-    most = _ROWS_OF_GRADIENTS if gradients else _ROWS
-    return min(most, power_of_2(rows)), min(_COMPONENTS, power_of_2(components)), min(_DIMS, power_of_2(dims))
 
 
 def divided(own: int, other: int) -> tuple[int, int, int]:
@@ -48,7 +45,8 @@ def plan_mixture(
     **constants: bool,
 ) -> tuple[Plan, int]:
     """The plan, and the number of parts. by_rows: a program has rows; else components."""
-    tile = tile_of(rows, components, dims, gradients)
+    most = (_OF_ROWS if by_rows else _OF_COMPONENTS) if gradients else _OF_VALUES
+    tile = [min(side, power_of_2(size)) for side, size in zip(most, (rows, components, dims), strict=True)]
     row_tiles, component_tiles = -(-rows // tile[0]), -(-components // tile[1])
     sides = (row_tiles, component_tiles) if by_rows else (component_tiles, row_tiles)
     programs, tiles, parts = divided(*sides)

@@ -87,7 +87,8 @@ def check(tensors, value, gradients) -> None:
 )
 def test_values_and_gradients(rows, components, dims, weighted, backend, monkeypatch):
     if dims == 300:  # else 75 steps on the interpreter
-        monkeypatch.setattr(kernels, "_DIMS", 64)
+        for tile in ("_OF_VALUES", "_OF_ROWS", "_OF_COMPONENTS"):
+            monkeypatch.setattr(kernels, tile, (*getattr(kernels, tile)[:2], 64))
         monkeypatch.setattr(kernels, "plan_mixture", kernels.plan_mixture.__wrapped__)
     tensors = draw(rows, components, dims, weighted)
     check(tensors, *run(tensors))
@@ -131,8 +132,8 @@ def test_float64_is_computed_in_float64(monkeypatch):
 @pytest.mark.parametrize(("programs", "dtype"), [(1, torch.bfloat16), (6, torch.float32), (64, torch.bfloat16)])
 def test_any_number_of_tiles_and_parts(programs, dtype, monkeypatch, triton_backend):
     """One part each, several that are joined in the same launch, and as many as there are tiles."""
-    for side in ("_ROWS", "_ROWS_OF_GRADIENTS", "_COMPONENTS"):
-        monkeypatch.setattr(kernels, side, 2)
+    for tile in ("_OF_VALUES", "_OF_ROWS", "_OF_COMPONENTS"):
+        monkeypatch.setattr(kernels, tile, (2, 2, 4))
     monkeypatch.setattr(kernels, "_PROGRAMS", programs)
     monkeypatch.setattr(kernels, "plan_mixture", kernels.plan_mixture.__wrapped__)
     tensors = draw(5, 6, 2, dtype=dtype)
@@ -216,8 +217,8 @@ def test_a_row_without_a_term_has_minus_infinity_and_no_gradient(backend):
 
 
 def test_nan_stays_in_its_row(backend, monkeypatch):
-    monkeypatch.setattr(kernels, "_ROWS", 2)
-    monkeypatch.setattr(kernels, "_COMPONENTS", 4)
+    for tile in ("_OF_VALUES", "_OF_ROWS", "_OF_COMPONENTS"):
+        monkeypatch.setattr(kernels, tile, (2, 4, 4))
     monkeypatch.setattr(kernels, "plan_mixture", kernels.plan_mixture.__wrapped__)
     tensors = draw(5, 6, 3)
     expected, of_expected = run(tensors)
@@ -386,14 +387,19 @@ def test_bytes_that_the_kernels_move(triton_backend):
     assert 0 <= traffic.stored - 4 * rows - 2 * 8 * rows < 32
     with metered() as traffic:
         torch.autograd.grad(value.sum(), tensors)
-    # Two tiles of rows and of components, so two parts of each gradient: written, read, and written as one. Of
-    # each pair of tiles, terms and slopes read what differences need, and terms the weights and two numbers of a row.
-    of_pairs = 2 * 2 * (rows * dims + 2 * dims * components) + 2 * components + 2 * 2 * rows
-    of_gradients = rows * dims + (2 * dims + 1) * components
-    tickets = 4 * (4 + 4)
+
+    # Of each pair of tiles, terms and slopes read what differences need; terms read the weights and two numbers a row.
+    def of_pairs(row_tiles: int, component_tiles: int) -> int:
+        of_differences = component_tiles * rows * dims + row_tiles * 2 * dims * components
+        return 2 * of_differences + row_tiles * components + component_tiles * 2 * rows
+
+    # For z one tile of rows and three of components, which are three parts; for the components five of components and
+    # one of rows, which is one part. A part is written, read, and written as the gradient.
+    of_z, of_components = rows * dims, (2 * dims + 1) * components
+    tickets = 4 * 3
     assert traffic.launches == 2
-    assert traffic.loaded == 4 * (2 * of_pairs + 2 * of_gradients) + tickets
-    assert traffic.stored == 4 * 3 * of_gradients + tickets + 4 * 2
+    assert traffic.loaded == 4 * (of_pairs(1, 3) + of_pairs(1, 5) + 3 * of_z + of_components) + tickets
+    assert traffic.stored == 4 * (4 * of_z + 2 * of_components) + tickets + 4
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
