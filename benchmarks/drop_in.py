@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from eager_cost import Cost, size_in_memory
 from stand_in import stand_in
@@ -41,6 +42,7 @@ class Part(NamedTuple):
     name: str
     size: str
     make: Callable[[bool], Step]  # given whether it is fused; the step is forward and backward
+    counted: bool = True  # not of a network that reads a sample of z, because kernels that do not run make no numbers
 
 
 class Counted(Cost):
@@ -62,7 +64,7 @@ class Meter:
     def launch(cls, *arguments: Any) -> None:
         """In place of the driver's."""
         cls.now.launches += 1
-        given = {span(it): it for it in arguments if isinstance(it, Tensor)}
+        given = {span(it): it for it in tree_leaves(arguments) if isinstance(it, Tensor)}
         # A half of a tensor that is given too is no other memory.
         whole = [
             it
@@ -123,5 +125,6 @@ def main(parts: Sequence[Part], description: str | None) -> None:
     print(f"| {' | '.join(titles)} |\n|---|---|{'--:|' * (len(titles) - 2)}")
     for part in parts:
         if not arguments.words or any(word in part.name for word in arguments.words):
-            timed = times(part, arguments.rounds) if arguments.rounds else ["-", "-"]
-            print(f"| {' | '.join([part.name, part.size, *counts(part), *timed])} |", flush=True)
+            counted = counts(part) if part.counted else ["-"] * 4
+            timed = times(part, arguments.rounds) if arguments.rounds else ["-"] * 2
+            print(f"| {' | '.join([part.name, part.size, *counted, *timed])} |", flush=True)

@@ -48,7 +48,8 @@ def exchange(host: Any, report: Report, methods: Mapping[str, Callable[..., Any]
     is kept with the host.
 
     A second call replaces the first one's methods. The functions are attributes of the object, so they stand before
-    the class's methods; partial objects are copied and pickled with the host, whose copy they then belong to.
+    the class's methods. ``copy.deepcopy`` and pickle copy them with the host, whose copy they then belong to.
+    ``copy.copy`` and ``torch.nn.DataParallel`` do not: their copies call the first object, so restore it before.
     """
     restore(host)
     report = Report(report.host, report.fused, report.kept, report.defects, report.corrected, tuple(methods))
