@@ -155,8 +155,14 @@ def inspect(launch: Launch, target: GPUTarget, **options: Any) -> Code:
 Table = dict[str, dict[str, Any]]
 
 
-def compile_all(targets: list[str]) -> Table:
-    jobs = [(name, launch, target) for name, launch in launches() for target in targets]
+def compile_all(targets: list[str], match: str = "") -> Table:
+    """match: a regular expression that is found in the names of the kernels that are compiled."""
+    jobs = [
+        (name, launch, target)
+        for name, launch in launches()
+        for target in targets
+        if re.search(match, f"{target} {name}")
+    ]
     # Threads suffice: much of the time goes to ptxas and the disassembler, outside of Python.
     with exact_lines(), ThreadPoolExecutor(os.cpu_count()) as pool:
         codes = list(pool.map(lambda job: inspect(job[1], TARGETS[job[2]]), jobs))
@@ -178,11 +184,12 @@ def committed_path(version: str) -> Path:
     return Path(__file__).parent / "codegen" / f"triton-{'.'.join(version.split('.')[:2])}.json"
 
 
-def read_committed(version: str) -> Table:
+def read_committed(version: str, match: str = "") -> Table:
+    """The figures of a triton version, of the kernels in whose names the regular expression is found."""
     path = committed_path(version)
     if not path.exists():
         raise FileNotFoundError(f"no figures are committed for triton {version}: write and commit them with\n  {WRITE}")
-    return json.loads(path.read_text())["kernels"]
+    return {name: code for name, code in json.loads(path.read_text())["kernels"].items() if re.search(match, name)}
 
 
 def write_table(path: Path, version: str, table: Table) -> None:
@@ -259,6 +266,7 @@ def markdown(table: Table) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", nargs="+", choices=TARGETS, help="default: all, with --markdown sm_90")
+    parser.add_argument("--match", default="", metavar="REGEX", help="only kernels in whose names this is found")
     parser.add_argument("--write", action="store_true", help="write the table of this triton version")
     parser.add_argument("--check", action="store_true", help="compare with the table of this triton version")
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
@@ -268,9 +276,9 @@ def main() -> None:
         parser.error("unset TRITON_INTERPRET: interpreted functions cannot be compiled")
     if os.environ.get("TRITON_DISABLE_LINE_INFO", "0") == "1":
         parser.error("unset TRITON_DISABLE_LINE_INFO: instructions are told apart by their source lines")
-    if settings.write and settings.target:
-        parser.error("--write needs all targets")
-    table = compile_all(settings.target or (["sm_90"] if settings.markdown else list(TARGETS)))
+    if settings.write and (settings.target or settings.match):
+        parser.error("--write needs all targets and kernels")
+    table = compile_all(settings.target or (["sm_90"] if settings.markdown else list(TARGETS)), settings.match)
     print(*(markdown if settings.markdown else report)(table), sep="\n")
     if settings.json:
         write_table(settings.json, triton.__version__, table)
@@ -281,7 +289,7 @@ def main() -> None:
         }
         write_table(committed_path(triton.__version__), triton.__version__, figures)
     if settings.check:
-        found = list(complaints(table, read_committed(triton.__version__)))
+        found = list(complaints(table, read_committed(triton.__version__, settings.match)))
         if found:
             sys.exit("\n".join(found))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -50,14 +51,16 @@ def bulk_sizes() -> dict[str, list[int]]:
     return found
 
 
-# All four targets take four times as long: `benchmarks/codegen.py --check`.
+# All four targets and all kernels take seven times as long: `benchmarks/codegen.py --check`.
 COMPILED = ("sm_90",)
+# bfloat16 differs from float32 in loads and stores only.
+MATCH = r" float32$| (gaussian_sample_kl_packed|elbo_loss|elbo_loss_Gaussian) .* bfloat16$"
 
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
     path = tmp_path_factory.mktemp("codegen") / "table.json"
-    compiling(codegen.__file__, "--json", path, "--target", *COMPILED)
+    compiling(codegen.__file__, "--json", path, "--target", *COMPILED, "--match", MATCH)
     return json.loads(path.read_text())["kernels"]
 
 
@@ -69,7 +72,9 @@ def planted():
 @pytest.mark.slow
 def test_every_kernel_is_compiled_and_the_committed_table_has_every_target(table):
     kernels = set(bulk_sizes()) | OF_PAIRS
-    assert set(table) == {f"{target} {kernel}" for target in COMPILED for kernel in kernels}
+    compiled = {kernel for kernel in kernels if re.search(MATCH, f" {kernel}")}
+    assert set(table) == {f"{target} {kernel}" for target in COMPILED for kernel in compiled}
+    assert any(kernel.endswith("bfloat16") for kernel in compiled)
     committed = codegen.read_committed(triton.__version__)
     assert set(committed) == {f"{target} {kernel}" for target in codegen.TARGETS for kernel in kernels}
     assert not any(code["spilled_bytes"] for code in committed.values())
@@ -77,7 +82,7 @@ def test_every_kernel_is_compiled_and_the_committed_table_has_every_target(table
 
 @pytest.mark.slow
 def test_the_kernels_are_as_good_as_committed(table):
-    found = list(codegen.complaints(table, codegen.read_committed(triton.__version__)))
+    found = list(codegen.complaints(table, codegen.read_committed(triton.__version__, MATCH)))
     assert not found, "\n".join(found)
 
 

@@ -33,7 +33,8 @@ from fastvae.integrations import scvi as integration
 from fastvae.integrations.fusion import report_of
 from fastvae.integrations.scvi import LIKELIHOODS, fuse, unfuse
 from fastvae.likelihoods.checking import exact
-from fastvae.operations import FACTOR, named, operations
+from fastvae.operations import named, operations
+from fastvae.operations.likelihoods import FACTOR
 from oracle import levels
 
 CELLS, GENES, EPOCHS, STEPS = 200, 50, 2, 6  # 180 cells are trained on, three batches of at most 64 in an epoch
