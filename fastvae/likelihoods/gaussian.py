@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import mse_loss
 
 from fastvae.likelihoods.likelihood import Likelihood, Term, check_minimum, check_scale
 from fastvae.reference.precision import sigmoid
@@ -113,19 +114,24 @@ class Gaussian(Likelihood):
         return 0.5 * math.log(2 * math.pi) + (0.0 if self.std is None else math.log(self.std))
 
     def formula(self, *tensors: Tensor) -> Tensor:
-        squared = (tensors[-1] - self.mean(*tensors[:-1])).square()
+        # One pass forward and one backward, where a difference and its square have two and three.
+        squared = mse_loss(self.mean(*tensors[:-1]), tensors[-1], reduction="none")
         if self.std is None:
             logvar = self._limited(tensors[1])
             return 0.5 * (squared * torch.exp(-logvar) + logvar) + self.settings[1]
-        return self.settings[2] * squared + self.settings[1]
+        scaled = self.settings[2] * squared
+        return scaled + self.settings[1] if self.settings[1] else scaled
 
     def slopes(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         mean = self.mean(*tensors[:-1])
-        error = tensors[-1] - mean
-        scaled = error * (self.slope_factor if self.std else torch.exp(-self._limited(tensors[1])))
-        slope = -scaled * mean * torch.sigmoid(-tensors[0]) if self.sigmoid else -scaled
         if self.std:
-            return (slope,)
+            slope = mean - tensors[-1]
+            if self.slope_factor != 1.0:
+                slope *= self.slope_factor
+            return (slope * mean * torch.sigmoid(-tensors[0]) if self.sigmoid else slope,)
+        error = tensors[-1] - mean
+        scaled = error * torch.exp(-self._limited(tensors[1]))
+        slope = -scaled * mean * torch.sigmoid(-tensors[0]) if self.sigmoid else -scaled
         by_logvar = 0.5 - 0.5 * error * scaled
         if self.min_logvar is not None:
             by_logvar = torch.where(tensors[1] >= self.min_logvar, by_logvar, 0.0)
