@@ -53,11 +53,10 @@ def exchange(host: Any, report: Report, methods: Mapping[str, Callable[..., Any]
     """
     restore(host)
     report = Report(report.host, report.fused, report.kept, report.defects, report.corrected, tuple(methods))
-    for name, function in methods.items():
+    for name in methods:
         if name in vars(host):
             raise ValueError(f"{class_name(host)}.{name} was replaced on this object by other code already")
-        vars(host)[name] = partial(function, host)
-    vars(host)[_REPORT] = report
+    vars(host).update({name: partial(function, host) for name, function in methods.items()}, **{_REPORT: report})
     return report
 
 
