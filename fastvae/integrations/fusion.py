@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -52,7 +52,7 @@ def exchange(host: Any, report: Report, methods: Mapping[str, Callable[..., Any]
     ``copy.copy`` and ``torch.nn.DataParallel`` do not: their copies call the first object, so restore it before.
     """
     restore(host)
-    report = Report(report.host, report.fused, report.kept, report.defects, report.corrected, tuple(methods))
+    report = replace(report, methods=tuple(methods))
     for name in methods:
         if name in vars(host):
             raise ValueError(f"{class_name(host)}.{name} was replaced on this object by other code already")

@@ -43,6 +43,14 @@ DISPERSIONS = ("gene", "gene-batch", "gene-label", "gene-cell")
 ROUNDINGS = named(operations())["gaussian_kl_prior"].roundings
 
 
+@pytest.fixture(scope="module", autouse=True)
+def in_a_folder_of_their_own(tmp_path_factory):
+    """The host's trainings write their logs where Python runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("scvi"))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def of_any_size(monkeypatch):
     """Of data as small as these the host's own code would run on the CPU."""
