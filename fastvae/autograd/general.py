@@ -113,7 +113,7 @@ class GeneralGaussian(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.posterior, *tensors, ctx.seed, ctx.offset, ctx.batch_offset = inputs
         ctx.strides = tensors[0].stride()
-        kl = output[ctx.posterior.draws] if ctx.posterior.free_bits else None
+        kl = output[int(ctx.posterior.draws)] if ctx.posterior.free_bits else None
         ctx.save_for_backward(*tensors, kl)
         ctx.set_materialize_grads(False)
 
@@ -121,7 +121,7 @@ class GeneralGaussian(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         posterior = ctx.posterior
         z_grad = grads[0] if posterior.draws else None
-        kl_grad = grads[posterior.draws] if posterior.diverges else None
+        kl_grad = grads[int(posterior.draws)] if posterior.diverges else None
         log_q_grad = grads[-1] if posterior.log_prob else None
         upstream = z_grad, kl_grad, log_q_grad
         mu, second, prior_mu, prior_second, eps, seed_tensor, offset_tensor, kl = ctx.saved_tensors
@@ -221,7 +221,8 @@ def general(
         posterior = posterior._replace(reduction="per_dimension")
     results = [*apply(GeneralGaussian, posterior, mu, second, prior_mu, prior_second, eps, *rng)]
     if sums:
-        results[posterior.draws] = results[posterior.draws].sum()
+        kl = int(posterior.draws)
+        results[kl] = results[kl].sum()
     if detached:
         results[-1] = apply(
             Score,

@@ -112,7 +112,8 @@ def _value(mean: Tensor, d: Tensor, t: Tensor, eps: float) -> Tensor:
     rest = torch.addcmul(rest, t, z)
     # At t = 0 the rest is 0, which its parts give only to a rounding of 1.
     rest *= t.clamp(0, 1).ceil_()
-    return rest.addcmul_(d, _x(mean, d, mean - t, eps, b).log1p_())
+    # Not in place, as in `special`.
+    return torch.addcmul(rest, d, _x(mean, d, mean - t, eps, b).log1p_())
 
 
 def _x(mean: Tensor, d: Tensor, above: Tensor, eps: float, b: Tensor) -> Tensor:

@@ -187,7 +187,8 @@ def _value(t: Tensor, d: Tensor, shared: _Shared) -> Tensor:
     for k in range(1, table.steps):
         factor = t / (d + k)
         product = torch.addcmul(product + factor, product, factor)
-    return value.sub_(torch.log1p(product))
+    # Not in place: torch 2.11 compiles a Function that returns what it has written over to one whose gradient is 0.
+    return value - torch.log1p(product)
 
 
 def _slope(t: Tensor, d: Tensor, shared: _Shared) -> Tensor:
