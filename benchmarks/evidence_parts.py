@@ -24,9 +24,14 @@ from evidence_output import (
 from evidence_process import Part
 
 HERE = Path(__file__).parent
-FIRST_MINUTES, SECOND_MINUTES = 7.0, 5.5  # of the stages of first() and of second(), as a test adds them up
-# Of the smoke test, which mostly compiles: with the other parts of its stage, ten processes for 16 cores.
-SHARDS = 6
+FIRST_MINUTES, SECOND_MINUTES = 7.0, 6.0  # of the stages of first() and of second(), as a test adds them up
+# Processes of the smoke test and of the small calls, which mostly compile; with the other parts of their stage, 14 for
+# 16 cores. For sm_90 triton 3.6 takes 0.6 seconds for a form on one core of a Xeon at 2.8 GHz, and gcc 0.2 for its
+# launcher: the 400 forms of the smoke test take 40 seconds of each process, and the 150 of the small calls 40.
+SMOKE_SHARDS, CALLS_SHARDS = 8, 3
+# The tests on the device have 6,200 forms: 90 minutes of one core. Of every 8 tests one runs at the first visit, and
+# another at the second; together these have 1,000 forms each.
+TESTS_SHARDS = 8
 # Tests whose results depend on the device. tests/test_gpu.py, which is skipped without a GPU, is a part of its own.
 DEVICE_TESTS = (
     "contract", "contract_autograd", "noise", "posterior", "elbo", "sigmoid_mse", "copies", "likelihoods", "counts",
@@ -50,19 +55,26 @@ class Command:
         self.environment = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"} if rehearse else {}
 
     def smoke(self, shard: int) -> Part:
-        shards = 30 if self.rehearse else SHARDS
+        shards = 40 if self.rehearse else SMOKE_SHARDS
         device = "cpu" if self.rehearse else "cuda"
         command = [sys.executable, HERE / "gpu_smoke.py", "--device", device, "--shard", f"{shard}/{shards}"]
-        return Part(f"smoke {shard + 1} of {SHARDS}", command, 70, read_smoke, self.environment)
+        return Part(f"smoke {shard + 1} of {SMOKE_SHARDS}", command, 90, read_smoke, self.environment)
 
-    def tests(self, name: str, seconds: float, tests: Sequence[str], processes: int, **more: bool) -> Part:
+    def tests(
+        self, name: str, seconds: float, tests: Sequence[str], processes: int, *options: str, **more: bool
+    ) -> Part:
         """-v, so that a run that is cut short has said which tests failed."""
-        command = [*self._pytest(), "-v", "--slow", "--tb=short", *tests]
+        command = [*self._pytest(), "-v", "--slow", "--tb=short", *tests, *options]
         if processes > 1 and importlib.util.find_spec("xdist") is not None:
             command += ["-n", str(processes)]
         # Each process compiles in itself: Inductor's own processes would be 16 for each of them.
         environment = {**self.environment, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         return Part(name, command, seconds, read_tests, environment, **more)
+
+    def device_tests(self, name: str, seconds: float, shard: int) -> Part:
+        files = ["layout"] if self.rehearse else DEVICE_TESTS
+        paths = [f"tests/test_{it}.py" for it in files]
+        return self.tests(name, seconds, paths, 12, "--shard", f"{shard}/{TESTS_SHARDS}", takes_the_rest=True)
 
     def train(self, name: str, seconds: float, *options: str, launcher: Sequence[str] = ()) -> Part:
         folder = self.out / "runs" / name.replace(" ", "-")
@@ -85,10 +97,11 @@ class Command:
         read = read_benchmarks(folder, own=not self.rehearse)
         return Part(name, command, seconds, read, self.environment, limit_option="--limit")
 
-    def calls(self, name: str, seconds: float) -> Part:
-        # On the interpreter all of them take ten minutes.
-        command = [sys.executable, HERE / "small_calls.py", *(["--elements", "4096"] if self.rehearse else [])]
-        return Part(name, command, seconds, read_calls, self.environment)
+    def calls(self, shard: int) -> Part:
+        # On the interpreter the small ones take ten minutes.
+        command = [sys.executable, HERE / "small_calls.py", "--shard", f"{shard}/{CALLS_SHARDS}"]
+        command += ["--elements", "4096"] if self.rehearse else []
+        return Part(f"small calls {shard + 1} of {CALLS_SHARDS}", command, 90, read_calls, self.environment)
 
     def sanitizer(self, tool: str, seconds: float, **environment: str) -> Part:
         command = ["compute-sanitizer", "--tool", tool, "--report-api-errors", "no", "--print-limit", "20"]
@@ -120,16 +133,15 @@ def first(command: Command, failed: Sequence[str]) -> list[Stage]:
     rehearse = command.rehearse
     launcher = ["-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", "1"]
     launcher += ["--master-addr", "127.0.0.1", "--master-port", "29511"]
-    files = ["layout"] if rehearse else list(DEVICE_TESTS)
-    together = [command.smoke(shard) for shard in range(SHARDS)]
+    together = [command.smoke(shard) for shard in range(SMOKE_SHARDS)]
     if failed:
-        together.append(command.tests("failed tests", 75, failed, 4))
+        together.append(command.tests("failed tests", 90, failed, 4))
     together += [
-        command.train("one epoch as a graph", 70, "--epochs", "1", "--graph", "auto" if rehearse else "on"),
-        command.tests("graphs and streams", 75, ["tests/test_layout.py" if rehearse else "tests/test_gpu.py"], 1),
-        # It compiles for memcheck and racecheck, under which compiling takes several times as long.
-        command.calls("small calls", 75),
-        command.train("NCCL, one process", 70, "--epochs", "1", launcher=launcher),
+        command.train("one epoch as a graph", 90, "--epochs", "1", "--graph", "auto" if rehearse else "on"),
+        command.tests("graphs and streams", 90, ["tests/test_layout.py" if rehearse else "tests/test_gpu.py"], 1),
+        # They compile for memcheck and racecheck, under which compiling takes several times as long.
+        *(command.calls(shard) for shard in range(CALLS_SHARDS)),
+        command.train("NCCL, one process", 90, "--epochs", "1", launcher=launcher),
     ]
     return [
         together,
@@ -140,7 +152,7 @@ def first(command: Command, failed: Sequence[str]) -> list[Stage]:
         [
             # Without the caching allocator, so that memcheck sees the bounds of each tensor.
             command.sanitizer("memcheck", 105, PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
-            command.tests("tests", 105, [f"tests/test_{name}.py" for name in files], 12, takes_the_rest=True),
+            command.device_tests("tests", 105, 0),
         ],
     ]
 
@@ -150,9 +162,9 @@ def second(command: Command) -> list[Stage]:
     return [
         [command.epochs("epochs, three seeds", "fused-graph", 45, "--seeds", "0", "1", "2")],
         [command.benchmarks("benchmarks of the training step", 110, "training_step")],
-        [command.counters(45)],
+        [command.counters(75)],
         [command.host_time(60)],
-        [command.sanitizer("racecheck", 70)],
+        [command.sanitizer("racecheck", 70), command.device_tests("more tests", 70, 1)],
     ]
 
 

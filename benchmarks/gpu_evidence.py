@@ -85,7 +85,11 @@ class Evidence:
         """The names of the tests that failed when all ran."""
         parts = self.state["parts"]
         return sorted(
-            {it for name in ("graphs and streams", "tests") for it in parts.get(name, {}).get("failures", [])}
+            {
+                it
+                for name in ("graphs and streams", "tests", "more tests")
+                for it in parts.get(name, {}).get("failures", [])
+            }
         )
 
     def leave(self, name: str) -> None:

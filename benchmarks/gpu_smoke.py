@@ -2,9 +2,10 @@
 
     python benchmarks/gpu_smoke.py [--device cpu] [--shard I/N]
 
-With --device cpu the kernels run on Triton's interpreter. Nearly all of the time is compilation, on one core. --shard
-runs every N-th check from number I on, so that N processes can share the work. The checks are independent, and each
-prints one line when it ends. The exit code is 0 if all passed.
+With --device cpu the kernels run on Triton's interpreter. Nearly all of the time is compilation, on one core. Therefore
+each operation has four checks, in which its dtypes, shapes, reductions and targets take turns; the tests have all of
+their combinations. --shard runs every N-th check from number I on, so that N processes can share the work. The checks
+are independent, and each prints one line when it ends. The exit code is 0 if all passed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import product
+from math import prod
 from typing import Any
 
 import torch
@@ -27,12 +29,15 @@ import fastvae.functional as F
 from fastvae import random
 from fastvae.likelihoods import DiscretizedLogistic, DiscretizedLogisticMixture
 from fastvae.operations import Operation, Spec, operations
+from fastvae.operations.operation import flattened
+from pairwise import OBJECTIVES, Objective, drawn
 from traffic import takes_bytes
 
 Check = tuple[str, Callable[[], object]]  # its name, and what raises if it fails and returns a remark if not
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
+# The checks of an operation: (dtype, whether a target is of bytes and sums are those of each sample).
+TURNS = ((torch.float32, False), (torch.bfloat16, False), (torch.float16, False), (torch.float32, True))
 # A batch of small latents; odd images; channels_last; rows of several tiles.
 LATENTS = (((128, 16), NCHW), ((5, 3, 7, 3), NCHW), ((4, 8, 6, 5), NHWC), ((3, 9001), NCHW))
 IMAGES = (((128, 1, 28, 28), NCHW), ((4, 3, 50, 41), NHWC), ((2, 3, 7, 5), NCHW))
@@ -44,7 +49,7 @@ ROUNDINGS_OF_A_STEP = 64.0  # of a captured step, whose gradient is compared wit
 
 
 def checks(device: torch.device) -> Iterator[Check]:
-    """All of them, in an order that does not depend on the shard."""
+    """All of them, in an order that does not depend on the shard: at first each operation once, in float32."""
     on_gpu = device.type == "cuda"
     if on_gpu:
         yield "card", card
@@ -52,39 +57,66 @@ def checks(device: torch.device) -> Iterator[Check]:
     yield "noise", lambda: noise(torch.zeros(512, 2048 if on_gpu else 32, device=device))
     if on_gpu:
         yield "captured step", lambda: captured_step(device)
-    for operation, dtype in product((it for it in operations() if it.computes or it.measured), DTYPES):
+    for name, objective in OBJECTIVES.items():
+        yield of_objective(name, objective, device)
+    checked = [it for it in operations() if it.computes or it.measured]
+    for turn, (number, operation) in product(range(len(TURNS)), enumerate(checked)):
+        dtype, other = TURNS[turn]
         shapes = LATENTS if operation.likelihood is None else ROWS if operation.long_rows else IMAGES
-        for shape, memory_format in shapes:
-            for target_dtype in (None, torch.uint8) if takes_bytes(operation) else (None,):
-                spec = Spec(shape, dtype, target_dtype, partial(Tensor.contiguous, memory_format=memory_format), device)
-                yield from of_operation(operation, spec, "channels_last" if memory_format is NHWC else "")
+        shape, memory_format = shapes[(turn + number) % len(shapes)]
+        target_dtype = torch.uint8 if other and takes_bytes(operation) else None
+        spec = Spec(shape, dtype, target_dtype, partial(Tensor.contiguous, memory_format=memory_format), device)
+        reduction = "none" if other and "none" in operation.reductions else ""
+        yield of_operation(operation, spec, reduction, "channels_last" if memory_format is NHWC else "")
     if on_gpu:
         yield "launches of the ELBO path", lambda: launches(device)  # last, because the profiler slows what follows
 
 
-def of_operation(operation: Operation, spec: Spec, layout: str) -> Iterator[Check]:
-    """A check of the operation as it stands in the list, and of the sums of each sample."""
+def of_operation(operation: Operation, spec: Spec, reduction: str, layout: str) -> Check:
+    """As the operation stands in the list, or with another reduction."""
     words = [layout, str(spec.dtype)[6:], "uint8" if spec.target_dtype is torch.uint8 else ""]
-    for reduction in ("", "none") if "none" in operation.reductions else ("",):
-        name = " ".join(filter(None, (operation.name, reduction, str(list(spec.shape)), *words)))
-        options = {"reduction": reduction} if reduction else {}
-        yield name, lambda options=options: compare(operation, spec, **options)
+    name = " ".join(filter(None, (operation.name, reduction, str(list(spec.shape)), *words)))
+    # Where bins are narrow, the rounding errors of a byte's t / 255 and of the mean of a colour are magnified.
+    narrow = isinstance(operation.likelihood, (DiscretizedLogistic, DiscretizedLogisticMixture))
+
+    def check() -> str:
+        options: dict[str, Any] = {"reduction": reduction} if reduction else {}
+        if operation.draws_noise:
+            options["eps"] = torch.randn(operation.shape_of_z(spec.shape), device=spec.device)
+        call = partial(operation, F, **options)
+        return compare(call, operation.inputs(spec), operation.roots, 16 * ROUNDINGS if narrow else ROUNDINGS)
+
+    return name, check
+
+
+def of_objective(name: str, objective: Objective, device: torch.device) -> Check:
+    """The largest of the sizes of its forms, which has several tiles; on the interpreter a smaller one."""
+    by_size = sorted(objective.forms, key=prod)
+    sizes = by_size[-1 if device.type == "cuda" else (len(by_size) - 1) // 2]
+
+    def check() -> str:
+        tensors = drawn(objective, sizes, device)
+        # The objectives are differences of larger sums.
+        return compare(lambda *given: flattened(objective.function(*given)), tensors, 1, 16 * ROUNDINGS)
+
+    return f"{name} {list(sizes)}", check
 
 
 # ----------------------------------------------------------------------------------------------------- against float64
 
 
-def compare(operation: Operation, spec: Spec, **options: Any) -> str:
-    """Results and gradients of the fused operation against those of the reference in float64."""
-    tensors = operation.inputs(spec)
-    if operation.draws_noise:
-        options["eps"] = torch.randn(operation.shape_of_z(spec.shape), device=spec.device)
-    generator = torch.Generator(spec.device).manual_seed(7)
+def compare(
+    call: Callable[..., tuple[Tensor, ...]], tensors: Sequence[Tensor], differentiable: int, roundings: float
+) -> str:
+    """Results and gradients of the fused call against those of the reference in float64; the first results are the
+    differentiable ones.
+    """
+    generator = torch.Generator(tensors[0].device).manual_seed(7)
     upstream: list[Tensor] = []
 
     def run(*tensors: Tensor) -> list[Tensor]:
-        results = list(operation(F, *tensors, **options))
-        roots = results[: operation.roots]
+        results = list(call(*tensors))
+        roots = results[:differentiable]
         if not roots:
             return results
         if not upstream:
@@ -97,11 +129,7 @@ def compare(operation: Operation, spec: Spec, **options: Any) -> str:
     wide = (it.detach().double() if it.is_floating_point() else it for it in tensors)
     with fastvae.use_backend("reference"):
         expected = run(*(w.requires_grad_(it.requires_grad) for w, it in zip(wide, tensors, strict=True)))
-    # A byte's t / 255 is rounded, and the mean of a mixture's colour; where bins are narrow the error is magnified.
-    narrow = isinstance(operation.likelihood, DiscretizedLogisticMixture) or (
-        spec.target_dtype is torch.uint8 and isinstance(operation.likelihood, DiscretizedLogistic)
-    )
-    return largest_error(found, expected, 16 * ROUNDINGS if narrow else ROUNDINGS)
+    return largest_error(found, expected, roundings)
 
 
 def largest_error(results: Sequence[Tensor], expected: Sequence[Tensor], roundings: float) -> str:

@@ -89,6 +89,15 @@ OBJECTIVES = {
 }
 
 
+def drawn(objective: Objective, sizes: Sizes, device: torch.device) -> list[Tensor]:
+    """Inputs that require grad, of normal numbers. Their means differ, so that no difference of the inputs vanishes."""
+    generator = torch.Generator(device).manual_seed(7)
+    return [
+        torch.randn(it.shape, generator=generator, device=device).add_(0.5 * k).requires_grad_()
+        for k, it in enumerate(objective.inputs(sizes, torch.float32))
+    ]
+
+
 def in_directions(objective: Objective, sizes: Sizes, dtype: torch.dtype, needed: Sequence[int]) -> Iterator[Any]:
     """Forward, and backward to the inputs with these numbers, as functions of nothing that follow each other."""
     tensors = [t.requires_grad_(k in needed) for k, t in enumerate(objective.inputs(sizes, dtype))]

@@ -124,6 +124,7 @@ def _let_the_interpreter_round_fma_once() -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run also the tests that take longer than ten seconds")
+    parser.addoption("--shard", metavar="I/N", help="run every N-th test, from number I on")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -136,6 +137,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if shard := config.getoption("--shard"):
+        first, step = map(int, shard.split("/"))
+        config.hook.pytest_deselected(items=[item for k, item in enumerate(items) if k % step != first])
+        items[:] = items[first::step]
     # "-m slow" asks for them by name.
     with_slow = config.getoption("--slow") or "slow" in config.getoption("markexpr")
     for marker, runs, reason in (

@@ -458,7 +458,7 @@ def test_the_real_parts_name_existing_programs(real):
     assert len({it.name for it in everything}) == len(everything)
     # What is timed runs alone.
     assert [len(stage) for stage in first] == [len(first[0]), 1, 1, 1, 1, 2]
-    assert [len(stage) for stage in second] == [1] * len(second)
+    assert [len(stage) for stage in second] == [1, 1, 1, 1, 2]
 
 
 def test_every_test_of_a_family_runs_on_the_device(real):
@@ -473,6 +473,12 @@ def test_every_test_of_a_family_runs_on_the_device(real):
     # These two measure with stand-ins, or start processes of their own.
     assert asking - set(parts.DEVICE_TESTS) <= {"gpu_evidence", "benchmarks"}
     assert all((tests / f"test_{name}.py").exists() for name in parts.DEVICE_TESTS)
+
+
+def test_each_visit_runs_another_share_of_the_tests(real):
+    _, first, second = real
+    shares = [part.command[part.command.index("--shard") + 1] for part in (first[-1][1], second[-1][1])]
+    assert shares == ["0/8", "1/8"]
 
 
 def test_the_tests_that_failed_run_first_and_by_name(gpu_evidence, tmp_path):

@@ -28,17 +28,29 @@ def gpu_smoke(monkeypatch):
 @pytest.fixture
 def small(gpu_smoke, monkeypatch):
     """The checks of one dtype and one small shape of each kind."""
-    monkeypatch.setattr(gpu_smoke, "DTYPES", (torch.float32,))
+    monkeypatch.setattr(gpu_smoke, "TURNS", gpu_smoke.TURNS[:1])
     monkeypatch.setattr(gpu_smoke, "LATENTS", (((4, 8, 6, 5), torch.channels_last),))
     monkeypatch.setattr(gpu_smoke, "IMAGES", (((2, 3, 7, 5), torch.contiguous_format),))
     return list(gpu_smoke.checks(torch.device("cpu")))
 
 
 def test_every_public_operation_is_checked_and_right(gpu_smoke, small, capsys):
-    names = {it.name: it.function for it in operations()} | {"noise": "noise"}
+    names = {it.name: it.function for it in operations()} | {name: name for name in ("noise", *gpu_smoke.OBJECTIVES)}
     assert {names[name.split()[0]] for name, _ in small} == set(names.values())
     assert gpu_smoke.run(small, 0, 1) == 0
     assert capsys.readouterr().out.endswith(f"{len(small)} checks passed, 0 failed\n")
+
+
+def test_each_operation_has_every_dtype_and_the_checks_fit_their_time(gpu_smoke):
+    """A check compiles two kernels, for 1.6 seconds on one core."""
+    from evidence_parts import SMOKE_SHARDS, Command
+
+    names = [name.split() for name, _ in gpu_smoke.checks(torch.device("cpu"))]
+    for operation in (it for it in operations() if it.computes or it.measured):
+        for dtype in ("float32", "bfloat16", "float16"):
+            assert any(operation.name == name[0] and dtype in name for name in names), (operation.name, dtype)
+    limit = Command(Path(), None, rehearse=False).smoke(0).seconds
+    assert 1.6 * len(names) / SMOKE_SHARDS < 0.6 * limit
 
 
 def test_the_shards_share_the_checks(gpu_smoke, capsys):
