@@ -144,7 +144,7 @@ def test_whatever_was_set_is_as_it_was(change):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a process of its own, and CUDA does not survive a fork")
 def test_torchs_defaults_stay():
-    """Those for convolutions follow what is above them (but not those of torch 2.11), and cannot be put back once they were
+    """Those for convolutions follow what is above them, though not in torch 2.11, and cannot be put back once they were
     replaced.
     """
     program = """
