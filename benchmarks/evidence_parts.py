@@ -25,12 +25,12 @@ from evidence_process import Part
 
 HERE = Path(__file__).parent
 FIRST_MINUTES, SECOND_MINUTES = 7.0, 6.0  # of the stages of first() and of second(), as a test adds them up
-# Processes of the smoke test and of the small calls, which mostly compile; with the other parts of their stage, 14 for
-# 16 cores. For sm_90 triton 3.6 takes 0.6 seconds for a form on one core of a Xeon at 2.8 GHz, and gcc 0.2 for its
-# launcher: the 400 forms of the smoke test take 40 seconds of each process, and the 150 of the small calls 40.
+# Processes of the smoke test and of the small calls, which mostly compile; with the other parts of their stage, 16 for
+# 16 cores. For sm_90 triton 3.6 takes 0.6 seconds for a form of a kernel on one core of a Xeon at 2.8 GHz, and gcc 0.2
+# for its launcher. Each process of the smoke test has 45 forms, and each of the small calls 50: 40 seconds.
 SMOKE_SHARDS, CALLS_SHARDS = 8, 3
-# The tests on the device have 6,200 forms: 90 minutes of one core. Of every 8 tests one runs at the first visit, and
-# another at the second; together these have 1,000 forms each.
+# All tests on the device have 6,200 forms, which take 80 minutes of one core. Every eighth test runs at the first
+# visit, and another eighth at the second. An eighth has 1,000 forms, and 12 processes.
 TESTS_SHARDS = 8
 # Tests whose results depend on the device. tests/test_gpu.py, which is skipped without a GPU, is a part of its own.
 DEVICE_TESTS = (
@@ -138,7 +138,7 @@ def first(command: Command, failed: Sequence[str]) -> list[Stage]:
         together.append(command.tests("failed tests", 90, failed, 4))
     together += [
         command.train("one epoch as a graph", 90, "--epochs", "1", "--graph", "auto" if rehearse else "on"),
-        command.tests("graphs and streams", 90, ["tests/test_layout.py" if rehearse else "tests/test_gpu.py"], 1),
+        command.tests("graphs and streams", 90, ["tests/test_layout.py" if rehearse else "tests/test_gpu.py"], 3),
         # They compile for memcheck and racecheck, under which compiling takes several times as long.
         *(command.calls(shard) for shard in range(CALLS_SHARDS)),
         command.train("NCCL, one process", 90, "--epochs", "1", launcher=launcher),
