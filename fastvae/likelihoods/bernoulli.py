@@ -42,9 +42,10 @@ class Bernoulli(Likelihood):
 
     def formula(self, logits: Tensor, target: Tensor) -> Tensor:
         positive = torch.relu(logits)
-        # min(x, 0) - max(x, 0) is -|x|, but torch gives it the slope 1 at x = 0, and -|x| the slope 0. So the slope of
-        # the whole is 1/2 - t there.
-        tail = torch.nn.functional.softplus(logits.clamp(max=0) - positive, threshold=40)
+        # With the slope -1 for x <= 0 it is |x|, but torch gives it the slope -1 at x = 0, and |x| the slope 0. So the
+        # slope of the whole is 1/2 - t there.
+        size = torch.nn.functional.leaky_relu(logits, -1.0)
+        tail = torch.nn.functional.softplus(-size, threshold=40)
         return positive - logits * target + tail
 
     def slopes(self, logits: Tensor, target: Tensor) -> tuple[Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from fastvae.likelihoods.likelihood import Likelihood, Term, check_minimum
+from fastvae.reference.precision import clamped
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -117,7 +118,7 @@ class DiscretizedLogistic(Likelihood):
     def formula(self, mean: Tensor, log_scale: Tensor, target: Tensor) -> Tensor:
         half = 1 / (self.bins - 1)
         if self.min_log_scale is not None:
-            log_scale = log_scale.clamp(min=self.min_log_scale)
+            log_scale = clamped(log_scale, self.min_log_scale)
         d = (2 * target - 1) - mean
         highest = target > 1 - half / 2
         at_an_end = highest | (target < half / 2)
@@ -132,7 +133,7 @@ class DiscretizedLogistic(Likelihood):
         """-log(1 - e^-w), w = 2 h / scale: also for scales so large that w underflows."""
         small = w.clamp(1e-10, 1.0)
         wide = log_scale - self.settings[1] - torch.log(-torch.expm1(-small) / small)
-        return torch.where(w < math.log(2), wide, -torch.log1p(-torch.exp(-w.clamp(min=math.log(2)))))
+        return torch.where(w < math.log(2), wide, -torch.log1p(-torch.exp(-w.clamp(min=0.5))))
 
     def mean(self, mean: Tensor, *_: Tensor) -> Tensor:
         """The distribution's centre, in [0, 1]."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from fastvae.likelihoods.likelihood import Likelihood, Term, check_minimum, check_scale
-from fastvae.reference.precision import sigmoid
+from fastvae.reference.precision import clamped, sigmoid
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -138,7 +138,7 @@ class Gaussian(Likelihood):
         return slope, by_logvar
 
     def _limited(self, logvar: Tensor) -> Tensor:
-        return logvar if self.min_logvar is None else logvar.clamp(min=self.min_logvar)
+        return logvar if self.min_logvar is None else clamped(logvar, self.min_logvar)
 
     def mean(self, mean: Tensor, *_: Tensor) -> Tensor:
         return sigmoid(mean) if self.sigmoid else mean

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastvae.likelihoods.likelihood import Likelihood, Term, check_minimum, check_scale
+from fastvae.reference.precision import clamped
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -112,7 +113,7 @@ class Laplace(Likelihood):
         return slope, by_scale
 
     def _limited(self, log_scale: Tensor) -> Tensor:
-        return log_scale if self.min_log_scale is None else log_scale.clamp(min=self.min_log_scale)
+        return log_scale if self.min_log_scale is None else clamped(log_scale, self.min_log_scale)
 
     def mean(self, mean: Tensor, *_: Tensor) -> Tensor:
         return mean

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastvae.reference.noise import addressed_noise
-from fastvae.reference.precision import in_float32, reduce_event
+from fastvae.reference.precision import clamped, in_float32, reduce_event
 
 Halves = tuple[Tensor, Tensor]
 
@@ -99,7 +99,7 @@ def standard_deviation(
 
 def _clamped(second: Tensor, scale_clamp: tuple[float, float] | None) -> Tensor:
     second = in_float32(second)
-    return second if scale_clamp is None else second.clamp(*scale_clamp)
+    return second if scale_clamp is None else clamped(second, *scale_clamp)
 
 
 def _softplus(a: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,6 +42,13 @@ def widened(weight: float | Tensor) -> float | Tensor:
     own dtype.
     """
     return in_float32(weight) if isinstance(weight, Tensor) else weight
+
+
+def clamped(x: Tensor, low: float, high: float = math.inf) -> Tensor:
+    """x.clamp(low, high), with the slope 1 at both bounds, and 0 for NaN, as the kernels have it. torch's is 1 at the
+    bounds up to torch 2.13, and 0 in torch 2.14.
+    """
+    return torch.where((x >= low) & (x <= high), x, x.detach().clamp(low, high))
 
 
 def sigmoid(x: Tensor) -> Tensor:
