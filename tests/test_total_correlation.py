@@ -30,14 +30,22 @@ NAMES = ("z", "mu", "logvar")
 WEIGHTINGS = ("minibatch", "stratified")
 
 
-@pytest.fixture(params=["triton", "reference"])
+def blocks(monkeypatch, size=20, pairs=50, terms=150) -> None:
+    """The path of the CPU takes blocks of a few pairs, with a rest."""
+    monkeypatch.setattr(reference, "_AT_ONCE", 0)
+    monkeypatch.setattr(mixture, "block_size", lambda: size)
+    monkeypatch.setattr(mixture, "_PAIRS", pairs)
+    monkeypatch.setattr(reference, "_TERMS", terms)
+
+
+@pytest.fixture(params=["triton", "blocks", "at once"])
 def backend(request, monkeypatch):
-    """Both paths: that of the CPU in blocks of a few pairs, with a rest."""
-    monkeypatch.setattr(mixture, "block_size", lambda: 20)
-    monkeypatch.setattr(mixture, "_PAIRS", 50)
-    monkeypatch.setattr(reference, "_TERMS", 150)
-    with fastvae.use_backend(request.param):
-        yield request.param
+    """Both paths, and both forms of that of the CPU."""
+    if request.param == "blocks":
+        blocks(monkeypatch)
+    path = "triton" if request.param == "triton" else "reference"
+    with fastvae.use_backend(path):
+        yield path
 
 
 def draw(batch, dims, dtype=torch.float32, device=None) -> list[Tensor]:
@@ -158,10 +166,11 @@ def test_half_precision_is_computed_in_float32_and_gradients_are_rounded_once(dt
     check(mixed)
 
 
+@pytest.mark.parametrize("in_blocks", [True, False])
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_float64_is_computed_in_float64(weighting, monkeypatch):
-    monkeypatch.setattr(mixture, "block_size", lambda: 20)
-    monkeypatch.setattr(mixture, "_PAIRS", 50)
+def test_float64_is_computed_in_float64(weighting, in_blocks, monkeypatch):
+    if in_blocks:
+        blocks(monkeypatch)
     tensors = draw(9, 4, torch.float64)
     values, gradients = run(tensors, 50, weighting)
     expected = naive(*tensors, 50, weighting)
@@ -375,10 +384,10 @@ def test_a_gradient_of_a_gradient(reduction, backend):
     torch.testing.assert_close(found, expected, check_dtype=False, rtol=1e-4, atol=1e-4)
 
 
-def test_gradcheck(monkeypatch):
-    monkeypatch.setattr(mixture, "block_size", lambda: 4)
-    monkeypatch.setattr(mixture, "_PAIRS", 6)
-    monkeypatch.setattr(reference, "_TERMS", 12)
+@pytest.mark.parametrize("in_blocks", [True, False])
+def test_gradcheck(in_blocks, monkeypatch):
+    if in_blocks:
+        blocks(monkeypatch, 4, 6, 12)
     tensors = draw(3, 2, torch.float64)
 
     def function(*tensors):
