@@ -293,7 +293,22 @@ FAULTS = (
     Fault(
         "on the CPU, none either", "fastvae/reference/total_correlation.py",
         ".mul_(of_joint[rows, None]).diagonal(rows.start).add_(own)", ".mul_(of_joint[rows, None])",
-        "test_the_parts_sum and reference", DECOMPOSITION,
+        "test_the_parts_sum and blocks", DECOMPOSITION,
+    ),
+    Fault(
+        "nor where all pairs are computed at once", "fastvae/reference/total_correlation.py",
+        "add_(torch.where(present, of_information, 0.0))", "add_(0.0)",
+        "test_the_parts_sum and once", DECOMPOSITION,
+    ),
+    Fault(
+        "exponentials are taken for shares", "fastvae/reference/total_correlation.py",
+        "through = (of_dimensions - of_correlation) / of_marginals", "through = of_dimensions - of_correlation",
+        "test_the_parts_sum and once", DECOMPOSITION,
+    ),
+    Fault(
+        "a scale at its bound has no slope", "fastvae/reference/precision.py",
+        "torch.where((x >= low) &", "torch.where((x > low) &",
+        "test_a_clamped_scale_has_no_gradient_below and reference", "test_continuous_likelihoods.py",
     ),
     Fault(
         "sums are not brought to a new maximum", "kernels/total_correlation.py", "s * e + 1.0, s + e", "s + 1.0, s + e",
