@@ -26,7 +26,7 @@ from evidence_process import Part
 HERE = Path(__file__).parent
 FIRST_MINUTES, SECOND_MINUTES = 7.0, 6.0  # of the stages of first() and of second(), as a test adds them up
 # Processes of the smoke test and of the small calls, which mostly compile; with the other parts of their stage, 16 for
-# 16 cores. For sm_90 triton 3.6 takes 0.6 seconds for a form of a kernel on one core of a Xeon at 2.8 GHz, and gcc 0.2
+# 16 cores. For sm_90 triton 3.6 takes 0.6 seconds for a form of a kernel on one core of an AMD EPYC, and gcc 0.2
 # for its launcher. Each process of the smoke test has 45 forms, and each of the small calls 50: 40 seconds.
 SMOKE_SHARDS, CALLS_SHARDS = 8, 3
 # All tests on the device have 6,200 forms, which take 80 minutes of one core. Every eighth test runs at the first

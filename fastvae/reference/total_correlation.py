@@ -21,7 +21,7 @@ from fastvae.reference.mixture import LOG_2PI, runs_in_blocks, together
 _TERMS = 1 << 20
 # Up to so many terms are computed at once, and two tensors of them kept for backward, 16 MB each in float32. Forward
 # and backward of [128, 10] take 1.9 ms, in blocks 6.3, and in plain PyTorch 4.1; of [256, 64], 72, 100 and 96 (one
-# thread of a Xeon at 2.8 GHz, torch 2.13).
+# thread of an AMD EPYC, torch 2.13).
 _AT_ONCE = 1 << 22
 
 
