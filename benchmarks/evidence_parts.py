@@ -98,7 +98,6 @@ class Command:
         return Part(name, command, seconds, read, self.environment, limit_option="--limit")
 
     def calls(self, shard: int) -> Part:
-        # On the interpreter the small ones take ten minutes.
         command = [sys.executable, HERE / "small_calls.py", "--shard", f"{shard}/{CALLS_SHARDS}"]
         command += ["--elements", "4096"] if self.rehearse else []
         return Part(f"small calls {shard + 1} of {CALLS_SHARDS}", command, 90, read_calls, self.environment)

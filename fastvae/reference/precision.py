@@ -48,7 +48,8 @@ def clamped(x: Tensor, low: float, high: float = math.inf) -> Tensor:
     """x.clamp(low, high), with the slope 1 at both bounds, and 0 for NaN, as the kernels have it. torch's is 1 at the
     bounds up to torch 2.13, and 0 in torch 2.14.
     """
-    return torch.where((x >= low) & (x <= high), x, x.detach().clamp(low, high))
+    limited = x.detach().clamp(low, high)
+    return torch.where(limited == x, x, limited)
 
 
 def sigmoid(x: Tensor) -> Tensor:
